@@ -1,0 +1,236 @@
+//! General registers: interrupted system calls, and their image message.
+
+use libc::user_regs_struct;
+
+use crate::{image::pb, sys::pod};
+
+const ERESTARTSYS: i64 = 512;
+const ERESTARTNOINTR: i64 = 513;
+const ERESTARTNOHAND: i64 = 514;
+const ERESTART_RESTARTBLOCK: i64 = 516;
+
+/// What the thread will find when it goes on: decides what an interrupted system call returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Delivery {
+    /// No signal is waiting to be handled.
+    #[default]
+    None,
+    /// A handler will run that was installed with SA_RESTART.
+    Restarting,
+    /// A handler will run that was installed without SA_RESTART.
+    Interrupting,
+}
+
+/// Sets the registers of a thread that was stopped in a system call to what it will see when no signal
+/// waits for it: the call is made again, or has returned EINTR where the kernel alone could go on with it.
+/// Registers of a thread that was elsewhere stay as they are.
+pub fn restart(regs: &mut user_regs_struct) {
+    restart_for(regs, Delivery::None);
+}
+
+/// As [`restart`], for a thread that has a signal waiting: some calls end with EINTR when a handler runs.
+pub fn restart_for(regs: &mut user_regs_struct, delivery: Delivery) {
+    if regs.orig_rax.cast_signed() < 0 {
+        return;
+    }
+    let again = match -regs.rax.cast_signed() {
+        ERESTARTNOINTR => true,
+        ERESTARTSYS => delivery != Delivery::Interrupting,
+        ERESTARTNOHAND => delivery == Delivery::None,
+        ERESTART_RESTARTBLOCK => false,
+        _ => return,
+    };
+    if again {
+        // `syscall` and `int 0x80` are both two bytes long.
+        regs.rip = regs.rip.wrapping_sub(2);
+        regs.rax = regs.orig_rax;
+    } else {
+        regs.rax = (-i64::from(libc::EINTR)).cast_unsigned();
+    }
+}
+
+/// The `syscall` instruction.
+pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// The error with which the kernel leaves an interrupted call that is to be made again: EINTR if any handler runs.
+const IF_NO_HANDLER: &[i64] = &[
+    libc::SYS_pause,
+    libc::SYS_rt_sigsuspend,
+    libc::SYS_select,
+    libc::SYS_pselect6,
+    libc::SYS_ppoll,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_msgsnd,
+    libc::SYS_msgrcv,
+];
+/// EINTR if a handler without SA_RESTART runs. Others, not listed, are made again whatever happens.
+const IF_RESTARTING: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+    libc::SYS_flock,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_splice,
+    libc::SYS_tee,
+    libc::SYS_mq_timedsend,
+    libc::SYS_mq_timedreceive,
+];
+
+/// Undoes [`restart`], for a thread that stands at `instruction`: in its call again, interrupted, so that the
+/// kernel decides by the signals that have come meanwhile. Returns whether it was at such a call. Only for registers
+/// that are set in a stop after which the kernel looks for signals; elsewhere the thread would see the error.
+pub fn interrupted(regs: &mut user_regs_struct, orig_rax: u64, instruction: [u8; 2]) -> bool {
+    let number = orig_rax.cast_signed();
+    if instruction != SYSCALL || number < 0 || regs.rax != orig_rax {
+        return false;
+    }
+    let error = if IF_NO_HANDLER.contains(&number) {
+        ERESTARTNOHAND
+    } else if IF_RESTARTING.contains(&number) {
+        ERESTARTSYS
+    } else {
+        return false;
+    };
+    regs.rip = regs.rip.wrapping_add(2);
+    regs.orig_rax = orig_rax;
+    regs.rax = (-error).cast_unsigned();
+    true
+}
+
+/// Code segment of 64-bit user code; 32-bit code has another.
+pub const USER_CS: u64 = 0x33;
+const USER_DS: u64 = 0x2b;
+
+macro_rules! same {
+    ($($entry:ident: $reg:ident),* $(,)?) => {
+        /// The image message of general registers.
+        pub fn to_entry(regs: &user_regs_struct) -> pb::UserX86RegsEntry {
+            pb::UserX86RegsEntry { $($entry: regs.$reg,)* mode: Some(pb::UserX86RegsMode::Native as i32) }
+        }
+
+        /// Registers from their image message; `None` for a 32-bit thread.
+        pub fn from_entry(entry: &pb::UserX86RegsEntry) -> Option<user_regs_struct> {
+            if entry.mode() != pb::UserX86RegsMode::Native || entry.cs != USER_CS {
+                return None;
+            }
+            let mut regs: user_regs_struct = pod::zeroed();
+            $(regs.$reg = entry.$entry;)*
+            // No system call is to be made again: the image's registers say so by themselves.
+            regs.orig_rax = u64::MAX;
+            if regs.ss & 3 != 3 {
+                regs.ss = USER_DS;
+            }
+            Some(regs)
+        }
+    };
+}
+same! {
+    r15: r15, r14: r14, r13: r13, r12: r12, bp: rbp, bx: rbx, r11: r11, r10: r10, r9: r9, r8: r8,
+    ax: rax, cx: rcx, dx: rdx, si: rsi, di: rdi, orig_ax: orig_rax, ip: rip, cs: cs, flags: eflags,
+    sp: rsp, ss: ss, fs_base: fs_base, gs_base: gs_base, ds: ds, es: es, fs: fs, gs: gs,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sys::pod;
+
+    proptest! {
+        #[test]
+        fn every_register_comes_back(words: [u64; 27]) {
+            let mut regs: user_regs_struct = pod::from_bytes(pod::bytes_of(&words)).unwrap();
+            regs.cs = USER_CS;
+            regs.ss |= 3;
+            let back = from_entry(&to_entry(&regs)).unwrap();
+            regs.orig_rax = u64::MAX;
+            prop_assert_eq!(format!("{back:?}"), format!("{regs:?}"));
+        }
+    }
+
+    #[test]
+    fn thirty_two_bit_threads_are_refused() {
+        let mut regs: user_regs_struct = pod::zeroed();
+        regs.cs = 0x23;
+        assert!(from_entry(&to_entry(&regs)).is_none());
+        regs.cs = USER_CS;
+        let mut entry = to_entry(&regs);
+        assert!(from_entry(&entry).is_some());
+        entry.mode = Some(pb::UserX86RegsMode::Compat as i32);
+        assert!(from_entry(&entry).is_none());
+    }
+
+    fn after(orig_rax: i64, rax: i64, delivery: Delivery) -> (u64, i64) {
+        let mut regs: user_regs_struct = pod::zeroed();
+        regs.rip = 0x1002;
+        regs.orig_rax = orig_rax.cast_unsigned();
+        regs.rax = rax.cast_unsigned();
+        restart_for(&mut regs, delivery);
+        (regs.rip, regs.rax.cast_signed())
+    }
+
+    #[test]
+    fn calls_are_made_again_or_end_with_eintr() {
+        use Delivery::{Interrupting, None, Restarting};
+        let again = (0x1000, 34);
+        let eintr = (0x1002, -4);
+        for (error, delivery, want) in [
+            (512, None, again),
+            (512, Restarting, again),
+            (512, Interrupting, eintr),
+            (513, None, again),
+            (513, Interrupting, again),
+            (514, None, again),
+            (514, Restarting, eintr),
+            (514, Interrupting, eintr),
+            (516, None, eintr),
+            (516, Restarting, eintr),
+        ] {
+            assert_eq!(after(34, -error, delivery), want, "{error} {delivery:?}");
+        }
+    }
+
+    #[test]
+    fn a_call_to_be_made_again_is_interrupted_again() {
+        for (number, error) in
+            [(libc::SYS_pause, 514), (libc::SYS_read, 512), (libc::SYS_clock_nanosleep, 514)]
+        {
+            let mut before: user_regs_struct = pod::zeroed();
+            before.rip = 0x1002;
+            before.orig_rax = number.cast_unsigned();
+            before.rax = i64::cast_unsigned(-error);
+            let mut regs = before;
+            restart(&mut regs);
+            let orig_rax = std::mem::replace(&mut regs.orig_rax, u64::MAX);
+            assert!(!interrupted(&mut regs, orig_rax, [0x90, 0x90]));
+            assert!(interrupted(&mut regs, orig_rax, SYSCALL));
+            assert_eq!(format!("{regs:?}"), format!("{before:?}"));
+        }
+        let mut regs: user_regs_struct = pod::zeroed();
+        regs.rax = libc::SYS_clone.cast_unsigned();
+        assert!(!interrupted(&mut regs, libc::SYS_clone.cast_unsigned(), SYSCALL));
+        regs.rax = 5;
+        assert!(!interrupted(&mut regs, 0, SYSCALL));
+        assert!(!interrupted(&mut regs, u64::MAX, SYSCALL));
+    }
+
+    #[test]
+    fn other_registers_stay() {
+        assert_eq!(after(-1, -512, Delivery::None), (0x1002, -512));
+        assert_eq!(after(34, -4, Delivery::None), (0x1002, -4));
+        assert_eq!(after(0, 5, Delivery::None), (0x1002, 5));
+        assert_eq!(after(34, -515, Delivery::None), (0x1002, -515));
+    }
+}

@@ -1,0 +1,330 @@
+//! Every option of criu(8), by name: which take a value, which have a `--no-` form, which work here.
+//!
+//! The table, not the parser, decides what may be abbreviated to what, so that an abbreviation means
+//! the same here as it does to CRIU. An option that CRIU has and we have not is a row too: it is
+//! refused by name and never ignored.
+
+use clap::ValueEnum;
+
+/// What the user wants done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Command {
+    /// Save a process tree and, unless told otherwise, kill it
+    Dump,
+    /// Continue a saved process tree
+    Restore,
+    /// Say what this machine can do, or what would stop a dump
+    Check,
+    /// Look into image files: decode, encode, show, info, x
+    Image,
+    /// Dump and restore a small workload, to see it work
+    Demo,
+}
+
+impl Command {
+    /// As typed.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Dump => "dump",
+            Self::Restore => "restore",
+            Self::Check => "check",
+            Self::Image => "image",
+            Self::Demo => "demo",
+        }
+    }
+}
+
+/// Commands that are known by name and do not work yet.
+pub(crate) static COMMANDS_TO_COME: &[&str] = &[
+    "pre-dump",
+    "page-server",
+    "lazy-pages",
+    "service",
+    "swrk",
+    "dedup",
+    "cpuinfo",
+    "exec",
+    "show",
+    "migrate",
+    "image-proxy",
+    "image-cache",
+];
+
+/// Does an option take a value?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Value {
+    /// Never.
+    None,
+    /// Always, attached or as the next word.
+    Required,
+    /// Only if attached: `--name=value`, `-nvalue`.
+    Optional,
+}
+
+/// What we do about an option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It works, under the name given here (CRIU has synonyms).
+    Works(&'static str),
+    /// It works for one command; with another it is a mistake, not a setting that happens not to matter.
+    Only(&'static [Command]),
+    /// It changes something for these commands, and nothing for the others.
+    For(&'static [Command]),
+    /// CRIU has it, we do not yet.
+    ToCome,
+    /// CRIU refuses or deprecates it in favour of something else.
+    Gone(&'static str),
+}
+
+/// One option.
+#[derive(Debug)]
+pub(crate) struct Known {
+    /// Without dashes.
+    pub(crate) long: &'static str,
+    /// Its letter.
+    pub(crate) short: Option<u8>,
+    /// Takes a value?
+    pub(crate) value: Value,
+    /// Is there `--no-LONG`?
+    pub(crate) negatable: bool,
+    /// What we do about it.
+    pub(crate) standing: Standing,
+}
+
+use Command::{Check, Dump, Restore};
+use Standing::{For, Gone, Only, ToCome, Works};
+
+/// A switch with a `--no-` form.
+const fn switch(long: &'static str, standing: Standing) -> Known {
+    Known { long, short: None, value: Value::None, negatable: true, standing }
+}
+
+/// A switch without one.
+const fn plain(long: &'static str, standing: Standing) -> Known {
+    Known { long, short: None, value: Value::None, negatable: false, standing }
+}
+
+/// An option with a value.
+const fn value(long: &'static str, standing: Standing) -> Known {
+    Known { long, short: None, value: Value::Required, negatable: false, standing }
+}
+
+/// An option whose value may be left out.
+const fn optional(long: &'static str, standing: Standing) -> Known {
+    Known { long, short: None, value: Value::Optional, negatable: false, standing }
+}
+
+impl Known {
+    const fn or(mut self, short: u8) -> Self {
+        self.short = Some(short);
+        self
+    }
+
+    /// The name under which the parser knows it.
+    pub(crate) fn canonical(&self) -> &'static str {
+        match self.standing {
+            Works(name) => name,
+            _ => self.long,
+        }
+    }
+}
+
+const ALL: Standing = For(&[Dump, Restore, Check, Command::Demo, Command::Image]);
+const BOTH: Standing = For(&[Dump, Restore]);
+/// `check -t` judges a tree by the options with which it would be dumped.
+const TREE: Standing = For(&[Dump, Restore, Check]);
+
+/// In CRIU's order.
+pub(crate) static OPTIONS: &[Known] = &[
+    value("tree", For(&[Dump, Check])).or(b't'),
+    plain("leave-stopped", BOTH).or(b's'),
+    plain("leave-running", For(&[Dump])).or(b'R'),
+    switch("restore-detached", For(&[Restore])).or(b'd'),
+    switch("restore-sibling", For(&[Restore])).or(b'S'),
+    switch("daemon", Works("restore-detached")),
+    value("images-dir", BOTH).or(b'D'),
+    value("work-dir", ALL).or(b'W'),
+    value("log-file", ALL).or(b'o'),
+    value("join-ns", ToCome).or(b'J'),
+    value("root", ToCome).or(b'r'),
+    optional("ext-unix-sk", ToCome).or(b'x'),
+    plain("help", ALL).or(b'h'),
+    switch("tcp-established", ToCome),
+    value("close", ALL),
+    switch("log-pid", ALL),
+    plain("version", ALL).or(b'V'),
+    switch("evasive-devices", TREE),
+    value("pidfile", BOTH),
+    value("veth-pair", ToCome),
+    value("action-script", BOTH),
+    switch("link-remap", TREE),
+    switch("shell-job", TREE).or(b'j'),
+    switch("file-locks", TREE).or(b'l'),
+    switch("page-server", ToCome),
+    value("address", ToCome),
+    value("port", ToCome),
+    value("prev-images-dir", ToCome),
+    plain("ms", Gone("see --extra, --experimental and --all of crtool check")),
+    switch("track-mem", ToCome),
+    switch("auto-dedup", ToCome),
+    value("libdir", ToCome).or(b'L'),
+    optional("cpu-cap", BOTH),
+    switch("force-irmap", ToCome),
+    value("ext-mount-map", ToCome).or(b'M'),
+    plain("exec-cmd", Only(&[Restore])),
+    optional("manage-cgroups", BOTH),
+    value("cgroup-root", ToCome),
+    value("inherit-fd", For(&[Restore])),
+    value("feature", Only(&[Check])),
+    value("skip-mnt", ToCome),
+    value("enable-fs", ToCome),
+    switch("enable-external-sharing", ToCome),
+    switch("enable-external-masters", ToCome),
+    value("freeze-cgroup", ToCome),
+    value("ghost-limit", For(&[Dump, Check])),
+    value("irmap-scan-path", ToCome),
+    value("lsm-profile", ToCome),
+    value("timeout", For(&[Dump])),
+    value("external", TREE),
+    value("empty-ns", ToCome),
+    plain("lazy-pages", ToCome),
+    switch("extra", Only(&[Check])),
+    switch("experimental", Only(&[Check])),
+    plain("all", Only(&[Check])),
+    value("cgroup-props", ToCome),
+    value("cgroup-props-file", ToCome),
+    value("cgroup-dump-controller", ToCome),
+    switch("skip-in-flight", ToCome),
+    switch("deprecated", ALL),
+    switch("display-stats", BOTH),
+    switch("weak-sysctls", ToCome),
+    value("status-fd", BOTH),
+    switch("tcp-close", ToCome),
+    optional("verbosity", ALL).or(b'v'),
+    value("ps-socket", ToCome),
+    switch("stream", ToCome),
+    value("config", ALL),
+    plain("no-default-config", ALL),
+    value("tls-cacert", ToCome),
+    value("tls-cacrl", ToCome),
+    value("tls-cert", ToCome),
+    value("tls-key", ToCome),
+    switch("tls", ToCome),
+    plain("tls-no-cn-verify", ToCome),
+    value("cgroup-yard", ToCome),
+    value("pre-dump-mode", ToCome),
+    value("file-validation", BOTH),
+    switch("skip-file-rwx-check", For(&[Restore])),
+    value("lsm-mount-context", ToCome),
+    value("network-lock", ToCome),
+    switch("mntns-compat-mode", ToCome),
+    switch("unprivileged", ToCome),
+    switch("ghost-fiemap", ToCome),
+];
+
+/// An option found by name, and whether it was negated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found {
+    /// The row.
+    pub(crate) known: &'static Known,
+    /// `--no-` before it.
+    pub(crate) negated: bool,
+}
+
+/// Why a name is no option.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotFound {
+    /// No option begins like this.
+    Unknown,
+    /// Several do.
+    Ambiguous(Vec<String>),
+}
+
+/// Finds a long option by its name or an unambiguous beginning of it.
+pub(crate) fn find_long(name: &str) -> Result<Found, NotFound> {
+    let mut near: Vec<(String, Found)> = Vec::new();
+    for known in OPTIONS {
+        let negations: &[bool] = if known.negatable { &[false, true] } else { &[false] };
+        for &negated in negations {
+            let full = if negated { format!("no-{}", known.long) } else { known.long.to_owned() };
+            let found = Found { known, negated };
+            if full == name {
+                return Ok(found);
+            }
+            if !name.is_empty() && full.starts_with(name) {
+                near.push((full, found));
+            }
+        }
+    }
+    match near.as_slice() {
+        [] => Err(NotFound::Unknown),
+        [(_, first), rest @ ..] => {
+            // Synonyms do not make a name ambiguous.
+            let same = |other: &Found| {
+                other.known.canonical() == first.known.canonical()
+                    && other.negated == first.negated
+                    && other.known.value == first.known.value
+            };
+            if rest.iter().all(|(_, other)| same(other)) {
+                Ok(*first)
+            } else {
+                Err(NotFound::Ambiguous(near.into_iter().map(|(name, _)| name).collect()))
+            }
+        }
+    }
+}
+
+/// Finds an option by its letter.
+pub(crate) fn find_short(letter: u8) -> Option<&'static Known> {
+    OPTIONS.iter().find(|known| known.short == Some(letter))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> String {
+        match find_long(text) {
+            Ok(found) if found.negated => format!("no-{}", found.known.long),
+            Ok(found) => found.known.long.to_owned(),
+            Err(NotFound::Unknown) => "unknown".to_owned(),
+            Err(NotFound::Ambiguous(names)) => names.join("|"),
+        }
+    }
+
+    #[test]
+    fn abbreviations() {
+        assert_eq!(name("tree"), "tree");
+        assert_eq!(name("tr"), "tree|track-mem");
+        assert_eq!(name("sh"), "shell-job");
+        assert_eq!(name("tls"), "tls");
+        assert_eq!(name("tls-n"), "tls-no-cn-verify");
+        assert_eq!(name("no-sh"), "no-shell-job");
+        assert_eq!(name("no-d"), "no-daemon|no-deprecated|no-display-stats|no-default-config");
+        assert_eq!(name("no-default"), "no-default-config");
+        assert_eq!(name("ver"), "version|verbosity");
+        assert_eq!(name("no-leave-running"), "unknown");
+        assert_eq!(name("bogus"), "unknown");
+        assert_eq!(name(""), "unknown");
+    }
+
+    #[test]
+    fn letters() {
+        for (letter, long) in
+            [(b't', "tree"), (b'D', "images-dir"), (b'v', "verbosity"), (b'x', "ext-unix-sk")]
+        {
+            assert_eq!(find_short(letter).map(|known| known.long), Some(long));
+        }
+        assert!(find_short(b'q').is_none());
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = OPTIONS.iter().map(|known| known.long).collect();
+        let mut letters: Vec<_> = OPTIONS.iter().filter_map(|known| known.short).collect();
+        names.sort_unstable();
+        letters.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+        assert!(letters.windows(2).all(|pair| pair[0] != pair[1]));
+    }
+}

@@ -1,0 +1,336 @@
+//! The options that work, typed. What the words mean is settled before (`argv`), what the options mean for a
+//! command after (`settings`).
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::{fd::RawFd, unix::ffi::OsStrExt},
+    path::PathBuf,
+};
+
+use clap::{
+    Parser,
+    builder::{OsStringValueParser, TypedValueParser},
+};
+use nix::unistd::Pid;
+
+use super::known::Command;
+use crate::settings::{CpuCap, External, FileValidation, InheritFd};
+
+const EXAMPLES: &str = "\
+Examples:
+  crtool dump -t 1234 -D images             save the tree of process 1234, then kill it
+  crtool dump -t 1234 -D images -R -j       save a job of this shell, let it run on
+  crtool restore -d -D images               continue it
+  crtool check                              what this machine can do
+  crtool check -t 1234                      what would stop a dump of 1234
+  crtool image show images/pstree.img       look into an image
+
+Most switches can be taken back with --no-NAME. Names may be abbreviated. Every option of criu(8) is known
+by its name; one that is not listed here is refused as not supported yet.";
+
+/// Checkpoint and restore Linux process trees.
+#[derive(Debug, Parser)]
+#[command(
+    name = "crtool",
+    disable_version_flag = true,
+    disable_help_flag = true,
+    args_override_self = true,
+    after_help = EXAMPLES
+)]
+pub(crate) struct Opts {
+    /// What to do
+    #[arg(value_enum)]
+    pub(crate) command: Command,
+    /// Words after the command: a program for --exec-cmd, the arguments of image
+    #[arg(value_name = "WORDS", hide = true)]
+    pub(crate) words: Vec<OsString>,
+
+    /// Root of the process tree
+    #[arg(short, long, value_name = "PID", value_parser = pid, help_heading = "Dump and restore")]
+    pub(crate) tree: Option<Pid>,
+    /// Directory of the images [default: the current one]
+    #[arg(short = 'D', long, value_name = "DIR", help_heading = "Dump and restore")]
+    pub(crate) images_dir: Option<PathBuf>,
+    /// Leave the tree running after the dump
+    #[arg(short = 'R', long, overrides_with = "leave_stopped", help_heading = "Dump and restore")]
+    pub(crate) leave_running: bool,
+    /// Leave the tree stopped after dump or restore
+    #[arg(short = 's', long, overrides_with = "leave_running", help_heading = "Dump and restore")]
+    pub(crate) leave_stopped: bool,
+    /// Return when the restored tree runs; it does not stay a child
+    #[arg(short = 'd', long, help_heading = "Dump and restore")]
+    pub(crate) restore_detached: bool,
+    /// Make the restored root a child of the caller (with -d)
+    #[arg(short = 'S', long, help_heading = "Dump and restore")]
+    pub(crate) restore_sibling: bool,
+    /// Write the pid of the restored root to this file
+    #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
+    pub(crate) pidfile: Option<PathBuf>,
+    /// After the restore become the program given after `--`, as parent of the tree
+    #[arg(long, help_heading = "Dump and restore")]
+    pub(crate) exec_cmd: bool,
+    /// Write a zero byte to this descriptor and close it on success
+    #[arg(long, value_name = "FD", value_parser = fd, help_heading = "Dump and restore")]
+    pub(crate) status_fd: Option<RawFd>,
+    /// Run this program at certain steps; CRTOOLS_SCRIPT_ACTION says which
+    #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
+    pub(crate) action_script: Vec<PathBuf>,
+    /// Longest time to freeze and collect a tree, in seconds; 0 for no limit [default: 10]
+    #[arg(long, value_name = "SECONDS", help_heading = "Dump and restore")]
+    pub(crate) timeout: Option<u32>,
+    /// CPU properties to write or to check: cpu, fpu, ins, all, none, comma separated, ^ takes one away
+    #[arg(long, value_name = "CAPS", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+          value_parser = cpu_cap, help_heading = "Dump and restore")]
+    pub(crate) cpu_cap: Option<CpuCap>,
+    /// Only `ignore` for now: control groups are left alone
+    #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true, default_missing_value = "soft",
+          help_heading = "Dump and restore")]
+    pub(crate) manage_cgroups: Option<String>,
+
+    /// The tree is a job of a shell: take session, group and terminal from the caller
+    #[arg(short = 'j', long, help_heading = "Resources")]
+    pub(crate) shell_job: bool,
+    /// Save and take file locks
+    #[arg(short = 'l', long, help_heading = "Resources")]
+    pub(crate) file_locks: bool,
+    /// Allow unlinked files to be linked back
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) link_remap: bool,
+    /// Largest deleted file to carry, with K, M or G [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Resources")]
+    pub(crate) ghost_limit: Option<u64>,
+    /// Allow another name for a device that cannot be opened by its own
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) evasive_devices: bool,
+    /// How files are recognised at restore: filesize or buildid [default: buildid]
+    #[arg(long, value_name = "METHOD", value_parser = file_validation, help_heading = "Resources")]
+    pub(crate) file_validation: Option<FileValidation>,
+    /// Do not compare file modes at restore
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) skip_file_rwx_check: bool,
+    /// A resource that is not saved: file[mnt_id:inode], tty[rdev:dev], pipe[inode]
+    #[arg(long, value_name = "RES", value_parser = OsStringValueParser::new().try_map(|text| external(&text)),
+          help_heading = "Resources")]
+    pub(crate) external: Vec<External>,
+    /// fd[N]:KEY, our descriptor N stands for the file KEY of the images
+    #[arg(long, value_name = "FD", value_parser = OsStringValueParser::new().try_map(|text| inherit_fd(&text)),
+          help_heading = "Resources")]
+    pub(crate) inherit_fd: Vec<InheritFd>,
+
+    /// Also check what only some trees need
+    #[arg(long, help_heading = "Check")]
+    pub(crate) extra: bool,
+    /// Also check what is new
+    #[arg(long, help_heading = "Check")]
+    pub(crate) experimental: bool,
+    /// Check everything
+    #[arg(long, help_heading = "Check")]
+    pub(crate) all: bool,
+    /// Check this feature only; `list` names them all
+    #[arg(long, value_name = "NAME", help_heading = "Check")]
+    pub(crate) feature: Vec<String>,
+
+    /// Directory for logs, pid files and statistics [default: the images directory]
+    #[arg(short = 'W', long, value_name = "DIR", help_heading = "Messages")]
+    pub(crate) work_dir: Option<PathBuf>,
+    /// Write messages to this file, relative to the work directory; - is stdout
+    #[arg(short = 'o', long, value_name = "FILE", help_heading = "Messages")]
+    pub(crate) log_file: Option<PathBuf>,
+    /// Messages about a task go to FILE.PID
+    #[arg(long, help_heading = "Messages")]
+    pub(crate) log_pid: bool,
+    /// More messages: -v, -vv; or -v0 none, -v1 errors, -v2 warnings, -v3 information, -v4 all
+    #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, require_equals = true,
+          default_value_t = super::argv::DEFAULT_VERBOSITY, help_heading = "Messages", hide_default_value = true)]
+    pub(crate) verbosity: u8,
+    /// Print what was counted
+    #[arg(long, help_heading = "Messages")]
+    pub(crate) display_stats: bool,
+
+    /// Read options from this file, one a line without dashes
+    #[arg(long, value_name = "FILE", help_heading = "Other")]
+    pub(crate) config: Vec<PathBuf>,
+    /// Do not read the default configuration files
+    #[arg(long, help_heading = "Other")]
+    pub(crate) no_default_config: bool,
+    /// Close this descriptor first
+    #[arg(long, value_name = "FD", value_parser = fd, help_heading = "Other")]
+    pub(crate) close: Vec<RawFd>,
+    /// Allow deprecated options
+    #[arg(long, hide = true)]
+    pub(crate) deprecated: bool,
+    /// Print this
+    #[arg(short = 'h', long, help_heading = "Other")]
+    pub(crate) help: bool,
+    /// Print the version
+    #[arg(short = 'V', long, help_heading = "Other")]
+    pub(crate) version: bool,
+}
+
+/// A value that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Wanted(&'static str);
+
+fn pid(text: &str) -> Result<Pid, Wanted> {
+    match text.parse() {
+        Ok(pid) if pid > 0 => Ok(Pid::from_raw(pid)),
+        _ => Err(Wanted("a pid is a number above zero")),
+    }
+}
+
+fn fd(text: &str) -> Result<RawFd, Wanted> {
+    match text.parse() {
+        Ok(fd) if fd >= 0 => Ok(fd),
+        _ => Err(Wanted("a descriptor is a number, not below zero")),
+    }
+}
+
+fn size(text: &str) -> Result<u64, Wanted> {
+    const WANTED: Wanted = Wanted("a size is a number, with K, M or G after it or nothing");
+    let (digits, shift) = match text.strip_suffix(['K', 'k']) {
+        Some(digits) => (digits, 10),
+        None => match text.strip_suffix(['M', 'm']) {
+            Some(digits) => (digits, 20),
+            None => match text.strip_suffix(['G', 'g']) {
+                Some(digits) => (digits, 30),
+                None => (text, 0),
+            },
+        },
+    };
+    let number: u64 = digits.parse().map_err(|_| WANTED)?;
+    number.checked_mul(1 << shift).ok_or(WANTED)
+}
+
+fn cpu_cap(text: &str) -> Result<CpuCap, Wanted> {
+    let mut caps = CpuCap::NONE;
+    if text.starts_with('^') {
+        caps = CpuCap::ALL;
+    }
+    for word in text.split(',') {
+        let (name, set) = match word.strip_prefix('^') {
+            Some(name) => (name, false),
+            None => (word, true),
+        };
+        match name {
+            "cpu" => caps.cpu = set,
+            "fpu" => caps.fpu = set,
+            "ins" => caps.ins = set,
+            "all" => caps = if set { CpuCap::ALL } else { CpuCap::NONE },
+            "none" => caps = if set { CpuCap::NONE } else { CpuCap::ALL },
+            _ => {
+                return Err(Wanted("CPU capabilities are cpu, fpu, ins, all, none, comma separated"));
+            }
+        }
+    }
+    Ok(caps)
+}
+
+fn file_validation(text: &str) -> Result<FileValidation, Wanted> {
+    match text {
+        "filesize" => Ok(FileValidation::FileSize),
+        "buildid" => Ok(FileValidation::BuildId),
+        _ => Err(Wanted("the method is filesize or buildid")),
+    }
+}
+
+/// `kind[id]` or `kind[id]:value`.
+fn external(text: &OsStr) -> Result<External, Wanted> {
+    const WANTED: Wanted = Wanted("an external resource is written kind[id] or kind[id]:value");
+    let bytes = text.as_bytes();
+    let open = bytes.iter().position(|&byte| byte == b'[').ok_or(WANTED)?;
+    let close = bytes.iter().rposition(|&byte| byte == b']').ok_or(WANTED)?;
+    if open == 0 || close < open {
+        return Err(WANTED);
+    }
+    let (key, rest) = bytes.split_at(close + 1);
+    match rest {
+        [] => Ok(External { key: key.to_vec(), value: None }),
+        [b':', value @ ..] => Ok(External { key: key.to_vec(), value: Some(value.to_vec()) }),
+        _ => Err(WANTED),
+    }
+}
+
+/// `fd[N]:key`.
+fn inherit_fd(text: &OsStr) -> Result<InheritFd, Wanted> {
+    const WANTED: Wanted = Wanted("an inherited descriptor is written fd[N]:key");
+    let rest = text.as_bytes().strip_prefix(b"fd[").ok_or(WANTED)?;
+    let close = rest.iter().position(|&byte| byte == b']').ok_or(WANTED)?;
+    let (number, rest) = rest.split_at(close);
+    let fd = std::str::from_utf8(number).ok().and_then(|number| fd(number).ok()).ok_or(WANTED)?;
+    match rest.strip_prefix(b"]:") {
+        Some(key) if !key.is_empty() => Ok(InheritFd { key: key.to_vec(), fd }),
+        _ => Err(WANTED),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::known::{OPTIONS, Standing, Value};
+
+    #[test]
+    fn table_and_parser_agree() {
+        Opts::command().debug_assert();
+        let wanted: BTreeSet<_> = OPTIONS
+            .iter()
+            .filter(|known| !matches!(known.standing, Standing::ToCome | Standing::Gone(_)))
+            .map(|known| (known.canonical().to_owned(), known.value != Value::None))
+            .collect();
+        let parsed: BTreeSet<_> = Opts::command()
+            .get_arguments()
+            .filter_map(|arg| {
+                let takes = arg.get_action().takes_values();
+                arg.get_long().map(|long| (long.to_owned(), takes))
+            })
+            .collect();
+        assert_eq!(parsed, wanted);
+        for arg in Opts::command().get_arguments() {
+            let Some(long) = arg.get_long() else { continue };
+            let known = OPTIONS.iter().find(|known| known.long == long).map(|known| known.short);
+            let short = arg.get_short().map(|letter| u8::try_from(letter).unwrap());
+            assert_eq!(known, Some(short), "{long}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, wanted) in [("0", 0), ("7", 7), ("1K", 1024), ("2m", 2 << 20), ("3G", 3 << 30)] {
+            assert_eq!(size(text), Ok(wanted));
+        }
+        for text in ["", "K", "1KB", "-1", "1.5M", "99999999999G", "0x10"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cpu_caps() {
+        let caps = |cpu, fpu, ins| Ok(CpuCap { cpu, fpu, ins });
+        assert_eq!(cpu_cap("cpu"), caps(true, false, false));
+        assert_eq!(cpu_cap("cpu,ins"), caps(true, false, true));
+        assert_eq!(cpu_cap("all,^fpu"), caps(true, false, true));
+        assert_eq!(cpu_cap("^fpu"), caps(true, false, true));
+        assert_eq!(cpu_cap("none"), Ok(CpuCap::NONE));
+        assert!(cpu_cap("").is_err());
+        assert!(cpu_cap("sse").is_err());
+    }
+
+    #[test]
+    fn resources() {
+        let ext = |text: &str| external(OsStr::new(text)).map(|ext| (ext.key, ext.value));
+        assert_eq!(ext("tty[8800:1c]"), Ok((b"tty[8800:1c]".to_vec(), None)));
+        assert_eq!(ext("mnt[/a]:b"), Ok((b"mnt[/a]".to_vec(), Some(b"b".to_vec()))));
+        for text in ["", "x", "[1]", "tty[1", "tty]1[", "tty[1]x"] {
+            assert!(ext(text).is_err(), "{text}");
+        }
+        let fd = |text: &str| inherit_fd(OsStr::new(text)).map(|fd| (fd.fd, fd.key));
+        assert_eq!(fd("fd[3]:pipe[77]"), Ok((3, b"pipe[77]".to_vec())));
+        for text in ["", "fd[]:x", "fd[-1]:x", "fd[3]", "fd[3]:", "3:x", "fd[3:x", "fd[99999999999]:x"] {
+            assert!(fd(text).is_err(), "{text}");
+        }
+    }
+}

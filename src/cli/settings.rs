@@ -1,0 +1,520 @@
+//! From options to settings: which option means something to which command, what has to be there, what
+//! contradicts what. The only place that knows.
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt::Write as _,
+    fs, io, iter,
+    path::{self, Path, PathBuf},
+};
+
+use clap::Parser;
+
+use super::{
+    argv::{self, ArgvError, Given, Line, Origin},
+    config::{self, ConfigError},
+    known::{COMMANDS_TO_COME, Command, Standing},
+    opts::Opts,
+};
+use crate::{
+    action::ActionScripts,
+    settings::{
+        CheckSettings, CommonSettings, DumpSettings, Leave, LogSettings, ReportSettings, RestoreSettings,
+    },
+};
+
+/// A mistake of the caller: said in one line, nothing done.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub(crate) enum UsageError {
+    #[error(transparent)]
+    Argv(#[from] ArgvError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("no command given; see crtool --help")]
+    NoCommand,
+    #[error("unknown command {0}; see crtool --help")]
+    UnknownCommand(String),
+    #[error("command {0} is not supported yet")]
+    CommandToCome(String),
+    #[error("{origin}option --{name} is not supported yet")]
+    ToCome { origin: Origin, name: &'static str },
+    #[error("{origin}option --{name}={value} is not supported yet")]
+    ValueToCome { origin: Origin, name: &'static str, value: String },
+    #[error("{origin}option --{name} is deprecated; {instead}")]
+    Gone { origin: Origin, name: &'static str, instead: &'static str },
+    #[error("{origin}option --{name} cannot be used with {command}")]
+    NotFor { origin: Origin, name: &'static str, command: &'static str },
+    #[error("{origin}option --{name}: {value:?}: {wanted}")]
+    Value { origin: Origin, name: String, value: String, wanted: String },
+    #[error("command {0} needs {1}")]
+    Needs(&'static str, &'static str),
+    #[error("unexpected word {0:?}")]
+    Surplus(OsString),
+    #[error("option --{0} only makes sense with --{1}")]
+    OnlyWith(&'static str, &'static str),
+    #[error("{what} {}", path.display())]
+    Dir { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{0}")]
+    Other(String),
+}
+
+/// What to do.
+#[derive(Debug)]
+pub(crate) enum Task {
+    /// `crtool dump`.
+    Dump(Box<DumpSettings>, ReportSettings),
+    /// `crtool restore`.
+    Restore(Box<RestoreSettings>, ReportSettings),
+    /// `crtool check`.
+    Check(CheckSettings),
+    /// `crtool image`, with all its words.
+    Image(Vec<OsString>),
+    /// `crtool demo`.
+    Demo,
+    /// `--help`.
+    Help,
+    /// `--version`.
+    Version,
+}
+
+/// What to do, and what to do first.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// What to do.
+    pub(crate) task: Task,
+    /// Where messages go.
+    pub(crate) log: LogSettings,
+    /// Descriptors to close.
+    pub(crate) close: Vec<i32>,
+    /// Things the caller should hear that stop nothing.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Reads the words after the program's name, and the configuration files.
+pub(crate) fn plan(words: Vec<OsString>) -> Result<Plan, UsageError> {
+    let line = argv::walk(words)?;
+    if line.options.iter().any(|given| given.known.long == "help") {
+        return Ok(Plan::only(Task::Help));
+    }
+    if line.options.iter().any(|given| given.known.long == "version") {
+        return Ok(Plan::only(Task::Version));
+    }
+    let command = command_of(&line)?;
+    let mut warnings = Vec::new();
+    let mut options = Vec::new();
+    if command != Command::Image {
+        options = configured(&line.options, &mut warnings)?;
+    }
+    options.extend(line.options);
+    let options = legal(argv::settle(options), command, &mut warnings)?;
+    let opts = Opts::try_parse_from(
+        iter::once(OsString::from("crtool")).chain(argv::canonical(&options, &line.words)),
+    )
+    .map_err(|error| explain(&error, &options))?;
+    build(opts, &options, warnings)
+}
+
+fn command_of(line: &Line) -> Result<Command, UsageError> {
+    let Some(word) = line.words.first() else {
+        return Err(UsageError::NoCommand);
+    };
+    let word = word.to_string_lossy();
+    let all = [Command::Dump, Command::Restore, Command::Check, Command::Image, Command::Demo];
+    match all.into_iter().find(|command| command.name() == word) {
+        Some(command) => Ok(command),
+        None if COMMANDS_TO_COME.contains(&&*word) => Err(UsageError::CommandToCome(word.into_owned())),
+        None => Err(UsageError::UnknownCommand(word.into_owned())),
+    }
+}
+
+/// Options from configuration files, in the order in which they count.
+fn configured(words: &[Given], warnings: &mut Vec<String>) -> Result<Vec<Given>, UsageError> {
+    let mut options = Vec::new();
+    if !words.iter().any(|given| given.known.long == "no-default-config") {
+        options.extend(config::defaults(warnings)?);
+    }
+    for path in config::named(words) {
+        match config::file(Path::new(path)) {
+            Ok(more) => options.extend(more),
+            // CRIU goes on without it, so scripts may rely on that.
+            Err(ConfigError::Read { path, source }) if source.kind() == io::ErrorKind::NotFound => {
+                warnings.push(format!("configuration file {} does not exist", path.display()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(options)
+}
+
+/// Refuses what cannot be done, and drops what has no effect on this command.
+fn legal(
+    options: Vec<Given>,
+    command: Command,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Given>, UsageError> {
+    let mut kept = Vec::with_capacity(options.len());
+    for given in options {
+        let name = given.known.long;
+        let typed = given.origin == Origin::Words;
+        // What a configuration file says about dump and restore does not stop the others.
+        let concerned = typed || matches!(command, Command::Dump | Command::Restore);
+        let applies = match given.known.standing {
+            Standing::ToCome if concerned => {
+                return Err(UsageError::ToCome { origin: given.origin, name });
+            }
+            Standing::Gone(instead) if concerned => {
+                return Err(UsageError::Gone { origin: given.origin, name, instead });
+            }
+            Standing::ToCome | Standing::Gone(_) => false,
+            Standing::Only(commands) if typed && !commands.contains(&command) => {
+                let command = command.name();
+                return Err(UsageError::NotFor { origin: given.origin, name, command });
+            }
+            Standing::Only(commands) | Standing::For(commands) => commands.contains(&command),
+            Standing::Works(_) => command == Command::Restore,
+        };
+        if applies {
+            kept.push(given);
+        } else if typed {
+            warnings.push(format!("option --{name} has no effect on {}", command.name()));
+        }
+    }
+    Ok(kept)
+}
+
+/// One line for what the typed parser did not like.
+fn explain(error: &clap::Error, options: &[Given]) -> UsageError {
+    use clap::error::{ContextKind, ContextValue};
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let (Some(arg), Some(value)) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue)) else {
+        let all = error.to_string();
+        let first = all.lines().next().unwrap_or_default();
+        return UsageError::Other(first.trim_start_matches("error: ").to_owned());
+    };
+    let name = arg
+        .trim_start_matches('-')
+        .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    let origin = options
+        .iter()
+        .rfind(|given| {
+            given.known.canonical() == name
+                && given.value.as_ref().is_some_and(|given| given.to_string_lossy() == value)
+        })
+        .map_or(Origin::Words, |given| given.origin.clone());
+    let mut wanted = String::new();
+    let mut cause = std::error::Error::source(error);
+    while let Some(next) = cause {
+        if !wanted.is_empty() {
+            wanted.push_str(": ");
+        }
+        let _ = write!(wanted, "{next}");
+        cause = next.source();
+    }
+    if wanted.is_empty() {
+        wanted.push_str("not a value this option takes");
+    }
+    UsageError::Value { origin, name, value, wanted }
+}
+
+fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, UsageError> {
+    let command = opts.command;
+    let place = |name| {
+        options
+            .iter()
+            .rfind(|given| given.known.canonical() == name)
+            .map_or(Origin::Words, |given| given.origin.clone())
+    };
+    if let Some(word) = opts.words.first()
+        && command != Command::Image
+        && !opts.exec_cmd
+    {
+        return Err(UsageError::Surplus(word.clone()));
+    }
+    if let Some(mode) = &opts.manage_cgroups
+        && mode != "ignore"
+    {
+        let (name, value) = ("manage-cgroups", mode.clone());
+        return Err(UsageError::ValueToCome { origin: place(name), name, value });
+    }
+    for external in &opts.external {
+        let kind = external.key.split(|&byte| byte == b'[').next().unwrap_or_default();
+        if !matches!(kind, b"file" | b"tty" | b"pipe") {
+            let mut value = String::from_utf8_lossy(&external.key).into_owned();
+            if let Some(more) = &external.value {
+                let _ = write!(value, ":{}", String::from_utf8_lossy(more));
+            }
+            let name = "external";
+            return Err(UsageError::ValueToCome { origin: place(name), name, value });
+        }
+    }
+    let images_dir = directory("images directory", opts.images_dir.as_deref(), Path::new("."))?;
+    let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir)?;
+    let log = LogSettings {
+        file: opts.log_file.clone(),
+        work_dir: work_dir.clone(),
+        level: opts.verbosity,
+        per_pid: opts.log_pid,
+    };
+    let close = opts.close.clone();
+    let report = ReportSettings { display_stats: opts.display_stats, status_fd: opts.status_fd };
+    let task = match command {
+        Command::Image => Task::Image(opts.words),
+        Command::Demo => Task::Demo,
+        Command::Check => Task::Check(check(opts, &images_dir, work_dir)),
+        Command::Dump => Task::Dump(Box::new(dump(opts, &images_dir, work_dir)?), report),
+        Command::Restore => Task::Restore(Box::new(restore(opts, &images_dir, work_dir)?), report),
+    };
+    Ok(Plan { task, log, close, warnings })
+}
+
+impl Plan {
+    fn only(task: Task) -> Self {
+        Self { task, log: LogSettings::default(), close: Vec::new(), warnings: Vec::new() }
+    }
+}
+
+/// An absolute path, so that nothing depends on the current directory from here on.
+fn directory(what: &'static str, given: Option<&Path>, default: &Path) -> Result<PathBuf, UsageError> {
+    let path = given.unwrap_or(default);
+    let failed = |source| UsageError::Dir { what, path: path.to_owned(), source };
+    let absolute = if path == Path::new(".") {
+        env::current_dir().map_err(failed)?
+    } else {
+        path::absolute(path).map_err(failed)?
+    };
+    let meta = fs::metadata(&absolute).map_err(failed)?;
+    if !meta.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    Ok(absolute)
+}
+
+fn common(opts: &Opts, images_dir: &Path, work_dir: PathBuf) -> CommonSettings {
+    CommonSettings {
+        images_dir: images_dir.to_owned(),
+        shell_job: opts.shell_job,
+        file_locks: opts.file_locks,
+        link_remap: opts.link_remap,
+        evasive_devices: opts.evasive_devices,
+        file_validation: opts.file_validation.unwrap_or_default(),
+        cpu_cap: opts.cpu_cap,
+        externals: opts.external.clone(),
+        action_scripts: ActionScripts {
+            scripts: opts.action_script.clone(),
+            images_dir: images_dir.to_owned(),
+            work_dir: work_dir.clone(),
+        },
+        work_dir,
+    }
+}
+
+fn dump(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> Result<DumpSettings, UsageError> {
+    let Some(pid) = opts.tree else {
+        return Err(UsageError::Needs("dump", "--tree PID"));
+    };
+    let mut settings = DumpSettings::new(pid, images_dir);
+    settings.common = common(&opts, images_dir, work_dir);
+    settings.leave = match (opts.leave_running, opts.leave_stopped) {
+        (true, _) => Leave::Running,
+        (_, true) => Leave::Stopped,
+        _ => Leave::Killed,
+    };
+    if let Some(seconds) = opts.timeout {
+        settings.timeout = (seconds > 0).then(|| std::time::Duration::from_secs(u64::from(seconds)));
+    }
+    if let Some(bytes) = opts.ghost_limit {
+        settings.ghost_limit = bytes;
+    }
+    Ok(settings)
+}
+
+fn restore(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> Result<RestoreSettings, UsageError> {
+    if opts.restore_sibling && !opts.restore_detached {
+        return Err(UsageError::OnlyWith("restore-sibling", "restore-detached"));
+    }
+    if opts.exec_cmd && opts.words.is_empty() {
+        return Err(UsageError::Needs("restore --exec-cmd", "a program after --"));
+    }
+    let mut settings = RestoreSettings::new(images_dir);
+    settings.common = common(&opts, images_dir, work_dir);
+    settings.detached = opts.restore_detached;
+    settings.sibling = opts.restore_sibling;
+    settings.leave_stopped = opts.leave_stopped;
+    settings.skip_file_rwx_check = opts.skip_file_rwx_check;
+    settings.inherit_fds = opts.inherit_fd;
+    settings.pidfile = opts.pidfile;
+    settings.exec_cmd = opts.exec_cmd.then_some(opts.words);
+    Ok(settings)
+}
+
+fn check(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> CheckSettings {
+    if let Some(pid) = opts.tree {
+        let mut settings = DumpSettings::new(pid, images_dir);
+        settings.common = common(&opts, images_dir, work_dir);
+        if let Some(bytes) = opts.ghost_limit {
+            settings.ghost_limit = bytes;
+        }
+        CheckSettings::Tree(Box::new(settings))
+    } else if opts.feature.iter().any(|name| name == "list") {
+        CheckSettings::List
+    } else if opts.feature.is_empty() {
+        CheckSettings::Kernel { extra: opts.extra || opts.all, experimental: opts.experimental || opts.all }
+    } else {
+        CheckSettings::Features(opts.feature)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::settings::{CpuCap, External, FileValidation, InheritFd};
+
+    fn planned(text: &str) -> Plan {
+        let words = text.split_whitespace().chain(["--no-default-config"]).map(OsString::from).collect();
+        plan(words).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn dumped(text: &str) -> DumpSettings {
+        match planned(&format!("dump -t 5 {text}")).task {
+            Task::Dump(settings, _) => *settings,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    fn restored(text: &str) -> RestoreSettings {
+        // `--` ends the options, so what is tested comes before the command.
+        let words = format!("--no-default-config restore {text}");
+        match plan(words.split_whitespace().map(OsString::from).collect()).map(|plan| plan.task) {
+            Ok(Task::Restore(settings, _)) => *settings,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn defaults() {
+        let here = env::current_dir().unwrap();
+        let settings = dumped("");
+        assert_eq!(settings.pid.as_raw(), 5);
+        assert_eq!(settings.leave, Leave::Killed);
+        assert_eq!(settings.timeout, Some(Duration::from_secs(10)));
+        assert_eq!(settings.ghost_limit, 1 << 20);
+        assert_eq!(settings.common.images_dir, here);
+        assert_eq!(settings.common.work_dir, here);
+        assert_eq!(settings.common.cpu_cap, None);
+        assert_eq!(settings.common.file_validation, FileValidation::BuildId);
+        let settings = restored("");
+        assert!(!settings.detached && !settings.sibling && !settings.leave_stopped);
+        assert_eq!(settings.exec_cmd, None);
+    }
+
+    #[test]
+    fn each_option_reaches_its_setting() {
+        for (text, leave) in [
+            ("-R", Leave::Running),
+            ("-s", Leave::Stopped),
+            ("-R -s", Leave::Stopped),
+            ("-s -R", Leave::Running),
+            ("-s --leave-stopped", Leave::Stopped),
+        ] {
+            assert_eq!(dumped(text).leave, leave, "{text}");
+        }
+        assert_eq!(dumped("-t 6 --tree=7").pid.as_raw(), 7);
+        assert_eq!(dumped("--timeout 3").timeout, Some(Duration::from_secs(3)));
+        assert_eq!(dumped("--timeout 0").timeout, None);
+        assert_eq!(dumped("--ghost-limit 3M --ghost-limit 2K").ghost_limit, 2048);
+        let common = dumped("-j -l --link-remap --evasive-devices").common;
+        assert!(common.shell_job && common.file_locks && common.link_remap && common.evasive_devices);
+        let common = dumped("-j --no-shell-job -l --no-file-locks --no-link-remap").common;
+        assert!(!common.shell_job && !common.file_locks && !common.link_remap);
+        assert_eq!(dumped("--file-validation=filesize").common.file_validation, FileValidation::FileSize);
+        assert_eq!(dumped("--cpu-cap").common.cpu_cap, Some(CpuCap::ALL));
+        assert_eq!(dumped("--cpu-cap=none").common.cpu_cap, Some(CpuCap::NONE));
+        let external = |key: &[u8], value: Option<&[u8]>| External {
+            key: key.to_vec(),
+            value: value.map(<[u8]>::to_vec),
+        };
+        assert_eq!(
+            dumped("--external file[1:2] --external tty[3:4]:x").common.externals,
+            [external(b"file[1:2]", None), external(b"tty[3:4]", Some(b"x"))]
+        );
+        let scripts = dumped("-D / -W /tmp --action-script a --action-script b").common.action_scripts;
+        assert_eq!(scripts.scripts, [Path::new("a"), Path::new("b")]);
+        assert_eq!(scripts.images_dir, Path::new("/"));
+        assert_eq!(scripts.work_dir, Path::new("/tmp"));
+        let common = dumped("-D /tmp").common;
+        assert_eq!((common.images_dir, common.work_dir), ("/tmp".into(), "/tmp".into()));
+
+        let settings = restored("-d -S -s --pidfile p --skip-file-rwx-check --inherit-fd fd[3]:pipe[9]");
+        assert!(settings.detached && settings.sibling && settings.leave_stopped);
+        assert!(settings.skip_file_rwx_check);
+        assert_eq!(settings.pidfile.as_deref(), Some(Path::new("p")));
+        assert_eq!(settings.inherit_fds, [InheritFd { key: b"pipe[9]".to_vec(), fd: 3 }]);
+        let program = restored("--exec-cmd -- prog -x --tree").exec_cmd.unwrap();
+        assert_eq!(program, ["prog", "-x", "--tree"]);
+    }
+
+    #[test]
+    fn log_report_and_check() {
+        let plan =
+            planned("dump -t 5 -v4 -o x -W /tmp --log-pid --close 7 --close 8 --status-fd 9 --display-stats");
+        assert_eq!(plan.log.file.as_deref(), Some(Path::new("x")));
+        assert_eq!(plan.log.work_dir, Path::new("/tmp"));
+        assert_eq!((plan.log.level, plan.log.per_pid), (4, true));
+        assert_eq!(plan.close, [7, 8]);
+        let Task::Dump(_, report) = plan.task else { panic!("{:?}", plan.task) };
+        assert_eq!(report, ReportSettings { display_stats: true, status_fd: Some(9) });
+
+        let checked = |text: &str| match planned(&format!("check {text}")).task {
+            Task::Check(settings) => settings,
+            other => panic!("{text}: {other:?}"),
+        };
+        let kernel = |text: &str, wanted: (bool, bool)| match checked(text) {
+            CheckSettings::Kernel { extra, experimental } => {
+                assert_eq!((extra, experimental), wanted, "{text}")
+            }
+            other => panic!("{text}: {other:?}"),
+        };
+        kernel("", (false, false));
+        kernel("--extra", (true, false));
+        kernel("--experimental", (false, true));
+        kernel("--all", (true, true));
+        kernel("--extra --no-extra", (false, false));
+        assert!(matches!(checked("--feature list"), CheckSettings::List));
+        assert!(
+            matches!(checked("--feature a --feature b"), CheckSettings::Features(names) if names == ["a", "b"])
+        );
+        let CheckSettings::Tree(settings) = checked("-t 5 -j --ghost-limit 7") else { panic!("no tree") };
+        assert!(settings.common.shell_job);
+        assert_eq!((settings.pid.as_raw(), settings.ghost_limit), (5, 7));
+    }
+
+    proptest! {
+        /// Any words give settings or one error.
+        #[test]
+        fn any_words(words in prop::collection::vec(
+            prop_oneof![
+                Just("dump".to_owned()), Just("restore".to_owned()), Just("--".to_owned()),
+                "-{0,2}[a-zA-Z-]{0,12}(=[a-z0-9,^\\[\\]:]{0,8})?",
+                "--(no-)?(tree|cpu-cap|external|inherit-fd|ghost-limit|exec-cmd|verbosity|close)=?.{0,6}",
+                ".{0,8}",
+            ], 0..6))
+        {
+            let words = words.into_iter().chain(["--no-default-config".to_owned()]).map(OsString::from).collect();
+            if let Err(error) = plan(words) {
+                prop_assert!(!error.to_string().is_empty());
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `crtool restore`.
+
+use std::{
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::process::CommandExt as _,
+    },
+    process::Command,
+};
+
+use anyhow::Context as _;
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::wait::{WaitStatus, waitpid},
+    unistd::Pid,
+};
+
+use super::report;
+use crate::{
+    exit::{Exit, Incomplete},
+    interrupt,
+    settings::{ReportSettings, RestoreSettings},
+    stats::RestoreStats,
+    sys,
+};
+
+/// Restores a tree and, unless detached, stays as its parent until its root ends.
+pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result<Exit> {
+    interrupt::watch().context("hold back of signals")?;
+    let restored = crate::restore::restore(settings)
+        .with_context(|| format!("restore from {}", settings.common.images_dir.display()))?;
+    done(settings, report, restored.root, &restored.stats)
+}
+
+/// What remains when the tree with root `root` runs.
+pub fn done(
+    settings: &RestoreSettings,
+    report: ReportSettings,
+    root: Pid,
+    stats: &RestoreStats,
+) -> anyhow::Result<Exit> {
+    const RUNS: Incomplete = Incomplete("the tree is restored and runs");
+    if let Err(error) = stats.write(&settings.common.work_dir) {
+        tracing::warn!("{:#}", anyhow::Error::from(error));
+    }
+    if report.display_stats {
+        report::display(stats);
+    }
+    report::ready(report.status_fd).context(RUNS)?;
+    tracing::info!("Restore finished successfully. Tasks resumed.");
+    if let Some([program, arguments @ ..]) = settings.exec_cmd.as_deref() {
+        let error = Command::new(program).args(arguments).exec();
+        return Err(error).with_context(|| format!("exec of {}", program.display())).context(RUNS);
+    }
+    if settings.detached {
+        return Ok(Exit::Success);
+    }
+    // Opened while it is our child and not reaped: it cannot be anybody else.
+    let pidfd = sys::pidfd::open(root.as_raw(), 0)
+        .with_context(|| format!("wait for restored root {root}"))
+        .context(RUNS)?;
+    wait(root, pidfd.as_fd()).with_context(|| format!("wait for restored root {root}"))
+}
+
+/// Waits for the end of a child, or for a signal that tells us to stop waiting.
+fn wait(root: Pid, pidfd: BorrowedFd<'_>) -> anyhow::Result<Exit> {
+    let signals = interrupt::watch()?;
+    loop {
+        let mut fds =
+            [PollFd::new(pidfd, PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if fds.first().and_then(PollFd::any) == Some(true) {
+            break;
+        }
+        if let Err(interrupted) = interrupt::check() {
+            tracing::warn!("{interrupted}; the restored tree runs on");
+            return Ok(Exit::Tree(death(interrupted.signal)));
+        }
+    }
+    match waitpid(root, None)? {
+        WaitStatus::Exited(_, status) => {
+            // The kernel keeps eight bits of it.
+            Ok(Exit::Tree(u8::try_from(status & 0xff).unwrap_or(1)))
+        }
+        WaitStatus::Signaled(_, signal, _) => Ok(Exit::Tree(death(signal))),
+        other => anyhow::bail!("it neither exited nor died: {other:?}"),
+    }
+}
+
+/// The shell's way to tell a signal.
+fn death(signal: nix::sys::signal::Signal) -> u8 {
+    u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[expect(clippy::zombie_processes, reason = "what is tested waits for it")]
+    fn waited(script: &str) -> Exit {
+        let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let mut settings = RestoreSettings::new(std::path::Path::new("."));
+        let dir = tempfile::tempdir().unwrap();
+        settings.common.work_dir = dir.path().to_owned();
+        done(&settings, ReportSettings::default(), pid, &RestoreStats::default()).unwrap()
+    }
+
+    #[test]
+    fn status_of_the_tree() {
+        assert_eq!(waited("exit 0"), Exit::Tree(0));
+        assert_eq!(waited("sleep 0.05; exit 7"), Exit::Tree(7));
+        assert_eq!(waited("kill -KILL $$"), Exit::Tree(137));
+    }
+}

@@ -1,0 +1,134 @@
+//! What only a task itself can tell, asked by one list for each thread.
+
+use anyhow::{Context, Result};
+
+use super::tree::Process;
+use crate::{
+    finding::Finding,
+    image::pb,
+    task::{self, ProcessInside, ThreadInside},
+    tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError},
+};
+
+/// Room in the area for the runner and the process part, and for each thread (frame, list, results).
+const AREA_BASE: usize = 64 << 10;
+const AREA_PER_THREAD: usize = 8 << 10;
+
+/// What a process told.
+#[derive(Debug)]
+pub(super) struct Inside {
+    pub(super) process: ProcessInside,
+    /// In the order of [`Process::threads`].
+    pub(super) threads: Vec<ThreadInside>,
+    /// A `syscall` instruction of the process itself.
+    pub(super) exit_gadget: RemoteAddr,
+}
+
+/// Runs the queries in all threads of a process. `None`: nothing may be run in it, see `findings`.
+pub(super) fn look(
+    process: &Process,
+    cache: &mut GadgetCache,
+    check: &dyn Fn() -> Result<(), TraceError>,
+    findings: &mut Vec<Finding>,
+) -> Result<Option<Inside>> {
+    let pid = process.pid;
+    let mut clean = true;
+    for thread in &process.threads {
+        if let Some((what, reason, hint)) = unfit(pid, thread)? {
+            let what = if thread.tid() == pid {
+                what.to_owned()
+            } else {
+                format!("thread {}: {what}", thread.tid())
+            };
+            findings.push(Finding { pid, what, reason: reason.into(), hint: hint.into() });
+            clean = false;
+        }
+    }
+    if !clean {
+        return Ok(None);
+    }
+    let agent = process.agent().context("no thread is alive")?;
+    let all: Vec<&Thread> = process.threads.iter().collect();
+    let frame = agent.xstate.len() * 2;
+    let len = (AREA_BASE + all.len() * (AREA_PER_THREAD + frame)).next_multiple_of(4096);
+    let timers = task::posix_timer_ids(pid)?;
+    let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
+    let mut jobs = Vec::with_capacity(all.len());
+    let mut queries = Vec::with_capacity(all.len());
+    let mut process_queries = None;
+    for thread in &all {
+        let mut list = List::new(format!("queries of thread {}", thread.tid()));
+        queries.push(task::thread_queries(&mut list));
+        if process_queries.is_none() {
+            process_queries = Some(task::process_queries(&mut list, &timers));
+        }
+        jobs.push((*thread, list));
+    }
+    let placed = injection.run(&jobs)?;
+    let area = injection.area()?;
+    let mut threads = Vec::with_capacity(all.len());
+    for (queries, placed) in queries.iter().zip(&placed) {
+        threads.push(queries.read(area, placed)?);
+    }
+    let process_part =
+        process_queries.context("no queries")?.read(area, placed.first().context("no list")?)?;
+    let exit_gadget = injection.own_syscall();
+    injection.leave()?;
+    Ok(Some(Inside { process: process_part, threads, exit_gadget }))
+}
+
+/// Why nothing can be run in a thread.
+fn unfit(pid: i32, thread: &Thread) -> Result<Option<(&'static str, &'static str, &'static str)>> {
+    const CS_32BIT: u64 = 0x23;
+    if thread.regs.cs == CS_32BIT {
+        return Ok(Some(("32-bit code", "tasks in compatibility mode are not supported yet", "")));
+    }
+    let status = crate::tracee::read_status(pid, thread.tid())?;
+    if status.seccomp.unwrap_or(0) != 0 && !thread.seccomp_suspended {
+        return Ok(Some((
+            "seccomp",
+            "its filters cannot be suspended and would kill it",
+            "run crtool with CAP_SYS_ADMIN and outside of seccomp",
+        )));
+    }
+    if status.x86_thread_features.iter().any(|f| f == b"shstk") {
+        return Ok(Some((
+            "shadow stack",
+            "not supported yet",
+            "start it without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
+        )));
+    }
+    if crate::sys::ptrace::syscall_user_dispatch_mode(thread.tid()).unwrap_or(0) != 0 {
+        return Ok(Some(("syscall user dispatch", "not supported yet", "")));
+    }
+    Ok(None)
+}
+
+/// The core image of a leader that has exited: a thread that will exit again as soon as it runs. The
+/// format knows no dead threads, and this is the same for whoever restores it.
+pub(super) fn dead_leader(
+    process: &Process,
+    like: &pb::CoreEntry,
+    syscall: RemoteAddr,
+) -> Result<pb::CoreEntry> {
+    let bytes = std::fs::read(format!("/proc/{0}/task/{0}/stat", process.pid))?;
+    let stat = crate::proc::stat::parse(&bytes)?;
+    let mut core = like.clone();
+    if let Some(info) = core.thread_info.as_mut() {
+        info.clear_tid_addr = 0;
+        let regs = &mut info.gpregs;
+        regs.ax = libc::SYS_exit.cast_unsigned();
+        regs.orig_ax = u64::MAX;
+        regs.di = u64::from((stat.exit_code.cast_unsigned() >> 8) & 0xff);
+        regs.ip = syscall.0;
+    }
+    if let Some(thread) = core.thread_core.as_mut() {
+        thread.futex_rla = 0;
+        thread.pdeath_sig = None;
+        thread.signals_p = Some(pb::SignalQueueEntry::default());
+        thread.blk_sigset = Some(u64::MAX);
+        thread.rseq_entry = None;
+        thread.comm = Some(stat.comm);
+    }
+    Ok(core)
+}

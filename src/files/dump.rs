@@ -1,0 +1,397 @@
+//! Open files of a tree that is dumped: every description once.
+
+use std::{
+    cell::OnceCell,
+    collections::HashMap,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    dir::Dir,
+    fcntl::{OFlag, open, openat, readlinkat},
+    sys::stat::{Mode, fstat},
+};
+
+use super::{
+    DumpCx, DumpTable, DumpTables, DumpedFd, FdView, FileError, KINDS, Place, Stat,
+    kind::Kind,
+    locks,
+    path::bytes_of,
+    refused::{self, Refusal},
+    remap::Remaps,
+    view::Source,
+};
+use crate::{
+    finding::Finding,
+    image::{ImageKind, Store, TypedStore, pb},
+    proc::{fdinfo, fdinfo::Fdinfo, status},
+    settings::DumpSettings,
+    sys::{Errno, kcmp},
+};
+
+/// What two descriptors of one description have in common, read cheaply.
+type Key = (u64, u64, u32, i64);
+
+/// A description that was met, under the first descriptor that showed it.
+#[derive(Debug)]
+struct Known {
+    pid: i32,
+    fd: i32,
+    /// `None` when it was refused.
+    id: Option<u32>,
+}
+
+/// One object that is no descriptor (mapped, exe, cwd, root): device, inode, writable, path.
+type ObjectKey = (u64, u64, bool, Vec<u8>);
+
+/// The open files of a tree while it is dumped.
+#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+pub struct FilesDump<'a> {
+    pub(super) cx: DumpCx<'a>,
+    tables: DumpTables,
+    /// In the order of `files.img`.
+    entries: Vec<pb::FileEntry>,
+    /// Where an id is in `entries`.
+    entry_of: HashMap<u32, usize>,
+    /// One descriptor of each description.
+    places: HashMap<u32, Place>,
+    known: HashMap<Key, Vec<Known>>,
+    objects: HashMap<ObjectKey, Option<u32>>,
+}
+
+impl<'a> FilesDump<'a> {
+    /// To judge a tree that runs: finds what a dump would, touches and writes nothing.
+    pub fn of_running(store: &'a dyn Store, settings: &'a DumpSettings) -> Self {
+        let mut this = Self::new(store, settings);
+        this.cx.frozen = false;
+        this
+    }
+
+    /// Nothing is read or written yet.
+    pub fn new(store: &'a dyn Store, settings: &'a DumpSettings) -> Self {
+        Self {
+            cx: DumpCx::new(store, settings),
+            tables: DumpTables::default(),
+            entries: Vec::new(),
+            entry_of: HashMap::new(),
+            places: HashMap::new(),
+            known: HashMap::new(),
+            objects: HashMap::new(),
+        }
+    }
+
+    /// Reads one descriptor table. `pid` is a frozen task that uses it (a thread's id when the leader has exited) and
+    /// `pidfd` is of that task. Call it once per table; what cannot be saved goes to `findings`.
+    pub fn table(
+        &mut self,
+        pid: i32,
+        files_id: u32,
+        pidfd: BorrowedFd<'_>,
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), FileError> {
+        let links = open_dir(&pid.to_string(), "fd")?;
+        let numbers = numbers(&links)?;
+        self.descriptors(pid, files_id, pidfd, &numbers, findings)
+    }
+
+    /// Reads the descriptors `numbers` of a table.
+    pub(super) fn descriptors(
+        &mut self,
+        pid: i32,
+        files_id: u32,
+        pidfd: BorrowedFd<'_>,
+        numbers: &[i32],
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), FileError> {
+        let mut fds = Vec::new();
+        let infos = open_dir(&pid.to_string(), "fdinfo")?;
+        let ours = open_dir("self", "fd")?;
+        let mut text = Vec::with_capacity(4096);
+        for &fd in numbers {
+            let here = |source: FileError, link: &[u8]| FileError::Fd {
+                pid,
+                fd,
+                link: String::from_utf8_lossy(link).into_owned(),
+                source: Box::new(source),
+            };
+            let file = crate::sys::pidfd::getfd(pidfd, fd)
+                .map_err(|e| here(FileError::sys("fetch the descriptor")(e), b""))?;
+            // Our own copy has the same number every time, which /proc answers several times faster than the task's.
+            let link = match readlinkat(&ours, file.as_raw_fd().to_string().as_str()) {
+                Ok(link) => bytes_of(link),
+                Err(Errno::ENAMETOOLONG) => {
+                    findings.push(Finding {
+                        pid,
+                        what: format!("fd {fd}"),
+                        reason: "the path of the file is longer than 4 KiB".into(),
+                        hint: String::new(),
+                    });
+                    continue;
+                }
+                Err(e) => return Err(here(FileError::sys("read the link of")(e), b"")),
+            };
+            read_at(&infos, &fd.to_string(), &mut text).map_err(|e| here(e, &link))?;
+            let info = fdinfo::parse(&text).map_err(|e| here(e.into(), &link))?;
+            let stat = fstat(&file).map_err(|e| here(FileError::sys("stat the descriptor")(e), &link))?;
+            let view = FdView {
+                pid,
+                fd,
+                link: &link,
+                info: &info,
+                stat: Stat::new(&stat),
+                source: Source::Task(pidfd),
+                fetched: OnceCell::from(file),
+            };
+            if let Some(id) = self.description(&view, findings).map_err(|e| here(e, &link))? {
+                let (dev, ino) = (view.stat.dev, view.stat.ino);
+                let cloexec = info.flags & libc::O_CLOEXEC.cast_unsigned() != 0;
+                fds.push(DumpedFd { fd, id, cloexec, dev, ino, locks: info.locks });
+            }
+        }
+        self.tables.0.push(DumpTable { files_id, pid, fds });
+        Ok(())
+    }
+
+    /// The id of the description behind `view`; `None` when it was refused.
+    fn description(
+        &mut self,
+        view: &FdView<'_>,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Option<u32>, FileError> {
+        let key = (view.stat.dev, view.stat.ino, view.flags(), view.info.pos);
+        let place = match self.known.get(&key) {
+            None => 0,
+            Some(known) => {
+                // A plain search by hand: comparing may fail.
+                let (mut low, mut high) = (0, known.len());
+                while low < high {
+                    let middle = usize::midpoint(low, high);
+                    let Some(other) = known.get(middle) else { break };
+                    let order = kcmp::kcmp(
+                        other.pid,
+                        view.pid,
+                        kcmp::Kind::File,
+                        u64::from(other.fd.cast_unsigned()),
+                        u64::from(view.fd.cast_unsigned()),
+                    )
+                    .map_err(FileError::sys("compare descriptors (kcmp)"))?;
+                    match order {
+                        std::cmp::Ordering::Equal => return Ok(other.id),
+                        std::cmp::Ordering::Less => low = middle + 1,
+                        std::cmp::Ordering::Greater => high = middle,
+                    }
+                }
+                low
+            }
+        };
+        let id = self.take(view, findings)?;
+        let known = Known { pid: view.pid, fd: view.fd, id };
+        self.known.entry(key).or_default().insert(place, known);
+        if let Some(id) = id {
+            self.places.insert(id, Place { pid: view.pid, fd: view.fd });
+        }
+        Ok(id)
+    }
+
+    /// Dumps what `view` shows.
+    fn take(&mut self, view: &FdView<'_>, findings: &mut Vec<Finding>) -> Result<Option<u32>, FileError> {
+        let mut finding = |reason: String, hint: String| {
+            let what = if view.fd >= 0 {
+                format!("fd {} ({})", view.fd, view.link_text())
+            } else {
+                view.link_text()
+            };
+            findings.push(Finding { pid: view.pid, what, reason, hint });
+        };
+        let refused = |rows: &'static [Refusal]| rows.iter().find(|row| row.owns(view));
+        if let Some(row) = refused(refused::FIRST) {
+            finding(format!("{}: {}", row.name, row.reason), row.hint.to_owned());
+            return Ok(None);
+        }
+        let Some(kind) = KINDS.iter().find(|kind| (kind.owns)(view)) else {
+            match refused(refused::LAST) {
+                Some(row) => finding(format!("{}: {}", row.name, row.reason), row.hint.to_owned()),
+                None => finding("a kind of file that is not known".to_owned(), String::new()),
+            }
+            return Ok(None);
+        };
+        let id = self.cx.next_id();
+        let made = (kind.dump)(&mut self.cx, view, id);
+        let extra = std::mem::take(&mut self.cx.extra);
+        match made {
+            Ok(entry) => {
+                for entry in extra.into_iter().chain([entry]) {
+                    self.entry_of.insert(entry.id, self.entries.len());
+                    self.entries.push(entry);
+                }
+                Ok(Some(id))
+            }
+            Err(FileError::Unsupported { reason, hint }) => {
+                finding(reason.into_owned(), hint.into_owned());
+                Ok(None)
+            }
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The id of a file that no descriptor stands for: mapped, executed, current or root directory. `file` is any
+    /// descriptor of it (O_PATH will do), `link` what /proc shows. `writable` makes the entry one for shared writable
+    /// mappings. The same file gets the same id. `None`: refused, see `findings`.
+    pub fn file_for(
+        &mut self,
+        pid: i32,
+        link: &[u8],
+        file: BorrowedFd<'_>,
+        writable: bool,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Option<u32>, FileError> {
+        let stat = Stat::new(&fstat(file).map_err(FileError::path("stat", link))?);
+        let key = (stat.dev, stat.ino, writable, link.to_vec());
+        if let Some(id) = self.objects.get(&key) {
+            return Ok(*id);
+        }
+        let flags = if writable { libc::O_RDWR } else { libc::O_RDONLY };
+        let info = Fdinfo { flags: flags.cast_unsigned(), ..Fdinfo::default() };
+        let view = FdView {
+            pid,
+            fd: -1,
+            link,
+            info: &info,
+            stat,
+            source: Source::Ours(file),
+            fetched: OnceCell::new(),
+        };
+        let id = self.take(&view, findings)?;
+        self.objects.insert(key, id);
+        Ok(id)
+    }
+
+    /// As [`Self::file_for`] for `exe`, `cwd` or `root` of a task.
+    pub fn link_of_task(
+        &mut self,
+        pid: i32,
+        name: &'static str,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Option<u32>, FileError> {
+        let path = format!("/proc/{pid}/{name}");
+        let link = nix::fcntl::readlink(path.as_str())
+            .map(bytes_of)
+            .map_err(FileError::path("read the link", path.as_bytes()))?;
+        let file = open(path.as_str(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(FileError::path("open", path.as_bytes()))?;
+        self.file_for(pid, &link, file.as_fd(), false, findings)
+    }
+
+    /// Current directory, root and umask of a task: its `fs-PID.img`. `None`: refused, see `findings`.
+    pub fn fs(&mut self, pid: i32, findings: &mut Vec<Finding>) -> Result<Option<pb::FsEntry>, FileError> {
+        let path = format!("/proc/{pid}/status");
+        let text = std::fs::read(&path).map_err(|e| {
+            FileError::path("read", path.as_bytes())(Errno::from_raw(e.raw_os_error().unwrap_or(0)))
+        })?;
+        let umask = status::parse(&text)?.umask;
+        let cwd = self.link_of_task(pid, "cwd", findings)?;
+        let root = self.link_of_task(pid, "root", findings)?;
+        Ok(cwd.zip(root).map(|(cwd_id, root_id)| pb::FsEntry { cwd_id, root_id, umask }))
+    }
+
+    /// The tables read so far.
+    pub fn tables(&self) -> &DumpTables {
+        &self.tables
+    }
+
+    /// Completes all entries and, when nothing was found that cannot be saved, writes all images of files.
+    pub fn finish(&mut self, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+        for entry in &mut self.entries {
+            let Some(at) = self.places.get(&entry.id).copied() else { continue };
+            let Some(kind) = kind_of(entry) else { continue };
+            match (kind.complete)(&mut self.cx, &self.tables, entry, at) {
+                Ok(()) => {}
+                Err(FileError::Unsupported { reason, hint }) => findings.push(Finding {
+                    pid: at.pid,
+                    what: format!("fd {} ({})", at.fd, kind.name),
+                    reason: reason.into_owned(),
+                    hint: hint.into_owned(),
+                }),
+                Err(source) => {
+                    return Err(FileError::File { id: entry.id, kind: kind.name, source: Box::new(source) });
+                }
+            }
+        }
+        locks::finish_dump(&mut self.cx, &self.tables, findings)?;
+        if !findings.is_empty() || !self.cx.frozen {
+            return Ok(());
+        }
+        for kind in KINDS {
+            (kind.finish_dump)(&mut self.cx)?;
+        }
+        self.cx.store.write_all(ImageKind::Files, None, &self.entries)?;
+        for table in &self.tables.0 {
+            let fds = table.fds.iter().map(|fd| pb::FdinfoEntry {
+                id: fd.id,
+                flags: if fd.cloexec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
+                r#type: self
+                    .entry_of
+                    .get(&fd.id)
+                    .and_then(|at| self.entries.get(*at))
+                    .map_or(0, |entry| entry.r#type),
+                fd: fd.fd.cast_unsigned(),
+                ..Default::default()
+            });
+            let fds: Vec<_> = fds.collect();
+            self.cx.store.write_all(ImageKind::Fdinfo, u64::from(table.files_id), &fds)?;
+        }
+        Ok(())
+    }
+
+    /// The dump succeeded: hard links made for it stay. Without this they are removed when the value is dropped.
+    pub fn commit(mut self) {
+        self.cx.state::<Remaps>().keep();
+    }
+}
+
+/// The row that an entry of an image belongs to.
+pub(super) fn kind_of(entry: &pb::FileEntry) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| i32::from(kind.r#type) == entry.r#type)
+}
+
+/// A directory of a task under /proc.
+fn open_dir(pid: &str, name: &str) -> Result<OwnedFd, FileError> {
+    let path = format!("/proc/{pid}/{name}");
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(path.as_str(), flags, Mode::empty()).map_err(FileError::path("open", path.as_bytes()))
+}
+
+/// The numbers in a directory of numbers, in order.
+fn numbers(dir: &OwnedFd) -> Result<Vec<i32>, FileError> {
+    let copy = dir.try_clone().map_err(|_| FileError::sys("list descriptors")(Errno::last()))?;
+    let mut all = Vec::new();
+    for entry in Dir::from_fd(copy).map_err(FileError::sys("list descriptors"))?.iter() {
+        let entry = entry.map_err(FileError::sys("list descriptors"))?;
+        if let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+            all.push(number);
+        }
+    }
+    all.sort_unstable();
+    Ok(all)
+}
+
+/// Reads a whole file of /proc into `text`, replacing what is there.
+fn read_at(dir: &OwnedFd, name: &str, text: &mut Vec<u8>) -> Result<(), FileError> {
+    let file = openat(dir, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(FileError::sys("open fdinfo"))?;
+    text.clear();
+    let mut piece = [0u8; 4096];
+    loop {
+        match nix::unistd::read(&file, &mut piece) {
+            // The kernel prints all at once: what comes short is the end.
+            Ok(len) => {
+                text.extend_from_slice(piece.get(..len).unwrap_or_default());
+                if len < piece.len() {
+                    return Ok(());
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(FileError::sys("read fdinfo")(e)),
+        }
+    }
+}

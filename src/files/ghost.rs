@@ -1,0 +1,317 @@
+//! Ghosts: files without any name, whose content travels with the images.
+//!
+//! Saved once per inode in `ghost-file-N.img`: type, owner, mode, times, target of a symbolic link, and the content of a
+//! regular file, with its holes. At restore the file is made again under its old name if nobody has it (so /proc shows
+//! the same path), else under another one beside it, and the name is removed at once. Directories that are gone are
+//! made for that moment only.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::fd::{AsRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags, OFlag, open as open_path},
+    sys::{
+        stat::{Mode, SFlag, UtimensatFlags, lstat, mknod, utimensat},
+        time::TimeSpec,
+    },
+    unistd::{Gid, Uid, Whence, fchownat, lseek},
+};
+
+use super::{
+    DumpCx, FdView, FileError, RestoreCx, device,
+    path::{readable, split, to_path},
+};
+use crate::{
+    image::{ImageKind, ImageReader, ImageWriter, TypedStore, pb},
+    sys::Errno,
+};
+
+/// Content is copied in pieces of this size.
+const PIECE: usize = 256 << 10;
+/// Alternative names tried at restore, before giving up.
+const NAMES: u32 = 1000;
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// Device number as CRIU stores it: 12 bits major, 20 bits minor.
+fn kernel_dev(dev: u64) -> u32 {
+    (libc::major(dev) << 20) | (libc::minor(dev) & 0xf_ffff)
+}
+
+/// Writes `ghost-file-ID.img`.
+pub(super) fn dump(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<(), FileError> {
+    let stat = &fd.stat;
+    let regular = stat.kind() == libc::S_IFREG;
+    let in_use = stat.blocks.saturating_mul(512);
+    if regular && in_use > cx.settings.ghost_limit {
+        return Err(FileError::unsupported(
+            format!("it is deleted and has {in_use} bytes, more than may travel with the images"),
+            format!("--ghost-limit {in_use} allows it"),
+        ));
+    }
+    let time = |(seconds, nanoseconds): (i64, i64)| pb::Timeval {
+        tv_sec: seconds.cast_unsigned(),
+        tv_usec: (nanoseconds / 1000).cast_unsigned(),
+    };
+    let mut entry = pb::GhostFileEntry {
+        uid: stat.uid,
+        gid: stat.gid,
+        mode: stat.mode,
+        dev: Some(kernel_dev(stat.dev)),
+        ino: Some(stat.ino),
+        atim: Some(time(stat.atime)),
+        mtim: Some(time(stat.mtime)),
+        ..Default::default()
+    };
+    match stat.kind() {
+        libc::S_IFREG => {
+            if in_use < stat.size {
+                entry.chunks = Some(true);
+                entry.size = Some(stat.size);
+            }
+        }
+        libc::S_IFCHR if device::is_simple(stat.rdev) => {
+            entry.rdev = u32::try_from(stat.rdev).ok();
+        }
+        libc::S_IFLNK => entry.symlnk_target = Some(link_target(fd)?),
+        libc::S_IFDIR | libc::S_IFIFO => {}
+        _ => return Err(FileError::unsupported("a deleted file of this type cannot be made again", "")),
+    }
+    let mut image = cx.store.create(ImageKind::GhostFile, u64::from(id))?;
+    image.entry(&entry)?;
+    if regular && stat.size > 0 {
+        let file = readable(fd.file()?).map_err(FileError::sys("read a deleted file"))?;
+        if entry.chunks == Some(true) {
+            dump_chunks(&file, &mut image)?;
+        } else {
+            lseek(&file, 0, Whence::SeekSet).map_err(FileError::sys("read a deleted file"))?;
+            copy_out(&mut File::from(file).take(stat.size), &mut image)?;
+        }
+    }
+    image.finish()?;
+    Ok(())
+}
+
+fn link_target(fd: &FdView<'_>) -> Result<Vec<u8>, FileError> {
+    nix::fcntl::readlinkat(fd.file()?, "")
+        .map(super::path::bytes_of)
+        .map_err(FileError::sys("read a deleted symbolic link"))
+}
+
+/// Parts that hold data, each with where it belongs.
+fn dump_chunks(file: &OwnedFd, image: &mut ImageWriter) -> Result<(), FileError> {
+    let failed = FileError::sys;
+    let mut at = 0i64;
+    loop {
+        let data = match lseek(file, at, Whence::SeekData) {
+            Ok(data) => data,
+            Err(Errno::ENXIO) => return Ok(()),
+            Err(e) => return Err(failed("find data in a deleted file")(e)),
+        };
+        let hole = lseek(file, data, Whence::SeekHole).map_err(failed("find holes in a deleted file"))?;
+        let chunk = pb::GhostChunkEntry { off: data.cast_unsigned(), len: (hole - data).cast_unsigned() };
+        image.entry(&chunk)?;
+        lseek(file, data, Whence::SeekSet).map_err(failed("read a deleted file"))?;
+        let copy = file.try_clone().map_err(|e| failed("read a deleted file")(errno(&e)))?;
+        copy_out(&mut File::from(copy).take(chunk.len), image)?;
+        at = hole;
+    }
+}
+
+/// Appends all that `from` gives; less than its limit means that the file shrank while the task was frozen.
+fn copy_out(from: &mut io::Take<File>, image: &mut ImageWriter) -> Result<(), FileError> {
+    let mut piece = vec![0u8; PIECE.min(usize::try_from(from.limit()).unwrap_or(PIECE))];
+    while from.limit() > 0 {
+        let got = from.read(&mut piece).map_err(|e| FileError::sys("read a deleted file")(errno(&e)))?;
+        if got == 0 {
+            return Err(FileError::sys("read a deleted file that became shorter")(Errno::EIO));
+        }
+        image.extra(piece.get(..got).unwrap_or_default())?;
+    }
+    Ok(())
+}
+
+/// Removes a name when dropped.
+#[derive(Debug)]
+struct Temporary {
+    path: PathBuf,
+    dir: bool,
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = if self.dir { std::fs::remove_dir(&self.path) } else { std::fs::remove_file(&self.path) };
+    }
+}
+
+/// Makes the file of `ghost-file-ID.img` again. The result is an O_PATH descriptor of a file without a name.
+pub(super) fn open(cx: &mut RestoreCx<'_>, name: &[u8], id: u32) -> Result<OwnedFd, FileError> {
+    let Some(mut image) = cx.store.open(ImageKind::GhostFile, u64::from(id))? else {
+        return Err(FileError::entry(id, "the image of a deleted file is not there"));
+    };
+    let Some(entry) = image.next_entry::<pb::GhostFileEntry>()? else {
+        return Err(FileError::entry(id, "the image of a deleted file is empty"));
+    };
+    let failed = |action: &'static str| FileError::path(action, name);
+    // Innermost last, so it is removed first: fields and elements drop in order, so it is reversed below.
+    let mut parents = make_parents(name)?;
+    let made = make(&entry, name, id)?;
+    let object = open_path(&made.path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(failed("open the deleted file made at"))?;
+    // The name goes at once: a restore that is killed leaves none. Only a symbolic link cannot do without.
+    let made = Some(made).filter(|_| entry.mode & libc::S_IFMT == libc::S_IFLNK);
+    if made.is_none() {
+        while let Some(parent) = parents.pop() {
+            drop(parent);
+        }
+    }
+    if entry.mode & libc::S_IFMT == libc::S_IFREG {
+        fill(&object, &entry, image, name)?;
+    }
+    let owner = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
+    fchownat(&object, "", owner.0, owner.1, AtFlags::AT_EMPTY_PATH)
+        .map_err(failed("set the owner of the deleted file"))?;
+    if entry.mode & libc::S_IFMT != libc::S_IFLNK {
+        let through = format!("/proc/self/fd/{}", object.as_raw_fd());
+        nix::sys::stat::fchmodat(
+            AT_FDCWD,
+            through.as_str(),
+            Mode::from_bits_truncate(entry.mode & 0o7777),
+            nix::sys::stat::FchmodatFlags::FollowSymlink,
+        )
+        .map_err(failed("set the mode of the deleted file"))?;
+    }
+    let time = |t: Option<pb::Timeval>| match t {
+        Some(t) => TimeSpec::new(t.tv_sec.cast_signed(), (t.tv_usec.min(999_999) * 1000).cast_signed()),
+        None => TimeSpec::UTIME_OMIT,
+    };
+    let (atim, mtim) = (time(entry.atim), time(entry.mtim));
+    match &made {
+        Some(made) => utimensat(AT_FDCWD, &made.path, &atim, &mtim, UtimensatFlags::NoFollowSymlink),
+        None => {
+            let through = format!("/proc/self/fd/{}", object.as_raw_fd());
+            utimensat(AT_FDCWD, through.as_str(), &atim, &mtim, UtimensatFlags::FollowSymlink)
+        }
+    }
+    .map_err(failed("set the times of the deleted file"))?;
+    drop(made);
+    while let Some(parent) = parents.pop() {
+        drop(parent);
+    }
+    Ok(object)
+}
+
+/// Makes the directories on the way to `name` that are not there; outermost first.
+fn make_parents(name: &[u8]) -> Result<Vec<Temporary>, FileError> {
+    let mut missing = Vec::new();
+    let mut dir =
+        split(name).map(|(dir, _)| dir).ok_or_else(|| FileError::path("use", name)(Errno::EINVAL))?;
+    while lstat(to_path(dir)) == Err(Errno::ENOENT) {
+        missing.push(to_path(dir).to_owned());
+        let Some((up, _)) = split(dir) else { break };
+        dir = up;
+    }
+    let mut made = Vec::new();
+    for path in missing.into_iter().rev() {
+        if let Err(e) = nix::unistd::mkdir(&path, Mode::S_IRWXU) {
+            while let Some(parent) = made.pop() {
+                drop::<Temporary>(parent);
+            }
+            return Err(FileError::Path { action: "make the directory", path, source: e });
+        }
+        made.push(Temporary { path, dir: true });
+    }
+    Ok(made)
+}
+
+/// Makes an empty file of the right type, under `name` or beside it.
+fn make(entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<Temporary, FileError> {
+    for attempt in 0..NAMES {
+        let mut path = to_path(name).as_os_str().to_owned();
+        match attempt {
+            0 => {}
+            1 => path.push(format!(".cr.{id:x}.ghost")),
+            _ => path.push(format!(".cr.{id:x}.{attempt}.ghost")),
+        }
+        match make_at(entry, Path::new(&path), name)? {
+            Ok(()) => {
+                let dir = entry.mode & libc::S_IFMT == libc::S_IFDIR;
+                return Ok(Temporary { path: path.into(), dir });
+            }
+            Err(Errno::EEXIST) => {}
+            // With the suffix the name is too long; a short one will do.
+            Err(e) => return Err(FileError::path("make the deleted file", name)(e)),
+        }
+    }
+    Err(FileError::path("find a free name for the deleted file", name)(Errno::EEXIST))
+}
+
+fn make_at(entry: &pb::GhostFileEntry, path: &Path, name: &[u8]) -> Result<Result<(), Errno>, FileError> {
+    let owner_only = Mode::S_IRUSR | Mode::S_IWUSR;
+    Ok(match entry.mode & libc::S_IFMT {
+        libc::S_IFREG => {
+            let flags =
+                OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            open_path(path, flags, owner_only).map(drop)
+        }
+        libc::S_IFDIR => nix::unistd::mkdir(path, Mode::S_IRWXU),
+        libc::S_IFIFO => nix::unistd::mkfifo(path, owner_only),
+        libc::S_IFLNK => {
+            let target = entry.symlnk_target.as_deref().unwrap_or_default();
+            nix::unistd::symlinkat(to_path(target), AT_FDCWD, path)
+        }
+        libc::S_IFCHR if device::is_simple(u64::from(entry.rdev())) => {
+            mknod(path, SFlag::S_IFCHR, owner_only, u64::from(entry.rdev()))
+        }
+        _ => {
+            return Err(FileError::Changed {
+                path: to_path(name).to_owned(),
+                what: format!("a deleted file of mode {:o} cannot be made again", entry.mode),
+            });
+        }
+    })
+}
+
+/// Writes the content.
+fn fill(
+    object: &OwnedFd,
+    entry: &pb::GhostFileEntry,
+    mut image: ImageReader,
+    name: &[u8],
+) -> Result<(), FileError> {
+    let failed = |e: io::Error| FileError::path("write the deleted file", name)(errno(&e));
+    let through = format!("/proc/self/fd/{}", object.as_raw_fd());
+    let mut file = File::options().write(true).open(through).map_err(failed)?;
+    if entry.chunks != Some(true) {
+        let (content, left) = image.into_payload()?;
+        let copied = io::copy(&mut content.take(left), &mut file).map_err(failed)?;
+        if copied != left {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        return Ok(());
+    }
+    let size = entry.size();
+    file.set_len(size).map_err(failed)?;
+    while let Some(chunk) = image.next_entry::<pb::GhostChunkEntry>()? {
+        if chunk.off.checked_add(chunk.len).is_none_or(|end| end > size) {
+            return Err(FileError::Changed {
+                path: image.path().to_owned(),
+                what: "a piece of the content lies behind the end of the file".into(),
+            });
+        }
+        file.seek(SeekFrom::Start(chunk.off)).map_err(failed)?;
+        let mut left = chunk.len;
+        while left > 0 {
+            let piece = image.extra(left.min(PIECE as u64))?;
+            left -= piece.len() as u64;
+            file.write_all(&piece).map_err(failed)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,283 @@
+//! Files whose name is gone.
+//!
+//! Three ways, told apart by stat and never by the text ` (deleted)`:
+//! - no name left at all (nlink 0): the file travels with the images as a ghost, see `ghost.rs`;
+//! - names left elsewhere: a hard link `link_remap.N` is made beside the old name (`--link-remap`), and opened at restore;
+//! - a file of /proc whose task is gone: at restore a task gets that pid for the moment of opening, see `procfs.rs`.
+//!
+//! `remap-fpath.img` says which file of `files.img` is to be had in which way.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+};
+
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    sys::stat::lstat,
+    unistd::linkat,
+};
+
+use super::{
+    DumpCx, FdView, FileError, RestoreCx, Stat, ghost,
+    path::{DELETED, proc_pid, split, to_path},
+    regular::look_up,
+};
+use crate::{
+    image::{ImageKind, TypedStore, pb},
+    sys::Errno,
+};
+
+/// What is remembered of remapped files while a tree is dumped.
+#[derive(Debug, Default)]
+pub(super) struct Remaps {
+    /// Of `remap-fpath.img`.
+    entries: Vec<pb::RemapFilePathEntry>,
+    /// Ghosts by device and inode.
+    ghosts: HashMap<(u64, u64), u32>,
+    /// Entries of linked files by device and inode.
+    linked: HashMap<(u64, u64), u32>,
+    /// Hard links made by us.
+    links: Vec<PathBuf>,
+}
+
+impl Remaps {
+    /// The links made belong to the images now.
+    pub(super) fn keep(&mut self) {
+        self.links.clear();
+    }
+}
+
+impl Drop for Remaps {
+    fn drop(&mut self) {
+        for link in &self.links {
+            let _ = std::fs::remove_file(link);
+        }
+    }
+}
+
+/// The name to store for the file, and what it takes to find it at restore. `id` is that of its entry.
+pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<u8>, FileError> {
+    let base = fd.link.strip_suffix(DELETED);
+    if fd.stat.nlink > 0 {
+        if is_at(fd, fd.link) {
+            return Ok(fd.link.to_vec());
+        }
+        if let Some(base) = base
+            && is_at(fd, base)
+        {
+            return Ok(base.to_vec());
+        }
+    }
+    if let Some(pid) = dead_task(fd, base.unwrap_or(fd.link)) {
+        let pid = pid.cast_unsigned();
+        cx.state::<Remaps>().entries.push(remap(id, pid, pb::RemapType::Procfs));
+        return Ok(base.unwrap_or(fd.link).to_vec());
+    }
+    let deleted_dir = fd.stat.kind() == libc::S_IFDIR && base.is_some();
+    if fd.stat.nlink == 0 || deleted_dir {
+        let remap_id = ghost(cx, fd)?;
+        cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Ghost));
+        return Ok(base.unwrap_or(fd.link).to_vec());
+    }
+    let Some(base) = base else {
+        return Err(FileError::unsupported(
+            "another file is found at its path",
+            "it may be mounted over, on a file system that was unmounted, or outside of this root directory",
+        ));
+    };
+    let remap_id = linked(cx, fd, base)?;
+    cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Linked));
+    Ok(base.to_vec())
+}
+
+/// Writes `remap-fpath.img`, if there is anything to tell.
+pub(super) fn write(cx: &mut DumpCx<'_>) -> Result<(), FileError> {
+    let entries = std::mem::take(&mut cx.state::<Remaps>().entries);
+    if !entries.is_empty() {
+        cx.store.write_all(ImageKind::RemapFpath, None, &entries)?;
+    }
+    Ok(())
+}
+
+fn remap(orig_id: u32, remap_id: u32, r#type: pb::RemapType) -> pb::RemapFilePathEntry {
+    pb::RemapFilePathEntry { orig_id, remap_id, remap_type: Some(r#type.into()) }
+}
+
+fn is_at(fd: &FdView<'_>, path: &[u8]) -> bool {
+    lstat(to_path(path)).is_ok_and(|found| Stat::new(&found).same_file(&fd.stat))
+}
+
+/// The task whose directory under /proc the file was in, when that task is gone.
+fn dead_task(fd: &FdView<'_>, path: &[u8]) -> Option<i32> {
+    let pid = proc_pid(path)?;
+    let on_proc = nix::sys::statfs::fstatfs(fd.file().ok()?)
+        .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC);
+    (on_proc && lstat(format!("/proc/{pid}").as_str()) == Err(Errno::ENOENT)).then_some(pid)
+}
+
+/// The ghost of the file, made when it was not there yet.
+fn ghost(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<u32, FileError> {
+    let key = (fd.stat.dev, fd.stat.ino);
+    if let Some(id) = cx.state::<Remaps>().ghosts.get(&key) {
+        return Ok(*id);
+    }
+    let id = u32::try_from(cx.state::<Remaps>().ghosts.len()).unwrap_or(u32::MAX).saturating_add(1);
+    ghost::dump(cx, fd, id)?;
+    cx.state::<Remaps>().ghosts.insert(key, id);
+    Ok(id)
+}
+
+/// The entry of a hard link beside the old name of the file, made when it was not there yet.
+fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, FileError> {
+    let key = (fd.stat.dev, fd.stat.ino);
+    if let Some(id) = cx.state::<Remaps>().linked.get(&key) {
+        return Ok(*id);
+    }
+    if !cx.settings.common.link_remap {
+        return Err(FileError::unsupported(
+            "its name is gone, but it has others",
+            "--link-remap links it back beside its old name",
+        ));
+    }
+    let (dir, _) = split(base).ok_or(FileError::unsupported("its path has no directory", ""))?;
+    let file = fd.file()?;
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let (id, path) = loop {
+        let id = cx.next_id();
+        let path = to_path(dir).join(format!("link_remap.{id}"));
+        match linkat(AT_FDCWD, from.as_str(), AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW) {
+            Ok(()) => break (id, path),
+            Err(Errno::EEXIST) => {}
+            Err(Errno::ENOENT) => {
+                return Err(FileError::unsupported(
+                    "its name is gone, and the directory of that name too",
+                    "the file cannot be linked back; close it, or delete its other names",
+                ));
+            }
+            Err(e) => {
+                return Err(FileError::unsupported(
+                    format!("its name is gone, and it cannot be linked back: {}", e.desc()),
+                    "",
+                ));
+            }
+        }
+    };
+    let name = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()).to_vec();
+    let entry = pb::FileEntry {
+        r#type: pb::FdTypes::Reg.into(),
+        id,
+        reg: Some(pb::RegFileEntry { id, name, ..Default::default() }),
+        ..Default::default()
+    };
+    cx.add_entry(entry);
+    let state = cx.state::<Remaps>();
+    state.links.push(path);
+    state.linked.insert(key, id);
+    Ok(id)
+}
+
+/// What is remembered of remapped files while a tree is restored.
+#[derive(Debug, Default)]
+pub(super) struct RestoreRemaps {
+    by_file: HashMap<u32, (pb::RemapType, u32)>,
+    /// Names of linked files.
+    links: HashMap<u32, Vec<u8>>,
+    /// Files that were made or found, by kind of remap and id.
+    objects: HashMap<(i32, u32), OwnedFd>,
+    /// Hard links that are no longer needed when the restore has succeeded.
+    used_links: Vec<PathBuf>,
+}
+
+impl RestoreRemaps {
+    /// Ids of linked files: they exist only for others.
+    pub(super) fn link_ids(&self) -> impl Iterator<Item = u32> {
+        self.links.keys().copied()
+    }
+
+    /// Tasks that must exist for a moment while files of /proc are opened.
+    pub(super) fn dead_task_of(&self, file: u32) -> Option<i32> {
+        match self.by_file.get(&file) {
+            Some((pb::RemapType::Procfs, pid)) => i32::try_from(*pid).ok(),
+            _ => None,
+        }
+    }
+
+    /// Pids of all tasks of which files of /proc are open though they are gone.
+    pub(super) fn dead_tasks(&self) -> Vec<i32> {
+        let mut pids: Vec<i32> = self.by_file.keys().filter_map(|id| self.dead_task_of(*id)).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Removes the hard links that the dump had made: the restore succeeded.
+    pub(super) fn commit(&mut self) {
+        for link in self.used_links.drain(..) {
+            let _ = std::fs::remove_file(link);
+        }
+    }
+}
+
+/// Reads `remap-fpath.img`; `files` are the entries of `files.img`.
+pub(super) fn read(cx: &mut RestoreCx<'_>, files: &[pb::FileEntry]) -> Result<(), FileError> {
+    let entries: Vec<pb::RemapFilePathEntry> = cx.store.read_all(ImageKind::RemapFpath, None)?;
+    let mut remaps = RestoreRemaps::default();
+    for entry in entries {
+        // Written since the field exists; before, all were ghosts or links by number.
+        let r#type = entry.remap_type();
+        if r#type == pb::RemapType::Linked {
+            let name = files
+                .iter()
+                .find(|file| file.id == entry.remap_id)
+                .and_then(|file| file.reg.as_ref())
+                .map(|reg| reg.name.clone())
+                .ok_or_else(|| FileError::entry(entry.remap_id, "a remapped file is not there"))?;
+            remaps.links.insert(entry.remap_id, name);
+        }
+        remaps.by_file.insert(entry.orig_id, (r#type, entry.remap_id));
+    }
+    *cx.state::<RestoreRemaps>() = remaps;
+    Ok(())
+}
+
+/// The object behind an entry whose name is gone: to be opened again through /proc/self/fd. `None` for all others.
+pub(super) fn object(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<Option<OwnedFd>, FileError> {
+    let Some((r#type, remap_id)) = cx.state::<RestoreRemaps>().by_file.get(&entry.id).copied() else {
+        return Ok(None);
+    };
+    let key = (i32::from(r#type), remap_id);
+    if let Some(object) = cx.state::<RestoreRemaps>().objects.get(&key) {
+        return copy(object, entry).map(Some);
+    }
+    let object = match r#type {
+        pb::RemapType::Ghost => ghost::open(cx, &entry.name, remap_id)?,
+        pb::RemapType::Linked => open_link(cx, &entry.name, remap_id)?,
+        pb::RemapType::Procfs => return Ok(None),
+    };
+    let duplicate = copy(&object, entry)?;
+    cx.state::<RestoreRemaps>().objects.insert(key, object);
+    Ok(Some(duplicate))
+}
+
+fn copy(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
+    object.try_clone().map_err(|e| {
+        FileError::path("duplicate", &entry.name)(Errno::from_raw(e.raw_os_error().unwrap_or(0)))
+    })
+}
+
+/// Opens the hard link `link_remap.N`, by its old name when nobody has it, so that /proc shows the same path as before.
+fn open_link(cx: &mut RestoreCx<'_>, name: &[u8], remap_id: u32) -> Result<OwnedFd, FileError> {
+    let link = cx.state::<RestoreRemaps>().links.get(&remap_id).cloned().unwrap_or_default();
+    let object = look_up(&link, true)?;
+    cx.state::<RestoreRemaps>().used_links.push(to_path(&link).to_owned());
+    let renamed = linkat(AT_FDCWD, to_path(&link), AT_FDCWD, to_path(name), AtFlags::empty()).is_ok();
+    if !renamed {
+        return Ok(object);
+    }
+    let found = look_up(name, true);
+    std::fs::remove_file(to_path(name))
+        .map_err(|e| FileError::path("remove", name)(Errno::from_raw(e.raw_os_error().unwrap_or(0))))?;
+    found
+}

@@ -1,0 +1,376 @@
+//! Open files of a tree that is restored.
+//!
+//! The supervisor opens every description of `files.img` itself ([`FilesRestore::open_early`]) before it clones the first
+//! puppet, so puppets inherit them all under the supervisor's numbers; what needs the tasks to exist is opened late and
+//! fetched. Tables are put in place by the puppets' own lists.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    rc::Rc,
+};
+
+use nix::{fcntl::OFlag, sys::stat::Mode};
+
+use super::{
+    FileError, Opened, Planned, RestoreCx, RestoreTable, TableFd,
+    dump::kind_of,
+    flags, fown, install,
+    kind::Kind,
+    locks::{self, Locks},
+    pidfd as pidfd_kind, procfs, remap,
+    remap::RestoreRemaps,
+    tty,
+};
+use crate::{
+    image::{ImageKind, Store, TypedStore, pb},
+    settings::RestoreSettings,
+    sys::{Errno, pidfd},
+    tracee::{Arg, List, Want},
+};
+
+/// One file of the images.
+#[derive(Debug)]
+struct File {
+    entry: Rc<pb::FileEntry>,
+    kind: &'static Kind,
+    fd: Option<OwnedFd>,
+    late: bool,
+    planned: bool,
+}
+
+impl File {
+    fn failed(&self, source: FileError) -> FileError {
+        FileError::File { id: self.entry.id, kind: self.kind.name, source: Box::new(source) }
+    }
+}
+
+/// The open files of a tree while it is restored.
+#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+pub struct FilesRestore<'a> {
+    pub(super) cx: RestoreCx<'a>,
+    /// In the order of `files.img`.
+    order: Vec<u32>,
+    files: HashMap<u32, File>,
+    /// Files opened once more, for writable mappings.
+    writable: HashMap<u32, OwnedFd>,
+    tables: BTreeMap<u32, RestoreTable>,
+    planned_tables: HashSet<u32>,
+    /// Ourselves, for puppets to fetch from.
+    supervisor: Option<OwnedFd>,
+}
+
+impl<'a> FilesRestore<'a> {
+    /// Reads and checks all images of files; opens nothing.
+    pub fn read(store: &'a dyn Store, settings: &'a RestoreSettings) -> Result<Self, FileError> {
+        let entries: Vec<pb::FileEntry> = store.read_all(ImageKind::Files, None)?;
+        let mut cx = RestoreCx::new(store, settings);
+        remap::read(&mut cx, &entries)?;
+        locks::read(&mut cx)?;
+        let mut files = HashMap::with_capacity(entries.len());
+        let mut order = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let id = entry.id;
+            let Some(kind) = kind_of(&entry) else {
+                return Err(FileError::entry(id, format!("{} cannot be restored", type_name(entry.r#type))));
+            };
+            let entry = Rc::new(entry);
+            cx.entries.insert(id, Rc::clone(&entry));
+            let file = File { entry, kind, fd: None, late: false, planned: false };
+            if files.insert(id, file).is_some() {
+                return Err(FileError::entry(id, "it is there twice"));
+            }
+            order.push(id);
+        }
+        let mut tables = BTreeMap::new();
+        for name in store.names()? {
+            let Some((ImageKind::Fdinfo, Some(id))) = ImageKind::by_file_name(&name) else { continue };
+            let files_id = u32::try_from(id).map_err(|_| FileError::entry(0, "a files id is too large"))?;
+            tables.insert(files_id, read_table(store, files_id, &files)?);
+        }
+        Ok(Self {
+            cx,
+            order,
+            files,
+            writable: HashMap::new(),
+            tables,
+            planned_tables: HashSet::new(),
+            supervisor: None,
+        })
+    }
+
+    /// Opens everything that needs no task of the tree. Before the first clone.
+    pub fn open_early(&mut self) -> Result<(), FileError> {
+        let me = i32::try_from(std::process::id()).unwrap_or(0);
+        self.supervisor = Some(pidfd::open(me, 0).map_err(FileError::sys("open a pidfd of ourselves"))?);
+        let mut parts: HashSet<u32> = self.cx.state::<RestoreRemaps>().link_ids().collect();
+        parts.extend(self.files.values().filter_map(|file| file.entry.fifo.as_ref()?.regf_id));
+        parts.extend(self.files.values().filter_map(|file| file.entry.tty.as_ref()?.regf_id));
+        for id in &self.order {
+            if parts.contains(id) {
+                // Opened by the one that it is a part of.
+                self.cx.taken.insert(*id);
+                continue;
+            }
+            let Some(file) = self.files.get_mut(id) else { continue };
+            match (file.kind.open)(&mut self.cx, &file.entry) {
+                Ok(Opened::Now(fd)) => file.fd = Some(fd),
+                Ok(Opened::Late) => file.late = true,
+                Err(e) if is_emfile(&e) => {
+                    let hint = "raise the limit: ulimit -n, or LimitNOFILE=";
+                    let reason = format!("all {} files of the tree must be open at once", self.order.len());
+                    return Err(FileError::unsupported(reason, hint));
+                }
+                Err(e) => return Err(file.failed(e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the rest: all tasks of the tree exist, and are stopped.
+    pub fn open_late(&mut self) -> Result<(), FileError> {
+        let dead = self.cx.state::<RestoreRemaps>().dead_tasks();
+        let stand_ins = procfs::stand_ins(&dead)?;
+        for id in &self.order {
+            let Some(file) = self.files.get_mut(id) else { continue };
+            if file.late && file.fd.is_none() {
+                let fd = (file.kind.open_late)(&mut self.cx, &file.entry).map_err(|e| file.failed(e))?;
+                file.fd = Some(fd);
+            }
+        }
+        drop(stand_ins);
+        Ok(())
+    }
+
+    /// The number under which puppets have the file for a mapping, or `exe`; `writable` for shared mappings that can be
+    /// written. Before the first clone. Files opened late have none.
+    pub fn vma_file(&mut self, id: u32, writable: bool) -> Result<i32, FileError> {
+        let number = self.early_number(id)?;
+        let flags = self.files.get(&id).map_or(0, |file| flags_of(&file.entry)).cast_signed();
+        if !writable || flags & libc::O_ACCMODE == libc::O_RDWR {
+            return Ok(number);
+        }
+        if let Some(fd) = self.writable.get(&id) {
+            return Ok(fd.as_raw_fd());
+        }
+        // CRIU's entries of mapped files are all read-only; the mapping says what it needs.
+        let path = format!("/proc/self/fd/{number}");
+        let fd = nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
+            .map_err(FileError::sys("open for a shared writable mapping"))
+            .map_err(|e| {
+                self.files.get(&id).map_or(FileError::entry(id, "no such file"), |file| file.failed(e))
+            })?;
+        Ok(self.writable.entry(id).or_insert(fd).as_raw_fd())
+    }
+
+    fn early_number(&mut self, id: u32) -> Result<i32, FileError> {
+        let file = self.files.get(&id).ok_or_else(|| FileError::entry(id, "no such file"))?;
+        let fd = file.fd.as_ref().filter(|_| !file.late);
+        let fd = fd.ok_or_else(|| FileError::entry(id, "it can only be opened when the tasks exist"))?;
+        self.cx.taken.insert(id);
+        Ok(fd.as_raw_fd())
+    }
+
+    /// Ids of all descriptor tables in the images.
+    pub fn table_ids(&self) -> impl Iterator<Item = u32> {
+        self.tables.keys().copied()
+    }
+
+    /// Adds the calls that make the table of task `pid` what it was, and those of its files that need a task (epoll items).
+    /// All of the supervisor's descriptors are gone from the puppet afterwards: plan what needs them (mappings, exe,
+    /// [`Self::plan_fs`]) before. A table that several tasks share is planned for the first only: clone them with
+    /// CLONE_FILES, and let none of them use inherited numbers after this list has run.
+    pub fn plan_table(&mut self, files_id: u32, pid: i32, list: &mut List) -> Result<(), FileError> {
+        tty::plan_foreground(&mut self.cx, pid, list);
+        if !self.planned_tables.insert(files_id) {
+            self.cx.state::<Locks>().plan(pid, list);
+            return Ok(());
+        }
+        let mut table = match self.tables.get(&files_id) {
+            Some(table) => table.clone(),
+            // CRIU writes no image for a table without descriptors.
+            None => RestoreTable { files_id, ..RestoreTable::default() },
+        };
+        table.pid = pid;
+        let mut wanted = install::Wanted {
+            supervisor: self.supervisor.as_ref().map(AsRawFd::as_raw_fd),
+            ..Default::default()
+        };
+        for (&to, fd) in &table.fds {
+            let file = self.files.get(&fd.id).ok_or_else(|| FileError::entry(fd.id, "no such file"))?;
+            let from = file.fd.as_ref().ok_or_else(|| FileError::entry(fd.id, "it is not open yet"))?;
+            let origin = install::Origin { fd: from.as_raw_fd(), cloexec: fd.cloexec };
+            let side = if file.late { &mut wanted.late } else { &mut wanted.inherited };
+            side.insert(to, origin);
+            self.cx.taken.insert(fd.id);
+        }
+        let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .map_or(i32::MAX, |(soft, _)| i32::try_from(soft).unwrap_or(i32::MAX));
+        let steps = install::plan(&wanted, limit).map_err(|_| {
+            let highest = table.fds.keys().next_back().copied().unwrap_or(0);
+            FileError::unsupported(
+                format!("descriptor {highest} does not fit below our limit of {limit} open files"),
+                "raise it: ulimit -n, or LimitNOFILE=",
+            )
+        })?;
+        install::add(&steps, list)?;
+        for (&number, fd) in &table.fds {
+            let Some(file) = self.files.get_mut(&fd.id) else { continue };
+            if !file.planned {
+                let planned = (file.kind.plan)(&mut self.cx, &file.entry, &table, number, list);
+                file.planned = planned.map_err(|e| file.failed(e))? == Planned::Done;
+            }
+        }
+        self.cx.state::<Locks>().plan(pid, list);
+        Ok(())
+    }
+
+    /// Adds the calls that complete the table `files_id` when the list has made the threads `tids` of its task.
+    pub fn plan_threads(&mut self, files_id: u32, tids: &[i32], list: &mut List) {
+        if let Some(table) = self.tables.get(&files_id) {
+            pidfd_kind::plan_threads(&mut self.cx, table, tids, list);
+        }
+    }
+
+    /// Adds the calls that set root, current directory and umask. Before [`Self::plan_table`] of the same puppet.
+    pub fn plan_fs(&mut self, fs: &pb::FsEntry, list: &mut List) -> Result<(), FileError> {
+        let cwd = self.directory(fs.cwd_id, list)?;
+        let root = self.directory(fs.root_id, list)?;
+        let root_is_ours = match self.files.get(&fs.root_id).and_then(|file| file.fd.as_ref()) {
+            Some(fd) => {
+                let theirs = nix::sys::stat::fstat(fd).map_err(FileError::sys("stat a root directory"))?;
+                let ours = nix::sys::stat::stat("/").map_err(FileError::sys("stat the root directory"))?;
+                (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+            }
+            None => false,
+        };
+        if !root_is_ours {
+            let here = list.cstr(b".");
+            list.call("go to the root directory", libc::SYS_fchdir, &[root], Want::Zero);
+            list.call("change the root directory", libc::SYS_chroot, &[here.into()], Want::Zero);
+        }
+        list.call("go to the current directory", libc::SYS_fchdir, &[cwd], Want::Zero);
+        if let Some(umask) = fs.umask {
+            list.call("set the umask", libc::SYS_umask, &[umask.into()], Want::Any);
+        }
+        Ok(())
+    }
+
+    /// A directory as a puppet has it: inherited, or fetched when it was opened late (`/proc/PID`). Until the table is put in
+    /// place, which closes it.
+    fn directory(&mut self, id: u32, list: &mut List) -> Result<Arg, FileError> {
+        let late = self.files.get(&id).filter(|file| file.late).and_then(|file| file.fd.as_ref());
+        let (Some(fd), Some(supervisor)) = (late, &self.supervisor) else {
+            return Ok(self.early_number(id)?.into());
+        };
+        let args = [supervisor.as_raw_fd().into(), fd.as_raw_fd().into(), 0u32.into()];
+        self.cx.taken.insert(id);
+        Ok(list.call("fetch a directory of /proc", libc::SYS_pidfd_getfd, &args, Want::Ok).into())
+    }
+
+    /// The last touch: owners of files, timers. All tasks are in place; none has run yet.
+    pub fn before_resume(&mut self) -> Result<(), FileError> {
+        for id in &self.order {
+            let Some(file) = self.files.get(id) else { continue };
+            let Some(fd) = &file.fd else { continue };
+            if let Some(owner) = (file.kind.fown)(&file.entry) {
+                fown::apply(fd.as_fd(), owner).map_err(|e| file.failed(e))?;
+            }
+            flags::apply_async(fd, flags_of(&file.entry)).map_err(|e| file.failed(e))?;
+            (file.kind.before_resume)(&mut self.cx, &file.entry, fd.as_fd()).map_err(|e| file.failed(e))?;
+        }
+        Ok(())
+    }
+
+    /// Fails when something in the images was used by no task.
+    pub fn leftovers(&mut self) -> Result<(), FileError> {
+        if let Some((id, tid)) = pidfd_kind::missing_thread(&mut self.cx) {
+            return Err(FileError::entry(id, format!("thread {tid} is not of the task that has its pidfd")));
+        }
+        if let Some(pid) = self.cx.state::<Locks>().left() {
+            return Err(FileError::entry(0, format!("no task {pid} takes the file locks that it had")));
+        }
+        if let Some(id) = self.tables.keys().find(|id| !self.planned_tables.contains(id)) {
+            return Err(FileError::entry(*id, "no task uses this descriptor table"));
+        }
+        let in_tables: HashSet<u32> =
+            self.tables.values().flat_map(|table| table.fds.values().map(|fd| fd.id)).collect();
+        for id in &self.order {
+            let Some(file) = self.files.get(id) else { continue };
+            if !self.cx.taken.contains(id) {
+                return Err(file.failed(FileError::entry(*id, "no task uses it")));
+            }
+            if in_tables.contains(id) && !file.planned {
+                return Err(file.failed(FileError::entry(*id, "no task could complete it")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The restore succeeded: what the dump had put into the file system for it is removed.
+    pub fn commit(mut self) {
+        self.cx.state::<RestoreRemaps>().commit();
+    }
+}
+
+fn read_table(
+    store: &dyn Store,
+    files_id: u32,
+    files: &HashMap<u32, File>,
+) -> Result<RestoreTable, FileError> {
+    let mut table = RestoreTable { files_id, ..RestoreTable::default() };
+    for entry in store.read_all::<pb::FdinfoEntry>(ImageKind::Fdinfo, u64::from(files_id))? {
+        let Some(file) = files.get(&entry.id) else {
+            return Err(FileError::entry(entry.id, format!("fd {} names it, but it is not there", entry.fd)));
+        };
+        if file.entry.r#type != entry.r#type {
+            return Err(FileError::entry(entry.id, format!("fd {} has another type for it", entry.fd)));
+        }
+        let number = i32::try_from(entry.fd)
+            .map_err(|_| FileError::entry(entry.id, format!("fd {} is no descriptor number", entry.fd)))?;
+        let cloexec = entry.flags & libc::FD_CLOEXEC.cast_unsigned() != 0;
+        if table.fds.insert(number, TableFd { id: entry.id, cloexec }).is_some() {
+            return Err(FileError::entry(entry.id, format!("fd {number} is there twice")));
+        }
+    }
+    Ok(table)
+}
+
+fn is_emfile(error: &FileError) -> bool {
+    matches!(
+        error,
+        FileError::Sys { source: Errno::EMFILE, .. } | FileError::Path { source: Errno::EMFILE, .. }
+    )
+}
+
+fn type_name(value: i32) -> String {
+    match pb::FdTypes::try_from(value) {
+        Ok(r#type) => format!("a file of type {}", r#type.as_str_name()),
+        Err(_) => format!("a file of unknown type {value}"),
+    }
+}
+
+#[cfg(test)]
+impl FilesRestore<'_> {
+    /// Our descriptor of a file.
+    pub(super) fn fd_of(&self, id: u32) -> Option<&OwnedFd> {
+        self.files.get(&id).and_then(|file| file.fd.as_ref())
+    }
+
+    /// The table `files_id`.
+    pub(super) fn table_of(&self, files_id: u32) -> Option<&RestoreTable> {
+        self.tables.get(&files_id)
+    }
+}
+
+/// Flags of open(2) in an entry of any kind that has them.
+fn flags_of(entry: &pb::FileEntry) -> u32 {
+    let e = entry;
+    None.or(e.reg.as_ref().map(|e| e.flags))
+        .or(e.pipe.as_ref().map(|e| e.flags))
+        .or(e.tty.as_ref().map(|e| e.flags))
+        .or(e.efd.as_ref().map(|e| e.flags))
+        .or(e.memfd.as_ref().map(|e| e.flags))
+        .or(e.ify.as_ref().map(|e| e.flags))
+        .unwrap_or(0)
+}

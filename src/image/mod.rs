@@ -1,0 +1,22 @@
+//! Image files: names, magics, framing, storage.
+
+pub mod descriptors;
+pub mod error;
+pub mod explore;
+pub mod extras;
+pub mod framing;
+pub mod json;
+pub mod names;
+pub mod store;
+pub mod wire;
+
+pub use error::ImageError;
+pub use extras::HasExtra;
+pub use names::ImageKind;
+pub use store::{DirStore, ImageReader, ImageWriter, MemStore, Store, TypedStore};
+
+/// Image messages, generated from `proto/images`. Text fields are `Vec<u8>`: see `build.rs`.
+#[allow(missing_debug_implementations, unreachable_pub, clippy::all)]
+pub mod pb {
+    include!(concat!(env!("OUT_DIR"), "/images.rs"));
+}

@@ -1,0 +1,271 @@
+//! Where images are kept: one trait, a directory and memory behind it.
+//!
+//! A dump writes into a store and commits it; until then, and if the store is dropped
+//! before, nothing in it can be restored. In a directory that means: `inventory.img` of an
+//! older snapshot is removed before anything is written, the new inventory is written under
+//! another name and gets its own at commit, and a store dropped without commit removes the
+//! files it made. A restore opens a store and only reads.
+
+mod dir;
+mod memory;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Seek, SeekFrom};
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use prost::{Message, Name};
+
+pub use dir::DirStore;
+pub use memory::MemStore;
+
+use super::error::ImageError;
+use super::extras::HasExtra;
+use super::framing::{EntryReader, EntryWriter};
+use super::names::ImageKind;
+
+/// Name of the image whose presence makes a snapshot complete.
+const INVENTORY: &str = "inventory.img";
+
+/// A place for the images of one snapshot.
+pub trait Store: Send + Sync {
+    /// Makes the file `name`, empty, open for reading and writing at any position. An
+    /// image of an older snapshot with that name is replaced.
+    fn create_raw(&self, name: &str) -> Result<File, ImageError>;
+
+    /// Opens the file `name` for reading, or `None` when there is no such image.
+    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError>;
+
+    /// Names of all images, sorted.
+    fn names(&self) -> Result<Vec<String>, ImageError>;
+
+    /// Makes the snapshot restorable: all images are there and written to their end.
+    fn commit(&self) -> Result<(), ImageError>;
+
+    /// Takes a commit back: the tree goes on here after all, so nobody may restore it.
+    fn withdraw(&self) -> Result<(), ImageError>;
+
+    /// The snapshot this one builds on (pages marked "parent" lie there), if any.
+    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError>;
+
+    /// Records the snapshot at `target` as the parent.
+    fn link_parent(&self, target: &Path) -> Result<(), ImageError>;
+
+    /// The path of image `name` as error messages say it.
+    fn path_of(&self, name: &str) -> PathBuf;
+
+    /// Raised when a writer was dropped before its image was complete.
+    fn unfinished(&self) -> Arc<AtomicBool>;
+}
+
+/// Images by kind and message, on top of any store.
+pub trait TypedStore: Store {
+    /// Makes an image of `kind`, its magic written, for entries one by one.
+    fn create(&self, kind: ImageKind, id: impl Into<Option<u64>>) -> Result<ImageWriter, ImageError> {
+        let name = kind.file_name(id);
+        let file = BufWriter::new(self.create_raw(&name)?);
+        let entries = EntryWriter::new(file, kind, &self.path_of(&name))?;
+        Ok(ImageWriter { entries, finished: false, unfinished: self.unfinished() })
+    }
+
+    /// Opens the image of `kind`, its magic checked, or `None` when there is none.
+    fn open(&self, kind: ImageKind, id: impl Into<Option<u64>>) -> Result<Option<ImageReader>, ImageError> {
+        let name = kind.file_name(id);
+        let path = self.path_of(&name);
+        let Some(file) = self.open_raw(&name)? else {
+            return Ok(None);
+        };
+        let len = file
+            .metadata()
+            .map_err(|source| ImageError::Io { action: "read", path: path.clone(), source })?
+            .len();
+        let mut entries = EntryReader::new(BufReader::new(file), len, &path);
+        entries.expect_magic(kind)?;
+        Ok(Some(ImageReader { entries }))
+    }
+
+    /// Whether the image is there.
+    fn exists(&self, kind: ImageKind, id: impl Into<Option<u64>>) -> Result<bool, ImageError> {
+        Ok(self.open_raw(&kind.file_name(id))?.is_some())
+    }
+
+    /// Writes an image of one entry.
+    fn write_one<M: Message>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+        message: &M,
+    ) -> Result<(), ImageError> {
+        self.write_all(kind, id, [message])
+    }
+
+    /// Writes an image of these entries; an empty list makes an image without entries.
+    fn write_all<'m, M: Message + 'm>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+        messages: impl IntoIterator<Item = &'m M>,
+    ) -> Result<(), ImageError> {
+        let mut image = self.create(kind, id)?;
+        for message in messages {
+            image.entry(message)?;
+        }
+        image.finish()
+    }
+
+    /// Reads an image of exactly one entry, or `None` when there is no such image.
+    fn read_one<M: Message + Name + Default>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+    ) -> Result<Option<M>, ImageError> {
+        let Some(mut image) = self.open(kind, id)? else {
+            return Ok(None);
+        };
+        let path = image.path().to_owned();
+        let message = image.next_entry::<M>()?.ok_or(ImageError::Empty { path: path.clone() })?;
+        if image.left() > 0 {
+            return Err(ImageError::MoreThanOne { path });
+        }
+        Ok(Some(message))
+    }
+
+    /// As [`Self::read_one`], where the image must be there.
+    fn need_one<M: Message + Name + Default>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+    ) -> Result<M, ImageError> {
+        let id = id.into();
+        self.read_one(kind, id)?.ok_or_else(|| ImageError::Absent { path: self.path_of(&kind.file_name(id)) })
+    }
+
+    /// Reads all entries; none when there is no such image.
+    fn read_all<M: Message + Name + Default>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+    ) -> Result<Vec<M>, ImageError> {
+        let mut messages = Vec::new();
+        if let Some(mut image) = self.open(kind, id)? {
+            while let Some(message) = image.next_entry()? {
+                messages.push(message);
+            }
+        }
+        Ok(messages)
+    }
+
+    /// Reads all entries, each with the bytes that follow it.
+    fn read_all_with_extra<M: Message + Name + Default + HasExtra>(
+        &self,
+        kind: ImageKind,
+        id: impl Into<Option<u64>>,
+    ) -> Result<Vec<(M, Vec<u8>)>, ImageError> {
+        let mut entries = Vec::new();
+        if let Some(mut image) = self.open(kind, id)? {
+            while let Some(message) = image.next_entry::<M>()? {
+                let extra = image.extra(message.extra_len())?;
+                entries.push((message, extra));
+            }
+        }
+        Ok(entries)
+    }
+}
+
+impl<S: Store + ?Sized> TypedStore for S {}
+
+/// An image being read, entry by entry.
+#[derive(Debug)]
+pub struct ImageReader {
+    entries: EntryReader<BufReader<File>>,
+}
+
+impl ImageReader {
+    /// The file standing behind what was read so far, with the number of bytes left in it:
+    /// for contents too large for memory (ghost files).
+    pub fn into_payload(self) -> Result<(File, u64), ImageError> {
+        let (at, left, path) = (self.entries.position(), self.entries.left(), self.entries.path().to_owned());
+        let mut file = self.entries.into_inner().into_inner();
+        file.seek(SeekFrom::Start(at)).map_err(|source| ImageError::Io {
+            action: "seek in",
+            path,
+            source,
+        })?;
+        Ok((file, left))
+    }
+}
+
+impl Deref for ImageReader {
+    type Target = EntryReader<BufReader<File>>;
+    fn deref(&self) -> &Self::Target {
+        &self.entries
+    }
+}
+
+impl DerefMut for ImageReader {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.entries
+    }
+}
+
+/// An image being written. Dropped before [`ImageWriter::finish`], it keeps its store from
+/// being committed.
+#[derive(Debug)]
+pub struct ImageWriter {
+    entries: EntryWriter<BufWriter<File>>,
+    finished: bool,
+    unfinished: Arc<AtomicBool>,
+}
+
+impl ImageWriter {
+    /// Writes out what is still in buffers: the image is complete.
+    pub fn finish(mut self) -> Result<(), ImageError> {
+        self.entries.flush()?;
+        self.finished = true;
+        Ok(())
+    }
+
+    /// Writes out what is still in buffers and gives the file, standing at its end: for
+    /// contents that are streamed after the entries.
+    pub fn into_payload(mut self) -> Result<File, ImageError> {
+        self.entries.flush()?;
+        let path = self.entries.path().to_owned();
+        let file = self.entries.get_mut().get_ref().try_clone();
+        self.finished = true;
+        file.map_err(|source| ImageError::Io { action: "write", path, source })
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.unfinished.store(true, Ordering::Release);
+        }
+    }
+}
+
+impl Deref for ImageWriter {
+    type Target = EntryWriter<BufWriter<File>>;
+    fn deref(&self) -> &Self::Target {
+        &self.entries
+    }
+}
+
+impl DerefMut for ImageWriter {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.entries
+    }
+}
+
+/// Refuses names that would leave the store or that no file can have.
+fn check_name(name: &str) -> Result<(), ImageError> {
+    let bad = name.is_empty()
+        || name.len() > 255
+        || name.starts_with('.')
+        || name.bytes().any(|b| b == b'/' || b == 0);
+    if bad { Err(ImageError::Name { name: name.to_owned() }) } else { Ok(()) }
+}

@@ -1,0 +1,202 @@
+//! What prost does not check in an encoded message.
+//!
+//! prost reads an absent `required` field as its default, so an empty core image would come
+//! out as a task full of zeros; and a few bytes of a crafted image can stand for a hundred
+//! times as much memory. This walks the encoded bytes once, by tables made from the
+//! descriptors on first use, before anything is decoded.
+
+use std::{collections::HashMap, sync::OnceLock};
+
+use prost::bytes::Buf;
+use prost::encoding::{WireType, decode_key, decode_varint};
+use prost_reflect::{Cardinality, Kind, MessageDescriptor};
+
+use super::descriptors;
+
+/// Nesting deeper than this is left to the decoder, which refuses it (prost's limit).
+const MAX_DEPTH: usize = 100;
+
+/// Most values (numbers, texts, messages) in one entry. A mapping has ten, so this is enough
+/// for 800,000 mappings, twelve times the kernel's default limit; as JSON they take 1 GiB.
+pub const VALUES_LIMIT: u64 = 8 << 20;
+
+/// What the walk over an encoded message saw.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// The first required field found to be absent.
+    pub missing: Option<Missing>,
+    /// Number of values, at least.
+    pub values: u64,
+    /// A field of an encoding that none of our messages has: damage.
+    pub group: bool,
+}
+
+/// A required field that an encoded message lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Missing {
+    /// Message the field belongs to.
+    pub message: &'static str,
+    /// The field.
+    pub field: &'static str,
+}
+
+/// What is to be known of a message type.
+#[derive(Debug)]
+struct Type {
+    name: String,
+    /// Required fields, bit by bit.
+    required: u64,
+    required_names: Vec<String>,
+    /// By field number.
+    fields: Vec<Field>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Field {
+    required: Option<u8>,
+    nested: Option<usize>,
+    /// Many numbers may lie in one run of bytes.
+    packable: bool,
+}
+
+#[derive(Debug)]
+struct Types {
+    types: Vec<Type>,
+    by_name: HashMap<String, usize>,
+}
+
+fn types() -> &'static Types {
+    static TYPES: OnceLock<Types> = OnceLock::new();
+    TYPES.get_or_init(|| {
+        let all: Vec<MessageDescriptor> = descriptors::pool().all_messages().collect();
+        let by_name: HashMap<String, usize> =
+            all.iter().enumerate().map(|(i, m)| (m.full_name().to_owned(), i)).collect();
+        let types = all.iter().map(|m| tabulate(m, &by_name)).collect();
+        Types { types, by_name }
+    })
+}
+
+fn tabulate(message: &MessageDescriptor, by_name: &HashMap<String, usize>) -> Type {
+    let mut t =
+        Type { name: message.name().to_owned(), required: 0, required_names: Vec::new(), fields: Vec::new() };
+    for field in message.fields() {
+        let number = field.number() as usize;
+        if t.fields.len() <= number {
+            t.fields.resize(number + 1, Field::default());
+        }
+        if field.cardinality() == Cardinality::Required {
+            let bit = t.required_names.len();
+            assert!(bit < 64, "more than 64 required fields in {}", t.name);
+            t.required |= 1 << bit;
+            t.required_names.push(field.name().to_owned());
+            t.fields[number].required = u8::try_from(bit).ok();
+        }
+        match field.kind() {
+            Kind::Message(inner) => t.fields[number].nested = by_name.get(inner.full_name()).copied(),
+            Kind::Bytes | Kind::String => {}
+            _ => t.fields[number].packable = field.is_list(),
+        }
+    }
+    t
+}
+
+/// Walks over `bytes`, an encoded message of type `full_name` (`images.core_entry`). Bytes
+/// that are no valid protobuf are left to the decoder, which refuses them.
+pub fn survey(full_name: &str, bytes: &[u8]) -> Survey {
+    let types = types();
+    let mut survey = Survey::default();
+    if let Some(&index) = types.by_name.get(full_name) {
+        walk(&types.types, index, bytes, 0, &mut survey);
+    }
+    survey
+}
+
+fn walk(types: &'static [Type], index: usize, mut bytes: &[u8], depth: usize, survey: &mut Survey) {
+    let Some(t) = types.get(index).filter(|_| depth <= MAX_DEPTH) else { return };
+    let mut seen = 0u64;
+    while bytes.has_remaining() {
+        let Ok((number, wire)) = decode_key(&mut bytes) else { return };
+        let field = t.fields.get(number as usize).copied().unwrap_or_default();
+        if let Some(bit) = field.required {
+            seen |= 1 << bit;
+        }
+        survey.values += 1;
+        let skip = match wire {
+            WireType::Varint => decode_varint(&mut bytes).map(|_| 0),
+            WireType::ThirtyTwoBit => Ok(4),
+            WireType::SixtyFourBit => Ok(8),
+            WireType::LengthDelimited => decode_varint(&mut bytes),
+            WireType::StartGroup | WireType::EndGroup => {
+                survey.group = true;
+                return;
+            }
+        };
+        let Some(skip) = skip.ok().and_then(|len| usize::try_from(len).ok()) else { return };
+        let Some((value, rest)) = bytes.split_at_checked(skip) else { return };
+        bytes = rest;
+        if wire == WireType::LengthDelimited {
+            if field.packable {
+                // One byte each at least.
+                survey.values += value.len() as u64;
+            }
+            if let Some(nested) = field.nested {
+                walk(types, nested, value, depth + 1, survey);
+            }
+        }
+    }
+    let missing = t.required & !seen;
+    if missing != 0 && survey.missing.is_none() {
+        let field = t.required_names.get(missing.trailing_zeros() as usize);
+        survey.missing = Some(Missing { message: &t.name, field: field.map_or("", |name| name) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+    use crate::image::pb;
+
+    #[test]
+    fn an_empty_core_is_no_core() {
+        let missing = survey("images.core_entry", &[]).missing.unwrap();
+        assert_eq!((missing.message, missing.field), ("core_entry", "mtype"));
+    }
+
+    #[test]
+    fn nested_messages_are_looked_at() {
+        let whole = pb::MmEntry { vmas: vec![pb::VmaEntry::default()], ..Default::default() };
+        let bytes = whole.encode_to_vec();
+        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        // The same with an empty vma (field 14, no bytes) at the end.
+        let broken = [bytes, vec![14 << 3 | 2, 0]].concat();
+        assert_eq!(survey("images.mm_entry", &broken).missing.unwrap().message, "vma_entry");
+    }
+
+    #[test]
+    fn nothing_hides_behind_a_group() {
+        // Field 99: a group that begins and ends.
+        let bytes = [0x9b, 0x06, 0x9c, 0x06];
+        assert!(survey("images.core_entry", &bytes).group);
+    }
+
+    #[test]
+    fn packed_numbers_are_counted() {
+        let packed = [vec![13 << 3 | 2, 100], vec![0; 100]].concat();
+        assert!(survey("images.mm_entry", &packed).values >= 100);
+        let text = [vec![6 << 3 | 2, 100], vec![b'a'; 100]].concat();
+        assert_eq!(survey("images.reg_file_entry", &text).values, 1);
+    }
+
+    #[test]
+    fn twenty_thousand_mappings_take_a_moment() {
+        let mm = pb::MmEntry { vmas: vec![pb::VmaEntry::default(); 20_000], ..Default::default() };
+        let bytes = mm.encode_to_vec();
+        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        let start = std::time::Instant::now();
+        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        // A few ms without optimisation; the bound is far above, to hold on a busy machine.
+        assert!(start.elapsed().as_millis() < 500, "{:?}", start.elapsed());
+    }
+}

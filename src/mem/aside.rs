@@ -1,0 +1,130 @@
+//! Room in the images, set aside while the tasks still run.
+//!
+//! Half of the time it takes to write a page on tmpfs goes into finding memory for it, and writers of
+//! one file wait for each other there. Done beforehand, both are gone from the time in which the tree is
+//! frozen. How much will be written is a guess from what is in memory now; what was too much is given back
+//! when the pages are known, and where the guess cannot be had (a full disk, a file system without
+//! fallocate) nothing is set aside.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::MemError;
+use crate::image::{ImageKind, Store};
+use crate::interrupt;
+use crate::pages::PAGE;
+use crate::proc::children;
+
+/// Below this a task's pages are written faster than room is made.
+const LEAST_BYTES: u64 = 4 << 20;
+/// Set aside at once; between two of them we listen whether to stop.
+const STEP_BYTES: u64 = 256 << 20;
+
+/// Pages images made beforehand, by task.
+#[derive(Debug, Default)]
+pub(super) struct SetAside(BTreeMap<i32, (u32, File)>);
+
+impl SetAside {
+    /// For the tree under `root`, which runs and changes: what is missed gets its room later.
+    pub(super) fn make(store: &dyn Store, root: i32, next_pages_id: &mut u32) -> Result<Self, MemError> {
+        let mut made = BTreeMap::new();
+        for pid in tree(root) {
+            let bytes = own_bytes(pid).unwrap_or(0);
+            if bytes < LEAST_BYTES {
+                continue;
+            }
+            let pages_id = *next_pages_id;
+            *next_pages_id += 1;
+            let file = store.create_raw(&ImageKind::Pages.file_name(u64::from(pages_id)))?;
+            let result = reserve(&file, bytes);
+            made.insert(pid, (pages_id, file));
+            if result.is_err() {
+                // All or nothing: half of a tree's pages would keep the rest from being written.
+                for (_, file) in made.values() {
+                    let _ = file.set_len(0);
+                }
+                break;
+            }
+        }
+        Ok(Self(made))
+    }
+
+    /// The image made for `pid`.
+    pub(super) fn take(&mut self, pid: i32) -> Option<(u32, File)> {
+        self.0.remove(&pid)
+    }
+
+    /// An image whose task is no more.
+    pub(super) fn take_any(&mut self) -> Option<(u32, File)> {
+        self.0.pop_first().map(|(_, image)| image)
+    }
+}
+
+fn reserve(file: &File, bytes: u64) -> Result<(), Errno> {
+    let mut at = 0;
+    while at < bytes {
+        interrupt::check().map_err(|_| Errno::EINTR)?;
+        let len = STEP_BYTES.min(bytes - at);
+        let [from, len] = [at, len].map(|n| i64::try_from(n).map_err(|_| Errno::EFBIG));
+        match fallocate(file, FallocateFlags::empty(), from?, len?) {
+            Ok(()) => at += STEP_BYTES,
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// The processes of a tree, as far as they can be seen now.
+fn tree(root: i32) -> Vec<i32> {
+    let mut pids = vec![root];
+    let mut at = 0;
+    while let Some(pid) = pids.get(at).copied() {
+        at += 1;
+        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+        for thread in threads.flatten() {
+            let text = fs::read(thread.path().join("children")).unwrap_or_default();
+            let found = children::parse(&text).unwrap_or_default();
+            let new: Vec<i32> = found.into_iter().filter(|pid| !pids.contains(pid)).collect();
+            pids.extend(new);
+        }
+    }
+    pids
+}
+
+/// What is in memory and of no file: statm's resident pages less its shared ones.
+fn own_bytes(pid: i32) -> Option<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let mut words = statm.split(' ').skip(1).map(|word| word.parse::<u64>().ok());
+    let (resident, shared) = (words.next()??, words.next()??);
+    resident.checked_sub(shared)?.checked_mul(PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::MemStore;
+
+    #[test]
+    fn room_for_what_is_in_memory() {
+        let memory = vec![1u8; 32 << 20];
+        let (store, mut next) = (MemStore::new(), 3);
+        let own = std::process::id().cast_signed();
+        let mut aside = SetAside::make(&store, own, &mut next).unwrap();
+        assert!(memory.iter().all(|byte| *byte == 1) && next > 3);
+        let (id, file) = aside.take(own).unwrap();
+        assert_eq!(id, 3);
+        assert!(file.metadata().unwrap().len() >= 32 << 20);
+        assert!(aside.take(own).is_none());
+    }
+
+    #[test]
+    fn nothing_for_a_task_that_is_gone() {
+        let (store, mut next) = (MemStore::new(), 1);
+        let mut aside = SetAside::make(&store, i32::MAX, &mut next).unwrap();
+        assert!(aside.take_any().is_none() && next == 1 && store.names().unwrap().is_empty());
+    }
+}

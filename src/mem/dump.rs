@@ -1,0 +1,86 @@
+//! Writing address spaces: pages first, `mm-PID.img` behind them, shared memory at the end.
+
+use std::fs::File;
+use std::time::Instant;
+
+use super::aside::SetAside;
+use super::scan::Scan;
+use super::{AddressSpace, MemError, SharedMemory, vma};
+use crate::image::{ImageKind, Store, TypedStore, pb};
+use crate::pages::copy::{TaskMemory, copy};
+use crate::pages::{PagemapWriter, PagesError};
+use crate::stats::DumpStats;
+
+/// The memory part of one dump: counts pages images.
+#[allow(missing_debug_implementations)] // a store has none
+pub struct MemoryDump<'a> {
+    store: &'a dyn Store,
+    next_pages_id: u32,
+    aside: SetAside,
+}
+
+impl<'a> MemoryDump<'a> {
+    /// Into `store`.
+    pub fn new(store: &'a dyn Store) -> Self {
+        Self { store, next_pages_id: 1, aside: SetAside::default() }
+    }
+
+    /// Makes room for the pages of the tree under `root`, which still runs: less to do once it is frozen.
+    pub fn set_aside(&mut self, root: i32) -> Result<(), MemError> {
+        self.aside = SetAside::make(self.store, root, &mut self.next_pages_id)?;
+        Ok(())
+    }
+
+    /// The pages image for the task `pid`: its number and file.
+    fn pages_image(&mut self, pid: i32) -> Result<(u32, File), MemError> {
+        if let Some(made) = self.aside.take(pid) {
+            return Ok(made);
+        }
+        let pages_id = self.next_pages_id;
+        self.next_pages_id += 1;
+        Ok((pages_id, self.store.create_raw(&ImageKind::Pages.file_name(u64::from(pages_id)))?))
+    }
+
+    /// Writes the pages and the areas of one task, under its pid `image_pid` of the images.
+    pub fn task(
+        &mut self,
+        image_pid: i32,
+        mut space: AddressSpace,
+        stats: &mut DumpStats,
+    ) -> Result<(), MemError> {
+        let id = u64::from(image_pid.cast_unsigned());
+        let (pages_id, pages) = self.pages_image(space.pid)?;
+        let memory = TaskMemory::open(space.tid).map_err(|source| PagesError::Memory {
+            pid: space.pid,
+            addr: 0,
+            source,
+        })?;
+        let mut guards = Vec::new();
+        let begin = Instant::now();
+        let scan = Scan::new(space.tid, &space.targets, &mut guards)?;
+        let pagemap = PagemapWriter::create(self.store, ImageKind::Pagemap, id, pages_id)?;
+        let copied = copy(&memory, scan, pagemap, &pages, pages_id)?;
+        stats.memwrite_time += begin.elapsed();
+        stats.pages_scanned += space.private_pages;
+        stats.pages_written += copied.pages_written;
+        space.entry.vmas.extend(guards.iter().map(|guard| pb::VmaEntry {
+            start: guard.start,
+            end: guard.end,
+            status: vma::GUARD,
+            fd: -1,
+            ..Default::default()
+        }));
+        Ok(self.store.write_one(ImageKind::Mm, id, &space.entry)?)
+    }
+
+    /// Writes the objects of shared memory that areas and files of all tasks have led to.
+    pub fn shared(&mut self, shared: &SharedMemory, stats: &mut DumpStats) -> Result<(), MemError> {
+        shared.dump(self.store, &mut self.next_pages_id, stats)?;
+        // A task that was there before the freeze and ended: its image stays, empty and named by nobody.
+        while let Some((pages_id, file)) = self.aside.take_any() {
+            let given_back = file.set_len(0);
+            given_back.map_err(|source| PagesError::Pages { action: "write", pages_id, source })?;
+        }
+        Ok(())
+    }
+}

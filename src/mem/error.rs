@@ -1,0 +1,60 @@
+//! What can go wrong with an address space.
+
+use std::{error::Error, io};
+
+use crate::{image::ImageError, pages::PagesError, proc::ParseError};
+
+/// An address space that cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum MemError {
+    /// A file of /proc, gone with its task perhaps.
+    #[error("read /proc/{pid}/{file}")]
+    Proc {
+        /// The task.
+        pid: i32,
+        /// Its file.
+        file: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file of /proc that looks unlike the kernel's.
+    #[error("understand address space of {pid}")]
+    Parse {
+        /// The task.
+        pid: i32,
+        /// Where.
+        source: ParseError,
+    },
+    /// A mapped file.
+    #[error("save file mapped at {start:#x} in {pid}")]
+    File {
+        /// The task.
+        pid: i32,
+        /// First address of the area.
+        start: u64,
+        /// Why.
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// Shared memory that cannot be opened.
+    #[error("open shared memory {dev}:{ino}")]
+    Shared {
+        /// Device of the object.
+        dev: u64,
+        /// Its inode.
+        ino: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// Memory that shared memory is told apart by.
+    #[error("find the device of shared memory")]
+    SharedDevice {
+        /// Why.
+        source: io::Error,
+    },
+    /// Contents.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}

@@ -1,0 +1,175 @@
+//! What an area is, in the words of `vma_entry`.
+//!
+//! `status` says the kind, `flags` are those of mmap that make the area again, `madv` has bit
+//! 1 << MADV_X for each piece of advice that is in force, `shmid` is the id of the mapped file in
+//! `files.img` or, for anonymous shared memory, of the object (`pagemap-shmem-ID.img`). `fd` is
+//! always -1 in an image. `fdflags` says how the file must be opened.
+
+use crate::image::pb;
+use crate::proc::smaps::{Smap, VmFlags};
+
+/// An ordinary area; all but [`VSYSCALL`] have it.
+pub const REGULAR: u32 = 1 << 0;
+/// `[vsyscall]`: the kernel's, the same everywhere.
+pub const VSYSCALL: u32 = 1 << 2;
+/// `[vdso]`: its code is content, a task may stand in it.
+pub const VDSO: u32 = 1 << 3;
+/// `[heap]`
+pub const HEAP: u32 = 1 << 5;
+/// A file, copy on write.
+pub const FILE_PRIVATE: u32 = 1 << 6;
+/// A file, changes go to it.
+pub const FILE_SHARED: u32 = 1 << 7;
+/// Anonymous memory shared by fork.
+pub const ANON_SHARED: u32 = 1 << 8;
+/// Memory of the task's own.
+pub const ANON_PRIVATE: u32 = 1 << 9;
+/// System V shared memory.
+pub const SYSVIPC: u32 = 1 << 10;
+/// A mapped socket.
+pub const SOCKET: u32 = 1 << 11;
+/// `[vvar]`, with `[vvar_vclock]`: clocks of the kernel, no content.
+pub const VVAR: u32 = 1 << 12;
+/// Completion ring of asynchronous I/O.
+pub const AIORING: u32 = 1 << 13;
+/// The mapped file is a memfd (beside a FILE_ bit, or alone when shared).
+pub const MEMFD: u32 = 1 << 14;
+/// A shadow stack.
+pub const SHADOW_STACK: u32 = 1 << 15;
+/// No area but guard pages in others: MADV_GUARD_INSTALL.
+pub const GUARD: u32 = 1 << 16;
+
+/// Linux 6.11: pages may be dropped at any time.
+pub const MAP_DROPPABLE: u32 = 0x08;
+
+/// Beside MAP_LOCKED: only pages that are touched are locked (mlock2 with MLOCK_ONFAULT). mmap
+/// itself knows no such flag; MAP_NONBLOCK without MAP_POPULATE means nothing to it.
+pub const LOCK_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
+
+/// Advice that shows in VmFlags, and its MADV_ number.
+const ADVICE: &[(VmFlags, i32)] = &[
+    (VmFlags::RAND_READ, libc::MADV_RANDOM),
+    (VmFlags::SEQ_READ, libc::MADV_SEQUENTIAL),
+    (VmFlags::DONTCOPY, libc::MADV_DONTFORK),
+    (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
+    (VmFlags::HUGEPAGE, libc::MADV_HUGEPAGE),
+    (VmFlags::NOHUGEPAGE, libc::MADV_NOHUGEPAGE),
+    (VmFlags::DONTDUMP, libc::MADV_DONTDUMP),
+    (VmFlags::WIPEONFORK, libc::MADV_WIPEONFORK),
+];
+
+/// The `madv` field of an area with these flags.
+pub fn advice(flags: VmFlags) -> Option<u64> {
+    // What a droppable area is made with is not to be said again.
+    let implied = if flags.contains(VmFlags::DROPPABLE) {
+        VmFlags::WIPEONFORK | VmFlags::DONTDUMP
+    } else {
+        VmFlags::empty()
+    };
+    let bits = ADVICE
+        .iter()
+        .filter(|(flag, _)| flags.difference(implied).contains(*flag))
+        .fold(0, |bits, (_, madv)| bits | 1u64 << madv);
+    (bits != 0).then_some(bits)
+}
+
+/// The pieces of advice in a `madv` field, lowest first.
+pub fn advice_numbers(madv: u64) -> impl Iterator<Item = i32> {
+    (0..64).filter(move |bit| madv & (1 << bit) != 0)
+}
+
+/// The mmap flags of an area, without those that come from what is mapped (MAP_ANONYMOUS).
+pub fn map_flags(area: &Smap) -> u32 {
+    let mut bits = if area.vma.shared {
+        libc::MAP_SHARED.cast_unsigned()
+    } else if area.flags.contains(VmFlags::DROPPABLE) {
+        MAP_DROPPABLE
+    } else {
+        libc::MAP_PRIVATE.cast_unsigned()
+    };
+    for (flag, map) in [
+        (VmFlags::GROWSDOWN, libc::MAP_GROWSDOWN),
+        (VmFlags::NORESERVE, libc::MAP_NORESERVE),
+        (VmFlags::LOCKED, libc::MAP_LOCKED),
+        (VmFlags::HUGETLB, libc::MAP_HUGETLB),
+        (VmFlags::SYNC, libc::MAP_SYNC),
+    ] {
+        if area.flags.contains(flag) {
+            bits |= map.cast_unsigned();
+        }
+    }
+    if area.flags.contains(VmFlags::LOCKED | VmFlags::LOCKONFAULT) {
+        bits |= LOCK_ON_FAULT;
+    }
+    if area.flags.contains(VmFlags::HUGETLB) {
+        bits |= area.kernel_page_bytes.trailing_zeros() << libc::MAP_HUGE_SHIFT;
+    }
+    bits
+}
+
+/// An entry with everything that maps and VmFlags say; kind, file and shmid are still to come.
+pub fn entry(area: &Smap) -> pb::VmaEntry {
+    pb::VmaEntry {
+        start: area.vma.start,
+        end: area.vma.end,
+        pgoff: area.vma.pgoff_bytes,
+        shmid: 0,
+        prot: area.vma.prot.cast_unsigned(),
+        flags: map_flags(area),
+        status: REGULAR,
+        fd: -1,
+        madv: advice(area.flags),
+        fdflags: None,
+    }
+}
+
+/// Whether pages of the area may be fetched late: anonymous memory that nothing forces to be there.
+pub fn can_be_lazy(entry: &pb::VmaEntry) -> bool {
+    let never = (libc::MAP_LOCKED | libc::MAP_HUGETLB).cast_unsigned();
+    entry.status & (REGULAR | ANON_PRIVATE | VDSO | VVAR) == REGULAR | ANON_PRIVATE
+        && entry.flags & never == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn area(flags: &str, shared: bool, page_kib: u32) -> Smap {
+        let s = if shared { 's' } else { 'p' };
+        let text =
+            format!("1000-2000 rw-{s} 00000000 00:00 0 \nKernelPageSize: {page_kib} kB\nVmFlags: {flags} \n");
+        crate::proc::smaps::parse(text.as_bytes()).unwrap().remove(0)
+    }
+
+    #[test]
+    fn flags_as_mmap_takes_them() {
+        for (flags, shared, page_kib, want) in [
+            ("rd wr", false, 4, 0x2),
+            ("rd wr gd", false, 4, 0x102),
+            ("rd wr nr", true, 4, 0x4001),
+            ("rd wr lo", false, 4, 0x2002),
+            ("rd wr lo lf", false, 4, 0x1_2002),
+            ("rd wr ht de", false, 2048, 0x5404_0002),
+            ("rd wr ht de", true, 1 << 20, 0x7804_0001),
+            ("rd wr nr wf dd dp", false, 4, 0x4008),
+        ] {
+            assert_eq!(map_flags(&area(flags, shared, page_kib)), want, "{flags}");
+        }
+    }
+
+    #[test]
+    fn advice_is_a_bit_for_each_number() {
+        for (flags, want) in [
+            ("rd wr", None),
+            ("rd wr dc", Some(1 << 10)),
+            ("rd wr wf", Some(1 << 18)),
+            ("rd wr dd", Some(1 << 16)),
+            ("rd wr rr nh", Some(1 << 1 | 1 << 15)),
+            ("rd wr sr hg mg", Some(1 << 2 | 1 << 14 | 1 << 12)),
+            ("rd wr nr wf dd dp", None),
+        ] {
+            assert_eq!(advice(area(flags, false, 4).flags), want, "{flags}");
+        }
+        assert_eq!(advice_numbers(1 << 10 | 1 << 18).collect::<Vec<_>>(), [10, 18]);
+    }
+}

@@ -1,0 +1,15 @@
+//! Contents of memory in images: `pagemap-*.img` says which pages, `pages-N.img` holds them.
+//!
+//! [`pagemap`] knows the entries (arithmetic, writing, reading), [`copy`] moves the bytes from a
+//! task or a file into the image, [`fill`] from the image into a file. Which pages are content is decided in [`crate::mem`].
+
+pub mod copy;
+pub mod error;
+pub mod fill;
+pub mod pagemap;
+
+pub use error::PagesError;
+pub use pagemap::{PagemapReader, PagemapWriter, Run};
+
+/// Bytes in a page.
+pub const PAGE: u64 = 4096;

@@ -1,0 +1,173 @@
+//! What the images say about the tree: read, checked, indexed.
+//!
+//! Everything small is read before anything is made; the pages stay where they are.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::image::{ImageKind, Store, TypedStore, pb};
+
+/// Largest pid the kernel can have (PID_MAX_LIMIT).
+const PID_MAX: u32 = 4 << 20;
+/// `task_core_entry.task_state` values.
+const TASK_ALIVE: u32 = 1;
+const TASK_DEAD: u32 = 2;
+const TASK_STOPPED: u32 = 3;
+
+/// What a task is to be doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Alive,
+    Stopped,
+    Zombie(i32),
+}
+
+/// One task of the images.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) pid: i32,
+    pub(super) ppid: i32,
+    pub(super) pgid: i32,
+    pub(super) sid: i32,
+    pub(super) state: State,
+    /// Thread ids, the leader first.
+    pub(super) tids: Vec<i32>,
+    /// One for each thread, in the same order.
+    pub(super) cores: Vec<pb::CoreEntry>,
+    pub(super) ids: pb::TaskKobjIdsEntry,
+    pub(super) mm: Option<pb::MmEntry>,
+    pub(super) fs: Option<pb::FsEntry>,
+}
+
+impl Task {
+    pub(super) fn core(&self) -> Result<&pb::CoreEntry> {
+        self.cores.first().with_context(|| format!("core-{}.img has no entry", self.pid))
+    }
+
+    pub(super) fn is_zombie(&self) -> bool {
+        matches!(self.state, State::Zombie(_))
+    }
+}
+
+/// All tasks, parents before children.
+#[derive(Debug)]
+pub(super) struct Images {
+    pub(super) tasks: Vec<Task>,
+}
+
+fn id(value: u32, what: &str) -> Result<i32> {
+    ensure!(value <= PID_MAX, "pstree.img: {what} {value} is no process id");
+    Ok(i32::try_from(value)?)
+}
+
+impl Images {
+    pub(super) fn read(store: &dyn Store) -> Result<Self> {
+        let inventory: pb::InventoryEntry = match store.read_one(ImageKind::Inventory, None)? {
+            Some(inventory) => inventory,
+            None => bail!(
+                "no complete snapshot: {} is missing (wrong directory, or a dump that did not finish)",
+                store.path_of("inventory.img").display()
+            ),
+        };
+        ensure!(
+            matches!(inventory.img_version, 1 | 2),
+            "inventory.img: image version {} is not known",
+            inventory.img_version
+        );
+        let entries: Vec<pb::PstreeEntry> = store.read_all(ImageKind::Pstree, None)?;
+        ensure!(!entries.is_empty(), "pstree.img has no task");
+        let mut tasks = Vec::with_capacity(entries.len());
+        let mut seen = HashSet::new();
+        for entry in &entries {
+            let task = Self::task(store, entry)?;
+            for tid in &task.tids {
+                ensure!(seen.insert(*tid), "pstree.img: id {tid} occurs twice");
+            }
+            tasks.push(task);
+        }
+        let images = Self { tasks };
+        images.check_tree()?;
+        Ok(images)
+    }
+
+    fn check_tree(&self) -> Result<()> {
+        let mut known: HashMap<i32, usize> = HashMap::new();
+        for (index, task) in self.tasks.iter().enumerate() {
+            if index == 0 {
+                ensure!(!task.is_zombie(), "pstree.img: the root {} is a zombie", task.pid);
+            } else {
+                ensure!(
+                    known.get(&task.ppid).is_some_and(|i| !self.tasks[*i].is_zombie()),
+                    "pstree.img: task {} has no living parent {} before it",
+                    task.pid,
+                    task.ppid
+                );
+            }
+            known.insert(task.pid, index);
+        }
+        Ok(())
+    }
+
+    fn task(store: &dyn Store, entry: &pb::PstreeEntry) -> Result<Task> {
+        let pid = id(entry.pid, "pid")?;
+        ensure!(pid > 0, "pstree.img: pid 0");
+        let mut tids = vec![pid];
+        let dead = |core: &pb::CoreEntry| core.tc.as_ref().is_some_and(|tc| tc.task_state == TASK_DEAD);
+        let leader: pb::CoreEntry = store.need_one(ImageKind::Core, u64::try_from(pid)?)?;
+        // CRIU leaves whatever it has in the threads of a dead task.
+        for tid in entry.threads.iter().filter(|_| !dead(&leader)) {
+            let tid = id(*tid, "thread id")?;
+            if tid != pid {
+                tids.push(tid);
+            }
+        }
+        let mut cores = Vec::with_capacity(tids.len());
+        for tid in &tids {
+            let core: pb::CoreEntry = match *tid == pid {
+                true => leader.clone(),
+                false => store.need_one(ImageKind::Core, u64::try_from(*tid)?)?,
+            };
+            ensure!(
+                core.mtype == pb::core_entry::March::X8664 as i32,
+                "core-{tid}.img is of another architecture"
+            );
+            cores.push(core);
+        }
+        let leader = cores.first().context("a task without threads")?;
+        let tc = leader.tc.as_ref().with_context(|| format!("core-{pid}.img has no task part"))?;
+        let state = match tc.task_state {
+            TASK_ALIVE => State::Alive,
+            TASK_STOPPED => State::Stopped,
+            TASK_DEAD => State::Zombie(tc.exit_code.cast_signed()),
+            other => bail!("core-{pid}.img: task state {other} is not known"),
+        };
+        let image = u64::try_from(pid)?;
+        let alive = !matches!(state, State::Zombie(_));
+        let ids = match (alive, store.read_one(ImageKind::Ids, image)?) {
+            (_, Some(ids)) => ids,
+            (false, None) => pb::TaskKobjIdsEntry::default(),
+            (true, None) => match &leader.ids {
+                Some(ids) => *ids,
+                None => bail!("ids-{pid}.img is missing"),
+            },
+        };
+        let (mm, fs) = if alive {
+            (Some(store.need_one(ImageKind::Mm, image)?), store.read_one(ImageKind::Fs, image)?)
+        } else {
+            (None, None)
+        };
+        Ok(Task {
+            pid,
+            ppid: id(entry.ppid, "ppid")?,
+            pgid: id(entry.pgid, "pgid")?,
+            sid: id(entry.sid, "sid")?,
+            state,
+            tids,
+            cores,
+            ids,
+            mm,
+            fs,
+        })
+    }
+}

@@ -1,0 +1,179 @@
+//! Memory that a child shares with its parent copy-on-write.
+//!
+//! Images hold the pages of every task in full. A puppet that is cloned after its maker's memory is filled
+//! already has the maker's pages; of its own it needs only those that differ, and it gives back those
+//! that it must not have. What is equal stays one page for both, as it was before the dump.
+
+use std::{fs::File, os::unix::fs::FileExt};
+
+use anyhow::{Context, Result};
+
+use super::memory::{Pages, Piece, private, status};
+use crate::image::pb;
+
+const PAGE: u64 = 4096;
+/// Bytes compared at a time.
+const CHUNK: usize = 256 << 10;
+/// Below this a second thread costs more than it saves.
+const PARALLEL_FROM: u64 = 16 << 20;
+
+/// What a maker leaves to a puppet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heritage<'a> {
+    pub(super) mm: &'a pb::MmEntry,
+    pub(super) pages: &'a Pages,
+}
+
+/// How the pages of a child differ from those it was born with.
+#[derive(Debug, Default)]
+pub(super) struct Differing {
+    /// To be read from the child's image.
+    pub(super) load: Vec<Piece>,
+    /// To be given back.
+    pub(super) drop: Vec<(u64, u64)>,
+    pub(super) compared: u64,
+    pub(super) equal: u64,
+}
+
+impl Heritage<'_> {
+    fn same(&self, vma: &pb::VmaEntry) -> bool {
+        // The vdso is mapped anew: it costs nothing, and may be in two places (`vdso.rs`).
+        let special = status::VSYSCALL | status::GUARD | status::VDSO | status::VVAR;
+        let at = self.mm.vmas.partition_point(|v| v.status & status::GUARD == 0 && v.start < vma.start);
+        let Some(theirs) = self.mm.vmas.get(at) else { return false };
+        if vma.status & special != 0 || theirs.end != vma.end || theirs.start != vma.start {
+            return false;
+        }
+        private(vma)
+            && theirs.status == vma.status
+            && theirs.flags == vma.flags
+            && theirs.pgoff == vma.pgoff
+            && theirs.shmid == vma.shmid
+            && self.pages.within(vma.start, vma.end).next().is_some()
+    }
+
+    /// The areas of `mm` that the maker has just so, and filled.
+    pub(super) fn kept(&self, mm: &pb::MmEntry) -> Vec<(u64, u64)> {
+        mm.vmas.iter().filter(|v| self.same(v)).map(|v| (v.start, v.end)).collect()
+    }
+
+    /// Whether keeping anything is better than starting from nothing.
+    pub(super) fn worthwhile(&self, mm: &pb::MmEntry) -> bool {
+        mm.vmas.iter().any(|v| private(v) && self.same(v))
+    }
+}
+
+/// Compares the pages of both images in `[start, end)`.
+pub(super) fn compare(theirs: &Pages, ours: &Pages, start: u64, end: u64) -> Result<Differing> {
+    let mut out = Differing::default();
+    let mut both: Vec<(Piece, u64)> = Vec::new();
+    let mut a = theirs.within(start, end).peekable();
+    let mut b = ours.within(start, end).peekable();
+    // Walks both sorted sequences, cutting pieces at each other's ends.
+    let (mut x, mut y) = (a.next(), b.next());
+    loop {
+        match (x, y) {
+            (None, None) => break,
+            (Some(p), None) => {
+                out.drop.push((p.start, p.end));
+                x = a.next();
+            }
+            (None, Some(q)) => {
+                out.load.push(q);
+                y = b.next();
+            }
+            (Some(p), Some(q)) if p.start < q.start => {
+                let cut = p.end.min(q.start);
+                out.drop.push((p.start, cut));
+                x = rest(p, cut).or_else(|| a.next());
+            }
+            (Some(p), Some(q)) if q.start < p.start => {
+                let cut = q.end.min(p.start);
+                out.load.push(Piece { end: cut, ..q });
+                y = rest(q, cut).or_else(|| b.next());
+            }
+            (Some(p), Some(q)) => {
+                let cut = p.end.min(q.end);
+                both.push((Piece { end: cut, ..q }, p.offset));
+                x = rest(p, cut).or_else(|| a.next());
+                y = rest(q, cut).or_else(|| b.next());
+            }
+        }
+    }
+    if let (Some(from), Some(to)) = (&theirs.file, &ours.file) {
+        out.compared = both.iter().map(|(p, _)| (p.end - p.start) / PAGE).sum();
+        let differing = compare_all(from, to, &both)?;
+        out.equal = out.compared - differing.iter().map(|p| (p.end - p.start) / PAGE).sum::<u64>();
+        out.load.extend(differing);
+        out.load.sort_unstable_by_key(|p| p.start);
+    }
+    Ok(out)
+}
+
+fn rest(piece: Piece, cut: u64) -> Option<Piece> {
+    (cut < piece.end).then(|| Piece {
+        start: cut,
+        end: piece.end,
+        offset: piece.offset + (cut - piece.start),
+    })
+}
+
+/// The pieces, in page units, whose contents differ.
+fn compare_all(theirs: &File, ours: &File, both: &[(Piece, u64)]) -> Result<Vec<Piece>> {
+    let mut chunks = Vec::new();
+    for (piece, offset) in both {
+        let mut at = piece.start;
+        while at < piece.end {
+            let end = piece.end.min(at + CHUNK as u64);
+            chunks.push((
+                Piece { start: at, end, offset: piece.offset + (at - piece.start) },
+                offset + (at - piece.start),
+            ));
+            at = end;
+        }
+    }
+    let bytes: u64 = both.iter().map(|(p, _)| p.end - p.start).sum();
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(8);
+    if bytes < PARALLEL_FROM || threads == 1 {
+        return compare_chunks(theirs, ours, &chunks);
+    }
+    let share = chunks.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = chunks
+            .chunks(share)
+            .map(|part| scope.spawn(move || compare_chunks(theirs, ours, part)))
+            .collect();
+        let mut all = Vec::new();
+        for part in parts {
+            all.extend(part.join().map_err(|_| anyhow::anyhow!("comparison of pages panicked"))??);
+        }
+        Ok(all)
+    })
+}
+
+fn compare_chunks(theirs: &File, ours: &File, chunks: &[(Piece, u64)]) -> Result<Vec<Piece>> {
+    let (mut left, mut right) = (vec![0u8; CHUNK], vec![0u8; CHUNK]);
+    let mut out: Vec<Piece> = Vec::new();
+    for (piece, offset) in chunks {
+        let len = usize::try_from(piece.end - piece.start)?;
+        let (l, r) = (&mut left[..len], &mut right[..len]);
+        theirs.read_exact_at(l, *offset).context("read of a pages image")?;
+        ours.read_exact_at(r, piece.offset).context("read of a pages image")?;
+        if l == r {
+            continue;
+        }
+        for (index, (a, b)) in l.chunks(PAGE as usize).zip(r.chunks(PAGE as usize)).enumerate() {
+            if a != b {
+                let at = index as u64 * PAGE;
+                let (start, offset) = (piece.start + at, piece.offset + at);
+                match out.last_mut() {
+                    Some(last) if last.end == start && last.offset + (last.end - last.start) == offset => {
+                        last.end += PAGE;
+                    }
+                    _ => out.push(Piece { start, end: start + PAGE, offset }),
+                }
+            }
+        }
+    }
+    Ok(out)
+}

@@ -1,0 +1,634 @@
+//! A puppet's address space: mapped at the final addresses, filled from `pages-N.img`.
+//!
+//! Everything here ends in calls of a list. What later forks or writes must not see (protections
+//! without write, madvise, mlock) comes in a second part, once all children are made.
+
+use std::{fs::File, os::fd::AsRawFd};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{
+    inherit::{self, Heritage},
+    vdso,
+};
+use crate::{
+    image::{ImageKind, Store, pb},
+    pages::{
+        PagemapReader,
+        pagemap::{self, Placed},
+    },
+    sys::pod::{self, Pod},
+    tracee::{List, Op, RemoteAddr, Want},
+};
+
+const PAGE: u64 = 4096;
+/// End of what user space can map with 4-level page tables.
+pub(super) const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+const ARCH_MAP_VDSO_64: u64 = 0x2003;
+/// Bytes for which one more thread is worth its making.
+const FILL_SHARE: u64 = 32 << 20;
+/// Linux 6.13.
+const MADV_GUARD_INSTALL: u64 = 102;
+const PR_SET_MM: u64 = 35;
+const PR_SET_MM_MAP: u64 = 14;
+/// At most this many ranges in a preadv (UIO_MAXIOV), and bytes well below MAX_RW_COUNT.
+const IOV_MAX: usize = 1024;
+const READ_MAX: u64 = 1 << 30;
+
+/// Bits of `vma_entry.status`.
+pub(super) use crate::mem::vma as status;
+
+/// Where mapped objects come from: numbers of descriptors that every puppet inherits.
+pub(super) trait MappedObjects {
+    /// The file of `files.img` with this id, open as the mapping needs it.
+    fn file(&mut self, id: u32, vma: &pb::VmaEntry) -> Result<i32>;
+    /// Shared memory object.
+    fn shared(&mut self, shmid: u64, vma: &pb::VmaEntry) -> Result<i32>;
+}
+
+/// The pages of one address space or object.
+#[derive(Debug, Default)]
+pub(super) struct Pages {
+    pub(super) file: Option<File>,
+    /// Number of the image.
+    pub(super) id: u32,
+    pub(super) runs: Vec<Placed>,
+}
+
+impl Pages {
+    /// Reads and checks a pagemap; empty when there is none.
+    pub(super) fn read(store: &dyn Store, kind: ImageKind, id: u64) -> Result<Self> {
+        let Some(pagemap) = PagemapReader::open(store, kind, id)? else {
+            // Without it every page of the task would come back as zero.
+            let name = kind.file_name(id);
+            ensure!(kind != ImageKind::Pagemap, "{} is missing", store.path_of(&name).display());
+            return Ok(Self::default());
+        };
+        let pages_id = pagemap.pages_id();
+        let name = ImageKind::Pages.file_name(u64::from(pages_id));
+        let file = store.open_raw(&name)?;
+        let len = match &file {
+            Some(file) => file.metadata().with_context(|| name.clone())?.len(),
+            None => 0,
+        };
+        let mut runs = pagemap.runs(len)?;
+        if let Some(run) = runs.iter().find(|r| r.run.flags & pagemap::PARENT != 0) {
+            bail!(
+                "{}: pages at {:#x} are in a parent snapshot; restore from a chain is not supported yet",
+                kind.file_name(id),
+                run.run.start
+            );
+        }
+        runs.retain(|r| r.run.flags & pagemap::PRESENT != 0);
+        ensure!(file.is_some() || runs.is_empty(), "{} is missing", store.path_of(&name).display());
+        Ok(Self { file, id: pages_id, runs })
+    }
+
+    /// Address after the last page.
+    pub(super) fn end(&self) -> u64 {
+        self.runs.last().map_or(0, |r| r.run.end())
+    }
+
+    /// Whether any page lies in `[start, end)`.
+    fn any_in(&self, start: u64, end: u64) -> bool {
+        let at = self.runs.partition_point(|r| r.run.end() <= start);
+        self.runs.get(at).is_some_and(|r| r.run.start < end)
+    }
+
+    /// The parts of runs that lie in `[start, end)`.
+    pub(super) fn within(&self, start: u64, end: u64) -> impl Iterator<Item = Piece> + '_ {
+        let at = self.runs.partition_point(|r| r.run.end() <= start);
+        self.runs[at..].iter().take_while(move |r| r.run.start < end).map(move |r| {
+            let from = r.run.start.max(start);
+            Piece { start: from, end: r.run.end().min(end), offset: r.offset + (from - r.run.start) }
+        })
+    }
+}
+
+/// Consecutive pages of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// Where they begin in the pages image.
+    pub(super) offset: u64,
+}
+
+impl Piece {
+    /// The same in pieces of at most `most` bytes: one read takes no more.
+    fn in_parts(self, most: u64) -> impl Iterator<Item = Self> {
+        let starts = std::iter::successors(Some(self.start), move |start| start.checked_add(most));
+        starts.take_while(move |start| *start < self.end).map(move |start| Self {
+            start,
+            end: self.end.min(start.saturating_add(most)),
+            offset: self.offset + (start - self.start),
+        })
+    }
+}
+
+/// `struct prctl_mm_map`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct MmMap {
+    words: [u64; 12],
+    auxv_size: u32,
+    exe_fd: u32,
+}
+const _: () = assert!(size_of::<MmMap>() == 104);
+
+fn mm_map_bytes(map: &MmMap) -> Vec<u8> {
+    let mut bytes = pod::bytes_of(&map.words).to_vec();
+    bytes.extend_from_slice(&map.auxv_size.to_ne_bytes());
+    bytes.extend_from_slice(&map.exe_fd.to_ne_bytes());
+    bytes
+}
+
+/// Checks the areas of an mm image: order, alignment, range.
+pub(super) fn check_vmas(mm: &pb::MmEntry, pid: i32) -> Result<()> {
+    let mut last = 0u64;
+    for vma in &mm.vmas {
+        let overlay = status::VSYSCALL | status::GUARD;
+        if vma.status & overlay != 0 {
+            let inside = vma.status & status::VSYSCALL != 0 || vma.end <= TASK_SIZE;
+            ensure!(
+                vma.start < vma.end && inside,
+                "mm-{pid}.img: mapping {:#x}-{:#x} is out of range",
+                vma.start,
+                vma.end
+            );
+            continue;
+        }
+        ensure!(
+            vma.start % PAGE == 0
+                && vma.end % PAGE == 0
+                && vma.start >= last
+                && vma.start < vma.end
+                && vma.end <= TASK_SIZE,
+            "mm-{pid}.img: mapping {:#x}-{:#x} is out of order or out of range",
+            vma.start,
+            vma.end
+        );
+        last = vma.end;
+    }
+    Ok(())
+}
+
+pub(super) fn private(vma: &pb::VmaEntry) -> bool {
+    vma.flags & libc::MAP_PRIVATE.cast_unsigned() != 0
+}
+
+/// One address space to be made.
+#[derive(Debug)]
+pub(super) struct Space<'a> {
+    pub(super) pid: i32,
+    pub(super) mm: &'a pb::MmEntry,
+    pub(super) pages: &'a Pages,
+    /// Descriptor of the program.
+    pub(super) exe_fd: i32,
+    /// What the maker of the puppet has, and leaves to it.
+    pub(super) heritage: Option<Heritage<'a>>,
+    /// Where lists are.
+    pub(super) area: (u64, u64),
+    pub(super) vdso: vdso::Plan,
+}
+
+/// What is known of an address space after [`plan`]: for [`plan_late`] and for counting.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    /// Areas that are writable now whatever their protection.
+    opened: Vec<u64>,
+    /// Pages compared with the maker's, and found equal.
+    pub(super) compared: u64,
+    pub(super) kept: u64,
+}
+
+/// Maps and fills an address space; `crew` gives threads that help to fill a large one.
+pub(super) fn plan(
+    list: &mut List,
+    space: &Space<'_>,
+    objects: &mut dyn MappedObjects,
+    crew: &mut dyn Crew,
+) -> Result<Made> {
+    let mut made = Made::default();
+    let mut heritage = space.heritage.filter(|h| h.mm.exe_file_id == space.mm.exe_file_id);
+    if let Some(h) = &heritage
+        && !h.worthwhile(space.mm)
+    {
+        heritage = None;
+    }
+    let kept = heritage.map(|h| h.kept(space.mm)).unwrap_or_default();
+    plan_clear(list, space.area, &kept);
+    plan_mm(list, space.mm, if heritage.is_some() { -1 } else { space.exe_fd });
+    let mut vdso_due = true;
+    let mut load = Vec::new();
+    for vma in &space.mm.vmas {
+        let inherited = kept.contains(&(vma.start, vma.end));
+        let kernel = status::VSYSCALL | status::VDSO | status::VVAR | status::GUARD;
+        if vma.status & kernel != 0 {
+            if vma.status & (status::VVAR | status::VDSO) != 0 && std::mem::take(&mut vdso_due) && !inherited
+            {
+                plan_vdso(list, &space.vdso, space.pages, &mut load);
+            }
+            continue;
+        }
+        if let (true, Some(h)) = (inherited, &heritage) {
+            made.opened.push(vma.start);
+            let differing = inherit::compare(h.pages, space.pages, vma.start, vma.end)?;
+            for (start, end) in &differing.drop {
+                list.call(
+                    "madvise(MADV_DONTNEED)",
+                    libc::SYS_madvise,
+                    &[(*start).into(), (end - start).into(), libc::MADV_DONTNEED.into()],
+                    Want::Zero,
+                );
+            }
+            made.compared += differing.compared;
+            made.kept += differing.equal;
+            load.extend(differing.load);
+            continue;
+        }
+        let filled = private(vma) && space.pages.any_in(vma.start, vma.end);
+        plan_vma(list, vma, filled, objects)?;
+        if filled {
+            made.opened.push(vma.start);
+            load.extend(space.pages.within(vma.start, vma.end));
+        }
+    }
+    plan_fill(list, space.pages, &load, crew)?;
+    if !vdso_due {
+        plan_vdso_entries(list, &space.vdso, space.pid);
+    }
+    Ok(made)
+}
+
+/// Maps the vdso; see `vdso.rs`. The data pages come first and bring the code behind them.
+fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<Piece>) {
+    let at = match plan {
+        vdso::Plan::None => return,
+        vdso::Plan::Same(at) | vdso::Plan::Foreign { at, .. } => *at,
+    };
+    list.call(
+        format!("arch_prctl(ARCH_MAP_VDSO_64) at {at:#x}"),
+        libc::SYS_arch_prctl,
+        &[ARCH_MAP_VDSO_64.into(), at.into()],
+        Want::Ok,
+    );
+    if let vdso::Plan::Foreign { start, end, .. } = plan {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        list.call(
+            "mmap of the old vdso",
+            libc::SYS_mmap,
+            &[(*start).into(), (end - start).into(), prot.into(), flags.into(), (-1i64).into(), 0u64.into()],
+            Want::Equal(*start),
+        );
+        load.extend(pages.within(*start, *end));
+    }
+}
+
+/// Redirects the entry points of an old vdso; its pages are there. `pid` is the puppet itself.
+fn plan_vdso_entries(list: &mut List, plan: &vdso::Plan, pid: i32) {
+    let vdso::Plan::Foreign { start, end, patches, .. } = plan else { return };
+    for (at, code) in patches {
+        let from = list.bytes(code);
+        let local = list.value(&[*at, code.len() as u64]);
+        let remote = list.value(&[0u64, code.len() as u64]);
+        list.pointer(remote, from);
+        list.call(
+            format!("entry point of the old vdso at {at:#x}"),
+            libc::SYS_process_vm_readv,
+            &[pid.into(), local.into(), 1u64.into(), remote.into(), 1u64.into(), 0u64.into()],
+            Want::Equal(code.len() as u64),
+        );
+    }
+    let prot = libc::PROT_READ | libc::PROT_EXEC;
+    list.call(
+        "mprotect of the old vdso",
+        libc::SYS_mprotect,
+        &[(*start).into(), (end - start).into(), prot.into()],
+        Want::Zero,
+    );
+}
+
+fn plan_mm(list: &mut List, mm: &pb::MmEntry, exe_fd: i32) {
+    let auxv = list.bytes(&mm.mm_saved_auxv.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>());
+    let map = MmMap {
+        words: [
+            mm.mm_start_code,
+            mm.mm_end_code,
+            mm.mm_start_data,
+            mm.mm_end_data,
+            mm.mm_start_brk,
+            mm.mm_brk,
+            mm.mm_start_stack,
+            mm.mm_arg_start,
+            mm.mm_arg_end,
+            mm.mm_env_start,
+            mm.mm_env_end,
+            0,
+        ],
+        auxv_size: u32::try_from(mm.mm_saved_auxv.len() * 8).unwrap_or(0),
+        exe_fd: exe_fd.cast_unsigned(),
+    };
+    let data = list.bytes(&mm_map_bytes(&map));
+    list.pointer(data.at(88), auxv);
+    list.call(
+        "prctl(PR_SET_MM_MAP)",
+        libc::SYS_prctl,
+        &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), data.into(), 104u64.into(), 0u64.into()],
+        Want::Zero,
+    );
+}
+
+fn plan_vma(
+    list: &mut List,
+    vma: &pb::VmaEntry,
+    filled: bool,
+    objects: &mut dyn MappedObjects,
+) -> Result<()> {
+    let what = vma.status;
+    ensure!(
+        what & (status::SYSVIPC | status::SOCKET | status::AIORING) == 0,
+        "mapping {:#x}-{:#x} of kind {what:#x} is not supported yet",
+        vma.start,
+        vma.end
+    );
+    // Locks come late: they would fill the area, and are not inherited.
+    let mut flags = vma.flags & !(libc::MAP_LOCKED.cast_unsigned() | status::LOCK_ON_FAULT)
+        | libc::MAP_FIXED.cast_unsigned();
+    let mut prot = vma.prot;
+    if filled {
+        prot |= (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
+    }
+    let fd = if what & (status::FILE_PRIVATE | status::FILE_SHARED) != 0 {
+        objects.file(u32::try_from(vma.shmid).context("file id of a mapping")?, vma)?
+    } else if what & (status::ANON_SHARED | status::MEMFD) != 0 {
+        // The object is a file for us, whatever it was made by.
+        flags &= !(libc::MAP_ANONYMOUS.cast_unsigned());
+        objects.shared(vma.shmid, vma)?
+    } else {
+        ensure!(
+            what & status::ANON_PRIVATE != 0,
+            "mapping {:#x}-{:#x} is of unknown kind {what:#x}",
+            vma.start,
+            vma.end
+        );
+        flags |= libc::MAP_ANONYMOUS.cast_unsigned();
+        -1
+    };
+    let offset = if fd >= 0 { vma.pgoff } else { 0 };
+    list.call(
+        "mmap",
+        libc::SYS_mmap,
+        &[
+            vma.start.into(),
+            (vma.end - vma.start).into(),
+            prot.into(),
+            flags.into(),
+            i64::from(fd).into(),
+            offset.into(),
+        ],
+        Want::Equal(vma.start),
+    );
+    Ok(())
+}
+
+/// Where threads that help come from.
+pub(super) trait Crew {
+    /// How many can be had.
+    fn size(&self) -> usize;
+    /// A thread of the puppet that will run `work` and end: the call that makes it, and the word that says 1
+    /// once it is done.
+    fn hire(&mut self, work: List, maker: &mut List) -> Result<RemoteAddr>;
+}
+
+/// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
+fn plan_fill(list: &mut List, pages: &Pages, load: &[Piece], crew: &mut dyn Crew) -> Result<()> {
+    let total: u64 = load.iter().map(|p| p.end - p.start).sum();
+    let wanted = usize::try_from(total / FILL_SHARE).unwrap_or(usize::MAX);
+    let threads = (crew.size() + 1).min(wanted).max(1);
+    let mut shares = split(load, threads, total).into_iter();
+    let Some(mine) = shares.next() else { return Ok(()) };
+    let mut done = Vec::new();
+    for share in shares {
+        let mut work = List::new("fill");
+        plan_pages(&mut work, pages, &share);
+        done.push(crew.hire(work, list)?);
+    }
+    plan_pages(list, pages, &mine);
+    for word in done {
+        list.op(Op::WaitAtLeast(word, 1));
+    }
+    Ok(())
+}
+
+/// Cuts pieces into `parts` shares of about the same size.
+fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
+    let each = (total / parts.max(1) as u64).next_multiple_of(PAGE).max(PAGE);
+    let mut shares = vec![Vec::new()];
+    let mut room = each;
+    for piece in load {
+        let mut piece = *piece;
+        loop {
+            let len = piece.end - piece.start;
+            if len <= room || shares.len() == parts {
+                room = room.saturating_sub(len);
+                if let Some(last) = shares.last_mut() {
+                    last.push(piece);
+                }
+                break;
+            }
+            if room > 0
+                && let Some(last) = shares.last_mut()
+            {
+                last.push(Piece { end: piece.start + room, ..piece });
+            }
+            piece = Piece { start: piece.start + room, end: piece.end, offset: piece.offset + room };
+            shares.push(Vec::new());
+            room = each;
+        }
+    }
+    shares
+}
+
+/// preadv's pages into place: pieces that follow each other in the image go in one call.
+fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
+    let Some(file) = &pages.file else { return };
+    let fd = file.as_raw_fd();
+    let load: Vec<Piece> = load.iter().flat_map(|piece| piece.in_parts(READ_MAX)).collect();
+    let mut at = 0;
+    while let Some(first) = load.get(at).copied() {
+        let mut iov: Vec<u8> = Vec::new();
+        let mut total = 0;
+        let mut count = 0;
+        while let Some(piece) = load.get(at).copied() {
+            let len = piece.end - piece.start;
+            if count == IOV_MAX
+                || piece.offset != first.offset + total
+                || (count > 0 && total + len > READ_MAX)
+            {
+                break;
+            }
+            iov.extend_from_slice(&piece.start.to_ne_bytes());
+            iov.extend_from_slice(&len.to_ne_bytes());
+            total += len;
+            count += 1;
+            at += 1;
+        }
+        let iov = list.bytes(&iov);
+        list.call(
+            format!("preadv of {total} bytes of pages"),
+            libc::SYS_preadv,
+            &[fd.into(), iov.into(), count.into(), first.offset.into(), 0u64.into()],
+            Want::Equal(total),
+        );
+    }
+}
+
+/// What has to wait until no puppet is made from this one any more.
+pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made) {
+    for vma in &mm.vmas {
+        let len = vma.end - vma.start;
+        if vma.status & status::GUARD != 0 {
+            list.call(
+                "madvise(MADV_GUARD_INSTALL)",
+                libc::SYS_madvise,
+                &[vma.start.into(), len.into(), MADV_GUARD_INSTALL.into()],
+                Want::Zero,
+            );
+            continue;
+        }
+        if vma.status & (status::VSYSCALL | status::VDSO | status::VVAR) != 0 {
+            continue;
+        }
+        let filled = made.opened.binary_search(&vma.start).is_ok();
+        let write = (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
+        if filled && vma.prot & write != write {
+            list.call(
+                "mprotect",
+                libc::SYS_mprotect,
+                &[vma.start.into(), len.into(), vma.prot.into()],
+                Want::Zero,
+            );
+        }
+        let advice = vma.madv.unwrap_or(0);
+        for bit in (0..64u64).filter(|b| advice & (1 << b) != 0) {
+            list.call(
+                format!("madvise({bit})"),
+                libc::SYS_madvise,
+                &[vma.start.into(), len.into(), bit.into()],
+                Want::Zero,
+            );
+        }
+        if vma.flags & libc::MAP_LOCKED.cast_unsigned() != 0 {
+            let on_fault = vma.flags & status::LOCK_ON_FAULT != 0;
+            list.call(
+                "mlock2",
+                libc::SYS_mlock2,
+                &[vma.start.into(), len.into(), u64::from(on_fault).into()],
+                // The lock counts even where pages cannot be had now: no access, or beyond the end of a file.
+                Want::Any,
+            );
+        }
+    }
+}
+
+/// Unmaps everything but the area and what is kept.
+pub(super) fn plan_clear(list: &mut List, area: (u64, u64), kept: &[(u64, u64)]) {
+    let mut stay = kept.to_vec();
+    stay.push((area.0, area.0 + area.1));
+    stay.sort_unstable();
+    stay.push((TASK_SIZE, TASK_SIZE));
+    let mut from = 0;
+    for (start, end) in stay {
+        if start > from {
+            list.call("munmap", libc::SYS_munmap, &[from.into(), (start - from).into()], Want::Zero);
+        }
+        from = from.max(end);
+    }
+}
+
+/// The widest range of addresses free in all of `used` (any order); `None` when there is none of `len`.
+pub(super) fn free_everywhere(mut used: Vec<(u64, u64)>, len: u64) -> Option<u64> {
+    used.retain(|(start, _)| *start < TASK_SIZE);
+    used.push((TASK_SIZE, u64::MAX));
+    used.sort_unstable();
+    let mut best = None;
+    let mut end = 1 << 20;
+    for (start, stop) in used {
+        if start > end && best.is_none_or(|(s, e)| start - end > e - s) {
+            best = Some((end, start));
+        }
+        end = end.max(stop);
+    }
+    // In the middle, so that stacks and heaps have room to grow on both sides.
+    let (start, stop) = best.filter(|(s, e)| e - s >= len + 2 * PAGE)?;
+    Some((start + (stop - start - len) / 2) & !(PAGE - 1))
+}
+
+/// Keeps the compiler honest about what crosses into a target.
+const _: fn() = || {
+    fn plain<T: Pod>() {}
+    plain::<[u64; 12]>();
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_lose_nothing() {
+        let load = [
+            Piece { start: 0x1000, end: 0x9000, offset: 0 },
+            Piece { start: 0x20000, end: 0x21000, offset: 0x8000 },
+            Piece { start: 0x30000, end: 0x3a000, offset: 0x9000 },
+        ];
+        let total = 0x13000;
+        for parts in 1..6 {
+            let shares = split(&load, parts, total);
+            assert!(shares.len() <= parts, "{parts}");
+            let mut offset = 0;
+            for piece in shares.iter().flatten() {
+                assert!(piece.start < piece.end && piece.offset == offset, "{parts} {shares:x?}");
+                offset += piece.end - piece.start;
+            }
+            assert_eq!(offset, total);
+        }
+        assert!(split(&[], 3, 0).iter().all(Vec::is_empty));
+    }
+
+    #[test]
+    fn crafted_areas_are_refused() {
+        let mm = |status, start, end| pb::MmEntry {
+            vmas: vec![pb::VmaEntry { status, start, end, ..Default::default() }],
+            ..Default::default()
+        };
+        for status in [status::GUARD, status::GUARD | status::ANON_SHARED, status::VSYSCALL, 0] {
+            assert!(check_vmas(&mm(status, 0x3000, 0x1000), 1).is_err(), "{status:#x}");
+        }
+        assert!(check_vmas(&mm(status::GUARD, 0x1000, u64::MAX), 1).is_err());
+        assert!(check_vmas(&mm(status::GUARD, 0x1000, 0x3000), 1).is_ok());
+    }
+
+    #[test]
+    fn widest_gap() {
+        let at = free_everywhere(vec![(0x40_0000, 0x50_0000), (0x7000_0000_0000, 0x7fff_0000_0000)], 1 << 30)
+            .unwrap();
+        assert!(at > 0x50_0000 && at + (1 << 30) < 0x7000_0000_0000);
+        assert_eq!(free_everywhere(vec![(0, TASK_SIZE)], PAGE), None);
+    }
+
+    #[test]
+    fn no_read_is_longer_than_the_kernel_takes() {
+        let piece = Piece { start: 0x1000, end: 0x1000 + 5 * READ_MAX / 2, offset: 0x3000 };
+        let parts: Vec<Piece> = piece.in_parts(READ_MAX).collect();
+        assert_eq!(parts.len(), 3);
+        assert_eq!(
+            parts[1],
+            Piece { start: 0x1000 + READ_MAX, end: 0x1000 + 2 * READ_MAX, offset: 0x3000 + READ_MAX }
+        );
+        assert_eq!(parts[2].end, piece.end);
+        let small = Piece { start: 0x1000, end: 0x2000, offset: 0 };
+        assert_eq!(small.in_parts(READ_MAX).collect::<Vec<_>>(), [small]);
+    }
+}

@@ -1,0 +1,725 @@
+//! A restore: read, validate, plan, make, apply, hand over or undo.
+//!
+//! The supervisor (this process) thinks; puppets act. See `stage.rs` for who holds them, `birth.rs` for who
+//! makes whom, `memory.rs` for their address spaces. This module knows the order only.
+
+mod birth;
+mod crew;
+mod images;
+mod inherit;
+mod memory;
+mod shared;
+mod stage;
+mod vdso;
+
+use std::{
+    collections::HashSet,
+    os::fd::{AsFd, AsRawFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::{
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
+    unistd::{Pid, getpgrp, getsid},
+};
+
+use self::{
+    birth::{Births, Step, Wanted},
+    crew::Fillers,
+    images::{Images, State, Task},
+    inherit::Heritage,
+    memory::{Made, MappedObjects, Pages, Space},
+    shared::SharedObjects,
+    stage::Stage,
+};
+use crate::{
+    action::{self, Action},
+    cpuinfo,
+    files::FilesRestore,
+    image::{DirStore, ImageKind, Store, pb},
+    interrupt,
+    proc::stat,
+    settings::RestoreSettings,
+    stats::RestoreStats,
+    sys::{
+        Errno,
+        clone::{CloneArgs, clone_into},
+        mapping::{Access, Mapping, memfd},
+        ptrace, rseq, ticker,
+    },
+    task,
+    tracee::{Area, List, Op, Placed, RemoteAddr, Want},
+};
+
+/// Room for lists: sparse, only what is written takes memory.
+const AREA_LEN: u64 = 1 << 30;
+/// How long a dead task may take to be reaped by its parent: init on some machines needs a second.
+const REAP_PATIENCE: Duration = Duration::from_secs(3);
+/// Below the area, for the vdso of this kernel beside an old one.
+const VDSO_ROOM: u64 = 1 << 20;
+const CLONE_PTRACE: u64 = 0x2000;
+const PR_SET_PDEATHSIG: u64 = 1;
+const PR_SET_NAME: u64 = 15;
+const RSEQ_FLAG_UNREGISTER: u64 = 1;
+
+/// A tree that has been restored.
+#[derive(Debug)]
+pub struct Restored {
+    /// Pid of its root.
+    pub root: Pid,
+    /// What it took.
+    pub stats: RestoreStats,
+}
+
+/// Restores a tree from a directory of images.
+pub fn restore(settings: &RestoreSettings) -> Result<Restored> {
+    let store = DirStore::open(&settings.common.images_dir)?;
+    restore_from(&store, settings)
+}
+
+/// Restores a tree from `store`.
+pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Restored> {
+    let begun = Instant::now();
+    let _ticker = ticker::Ticker::start()?;
+    let _ = crate::sys::task::raise_soft_limit(libc::RLIMIT_NOFILE);
+    let scripts = &settings.common.action_scripts;
+    action::run(scripts, Action::PreRestore, None)?;
+
+    let images = Images::read(store)?;
+    cpuinfo::check(store, settings.common.cpu_cap)?;
+    let births = plan_births(&images, settings)?;
+    let mut files = FilesRestore::read(store, settings)?;
+    files.open_early()?;
+    let mut cast = Cast::plan(store, &images, births, files)?;
+    pids_are_free(&images)?;
+    interrupt::check()?;
+
+    let forking = Instant::now();
+    let root = cast.make_root(settings)?;
+    cast.stage.settle()?;
+    cast.fillers.check(&cast.stage.area)?;
+    cast.form_groups()?;
+    let forking_time = forking.elapsed();
+    cast.apply()?;
+    cast.set_final_state()?;
+    cast.files.before_resume()?;
+    cast.files.leftovers()?;
+
+    if let Some(path) = &settings.pidfile {
+        crate::pidfile::write(&settings.common.work_dir, path, root)?;
+    }
+    action::run(scripts, Action::PostRestore, Some(root))?;
+    action::run(scripts, Action::PreResume, Some(root))?;
+    interrupt::check()?;
+    cast.hand_over(settings.leave_stopped)?;
+    let pages_restored = cast.pages_restored();
+    let pages_compared = cast.made.iter().map(|m| m.compared).sum();
+    let pages_skipped_cow = cast.made.iter().map(|m| m.kept).sum();
+    cast.files.commit();
+    let stats = RestoreStats {
+        pages_restored,
+        pages_compared,
+        pages_skipped_cow,
+        forking_time,
+        restore_time: begun.elapsed(),
+    };
+    if let Err(error) = action::run(scripts, Action::PostResume, Some(root)) {
+        tracing::warn!("{:#}", anyhow!(error));
+    }
+    Ok(Restored { root, stats })
+}
+
+/// Who makes whom; with `--shell-job` what came from outside is replaced by our own session and group.
+fn plan_births(images: &Images, settings: &RestoreSettings) -> Result<Births> {
+    let root = images.tasks.first().context("no task")?;
+    let ours = (getsid(None)?.as_raw(), getpgrp().as_raw());
+    let foreign_session = (root.sid != root.pid).then_some(root.sid);
+    let foreign_group = (root.pgid != root.pid).then_some(root.pgid);
+    if (foreign_session.is_some() || foreign_group.is_some()) && !settings.common.shell_job {
+        bail!(
+            "task {}: its session {} and group {} come from outside the tree; restore with --shell-job to use \
+             those of crtool",
+            root.pid,
+            root.sid,
+            root.pgid
+        );
+    }
+    let index_of = |pid: i32| images.tasks.iter().position(|t| t.pid == pid);
+    let wanted: Vec<Wanted> = images
+        .tasks
+        .iter()
+        .enumerate()
+        .map(|(i, t)| Wanted {
+            pid: t.pid,
+            parent: if i == 0 { None } else { index_of(t.ppid) },
+            pgid: if Some(t.pgid) == foreign_group || Some(t.pgid) == foreign_session {
+                ours.1
+            } else {
+                t.pgid
+            },
+            sid: if Some(t.sid) == foreign_session { ours.0 } else { t.sid },
+        })
+        .collect();
+    birth::plan(&wanted, ours)
+}
+
+/// Everything that takes part.
+struct Cast<'i> {
+    images: &'i Images,
+    births: Births,
+    files: FilesRestore<'i>,
+    /// Held open: puppets inherit the descriptors.
+    _shared: SharedObjects,
+    pages: Vec<Pages>,
+    made: Vec<Made>,
+    fillers: Fillers,
+    stage: Stage,
+    on_fail: RemoteAddr,
+    /// Slots of all puppets' leaders.
+    slots: Vec<RemoteAddr>,
+    go: RemoteAddr,
+    root_list: Placed,
+    supervisor: task::Supervisor,
+    seccomp: task::seccomp::Plan,
+}
+
+impl MappedObjects for (&mut FilesRestore<'_>, &SharedObjects) {
+    fn file(&mut self, id: u32, vma: &pb::VmaEntry) -> Result<i32> {
+        let shared = vma.flags & libc::MAP_SHARED.cast_unsigned() != 0;
+        let write = vma.prot & libc::PROT_WRITE.cast_unsigned() != 0
+            || vma.fdflags.unwrap_or(0) & libc::O_ACCMODE.cast_unsigned() == libc::O_RDWR.cast_unsigned();
+        Ok(self.0.vma_file(id, shared && write)?)
+    }
+    fn shared(&mut self, shmid: u64, vma: &pb::VmaEntry) -> Result<i32> {
+        if vma.status & memory::status::MEMFD != 0 {
+            return self.file(u32::try_from(shmid).context("memfd id")?, vma);
+        }
+        self.1.get(shmid)
+    }
+}
+
+impl<'i> Cast<'i> {
+    /// Plans the first act of everybody: address spaces and births.
+    fn plan(
+        store: &'i dyn Store,
+        images: &'i Images,
+        births: Births,
+        mut files: FilesRestore<'i>,
+    ) -> Result<Self> {
+        let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
+        for task in &images.tasks {
+            if let Some(mm) = &task.mm {
+                memory::check_vmas(mm, task.pid)?;
+            }
+        }
+        let shared = SharedObjects::make(store, mms())?;
+        let mut pages = Vec::with_capacity(images.tasks.len());
+        for task in &images.tasks {
+            pages.push(if task.is_zombie() {
+                Pages::default()
+            } else {
+                Pages::read(store, ImageKind::Pagemap, u64::try_from(task.pid)?)?
+            });
+        }
+        let mut area = make_area(mms())?;
+        let mut fail = List::new("after a failure");
+        fail.op(Op::Trap);
+        let on_fail = area.place(&fail)?.start;
+        let go = area.alloc(64, 64)?;
+        area.write(go, &0u32.to_ne_bytes())?;
+        let mut slots = Vec::with_capacity(births.puppets.len());
+        for _ in &births.puppets {
+            slots.push(area.slot()?);
+        }
+        let mut stage = Stage::new(area);
+        let mut root_list = None;
+        let own_vdso = vdso::Own::read()?;
+        let mut fillers = Fillers::new(images.tasks.iter().flat_map(|t| &t.tids).copied());
+        let mut made = Vec::with_capacity(births.puppets.len());
+        for (index, puppet) in births.puppets.iter().enumerate() {
+            let label = match puppet.task {
+                Some(_) => format!("task {}", puppet.pid),
+                None => format!("helper {} (for a dead leader)", puppet.pid),
+            };
+            let mut list = List::new(format!("birth of {}", puppet.pid));
+            if index == 0 {
+                plan_root(&mut list, go);
+            }
+            let at = (stage.area.start().0, stage.area.len() as u64);
+            let task = puppet.task.and_then(|t| images.tasks.get(t));
+            let shares = shares_memory(&births, images, index)?;
+            made.push(match task.and_then(|t| t.mm.as_ref()) {
+                Some(_) if shares => Made::default(),
+                None => {
+                    memory::plan_clear(&mut list, at, &[]);
+                    Made::default()
+                }
+                Some(mm) => {
+                    let exe_fd = files.vma_file(mm.exe_file_id, false).context("program")?;
+                    let heritage = births.maker(index).and_then(|m| {
+                        Some(Heritage { mm: images.tasks.get(m)?.mm.as_ref()?, pages: pages.get(m)? })
+                    });
+                    let vdso = vdso::plan(mm, &pages[index], own_vdso.as_ref(), at.0 - VDSO_ROOM)?;
+                    if let vdso::Plan::Foreign { start, end, .. } = &vdso {
+                        not_within(task, *start, *end)?;
+                    }
+                    let space =
+                        Space { pid: puppet.pid, mm, pages: &pages[index], exe_fd, heritage, area: at, vdso };
+                    memory::plan(
+                        &mut list,
+                        &space,
+                        &mut (&mut files, &shared),
+                        &mut fillers.at(&mut stage.area),
+                    )
+                    .with_context(|| format!("memory of task {}", puppet.pid))?
+                }
+            });
+            if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.cores.first()?.tc.as_ref()) {
+                let comm = list.cstr(&tc.comm);
+                list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
+            }
+            for step in &puppet.steps {
+                plan_step(&mut list, *step, &births, images, &slots, index)?;
+                if *step == Step::Setsid && puppet.task.is_some() {
+                    files.plan_controlling(puppet.pid, &mut list);
+                }
+            }
+            list.op(Op::Trap);
+            list.op(Op::Next);
+            log_list(&list);
+            let placed = stage.area.place(&list)?;
+            stage.area.arm(slots[index], placed.start, on_fail)?;
+            if index == 0 {
+                root_list = Some(placed.clone());
+            }
+            stage.expect(puppet.pid, true, label, slots[index], placed);
+        }
+        let root_list = root_list.context("no root")?;
+        let supervisor = task::Supervisor::probe()?;
+        let filters: pb::SeccompEntry =
+            crate::image::TypedStore::read_one(store, ImageKind::Seccomp, None)?.unwrap_or_default();
+        let alive = images.tasks.iter().filter(|t| !t.is_zombie());
+        let processes: Vec<_> = alive.map(|t| (t.pid, t.cores.iter().collect())).collect();
+        let seccomp = task::seccomp::Plan::new(&filters, &processes)?;
+        Ok(Self {
+            images,
+            births,
+            files,
+            _shared: shared,
+            pages,
+            made,
+            fillers,
+            stage,
+            on_fail,
+            slots,
+            go,
+            root_list,
+            supervisor,
+            seccomp,
+        })
+    }
+
+    fn alive(&self) -> impl Iterator<Item = &'i Task> + use<'i> {
+        self.images.tasks.iter().filter(|t| !t.is_zombie())
+    }
+
+    fn task_of(&self, index: usize) -> Option<&'i Task> {
+        self.births.puppets.get(index)?.task.and_then(|t| self.images.tasks.get(t))
+    }
+
+    /// Clones the root and takes it under ptrace before it does anything.
+    fn make_root(&mut self, settings: &RestoreSettings) -> Result<Pid> {
+        let root = self.images.tasks.first().context("no root")?;
+        let set_tid = [root.pid];
+        let sibling = settings.detached && settings.sibling;
+        self.supervisor.orphan = (settings.detached && !sibling).then_some(root.pid);
+        let args = CloneArgs {
+            flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
+            exit_signal: if sibling { 0 } else { libc::SIGCHLD as u64 },
+            set_tid: set_tid.as_ptr() as u64,
+            set_tid_size: 1,
+            ..CloneArgs::default()
+        };
+        let all = SigSet::all();
+        let mut old = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
+        let runner = self.stage.area.runner().0;
+        let made = clone_into(&args, runner, self.root_list.start.0, self.slots[0].0);
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
+        let pid = made.map_err(|e| taken(root.pid, e))?;
+        self.stage.running(pid);
+        let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
+        ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
+            .or_else(|_| ptrace::seize(pid, options))
+            .context("seize of the restored root")?;
+        self.stage.area.post(self.go, 1)?;
+        Ok(Pid::from_raw(pid))
+    }
+
+    /// Everybody exists: join groups; let zombies and helpers end.
+    fn form_groups(&mut self) -> Result<()> {
+        let mut moving = false;
+        for (index, puppet) in self.births.puppets.clone().iter().enumerate() {
+            if let Some(group) = puppet.join_group {
+                let mut list = List::new(format!("group of {}", puppet.pid));
+                list.call(
+                    format!("setpgid({group})"),
+                    libc::SYS_setpgid,
+                    &[0u64.into(), group.into()],
+                    Want::Zero,
+                );
+                list.op(Op::Trap);
+                list.op(Op::Next);
+                let placed = self.stage.area.place(&list)?;
+                self.stage.next_list(puppet.pid, placed)?;
+                self.stage.resume(puppet.pid)?;
+                moving = true;
+            }
+            let _ = index;
+        }
+        if moving {
+            self.stage.settle()?;
+        }
+        for (index, puppet) in self.births.puppets.clone().iter().enumerate() {
+            let code = match self.task_of(index).map(|t| t.state) {
+                None => 0,
+                Some(State::Zombie(code)) => code,
+                Some(_) => continue,
+            };
+            let signal = code & 0x7f;
+            if signal == 0 {
+                let mut list = List::new(format!("end of {}", puppet.pid));
+                list.call("exit_group", libc::SYS_exit_group, &[((code >> 8) & 0xff).into()], Want::Any);
+                let placed = self.stage.area.place(&list)?;
+                self.stage.next_list(puppet.pid, placed)?;
+            }
+            self.stage.end(puppet.pid, signal)?;
+        }
+        self.stage.settle()
+    }
+
+    /// The main act: descriptors, attributes, threads.
+    fn apply(&mut self) -> Result<()> {
+        self.files.open_late()?;
+        let mut tables: Vec<u32> = self.alive().map(|t| t.ids.files_id).collect();
+        tables.sort_unstable();
+        let tables_shared = tables.windows(2).any(|w| w[0] == w[1]);
+        for index in 0..self.births.puppets.len() {
+            let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
+            let placed =
+                self.plan_main(index, task, tables_shared).with_context(|| format!("task {}", task.pid))?;
+            self.stage.next_list(task.pid, placed)?;
+        }
+        if tables_shared {
+            for task in self.alive() {
+                self.stage.resume(task.pid)?;
+            }
+            self.stage.settle()?;
+        }
+        // Stopped tasks first, children before parents: a parent hears of the stop, and forgets it, before
+        // its own signals are restored.
+        let stopped: Vec<&Task> = self.alive().filter(|t| t.state == State::Stopped).collect();
+        for task in stopped.into_iter().rev() {
+            self.stage.resume(task.pid)?;
+            self.stage.settle()?;
+            self.stop(task).with_context(|| format!("stop of task {}", task.pid))?;
+        }
+        for task in self.alive().filter(|t| t.state != State::Stopped) {
+            self.stage.resume(task.pid)?;
+        }
+        self.stage.settle()
+    }
+
+    fn thread_plan<'a>(
+        &'a self,
+        task: &Task,
+        tid: i32,
+        core: &'a pb::CoreEntry,
+        mm: &pb::MmEntry,
+    ) -> task::ThreadPlan<'a> {
+        task::ThreadPlan {
+            core,
+            pid: task.pid,
+            tid,
+            dumpable: mm.dumpable.unwrap_or(1),
+            seccomp: &self.seccomp,
+            supervisor: &self.supervisor,
+        }
+    }
+
+    fn plan_main(&mut self, index: usize, task: &Task, tables_shared: bool) -> Result<Placed> {
+        let mut list = List::new(format!("restore of {}", task.pid));
+        let core = task.core()?;
+        // Helpers that were our children have ended; whoever reaps them now is their parent.
+        for puppet in self.births.puppets.iter().filter(|p| p.parent == Some(index) && p.task.is_none()) {
+            list.call(
+                format!("wait4 for helper {}", puppet.pid),
+                libc::SYS_wait4,
+                &[puppet.pid.into(), 0u64.into(), libc::__WALL.into(), 0u64.into()],
+                Want::OkRetry,
+            );
+        }
+        let mm = task.mm.as_ref().context("no mm image")?;
+        if !shares_memory(&self.births, self.images, index)? {
+            memory::plan_late(&mut list, mm, &self.made[index]);
+        }
+        task::plan_process_early(core, &self.supervisor, &mut list)?;
+        if let Some(fs) = &task.fs {
+            self.files.plan_fs(fs, &mut list)?;
+        }
+        if tables_shared {
+            // Nobody closes what another still has to use under its inherited number.
+            list.op(Op::Trap);
+        }
+        self.files.plan_table(task.ids.files_id, task.pid, &mut list)?;
+        task::plan_process(core, mm, &self.supervisor, &mut list)?;
+        for (tid, core) in task.tids.iter().zip(&task.cores).skip(1) {
+            let mut own = List::new(format!("restore of thread {tid}"));
+            task::plan_thread(&self.thread_plan(task, *tid, core, mm), &mut own)?;
+            own.op(Op::Trap);
+            own.op(Op::Next);
+            let placed = self.stage.area.place(&own)?;
+            let slot = self.stage.area.slot()?;
+            self.stage.area.arm(slot, placed.start, self.on_fail)?;
+            self.stage.expect(*tid, false, format!("thread {tid} of task {}", task.pid), slot, placed);
+            let flags = libc::CLONE_VM
+                | libc::CLONE_FS
+                | libc::CLONE_FILES
+                | libc::CLONE_SIGHAND
+                | libc::CLONE_THREAD
+                | libc::CLONE_SYSVSEM;
+            let args = CloneArgs { flags: flags as u64 | CLONE_PTRACE, ..CloneArgs::default() };
+            list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
+        }
+        self.files.plan_threads(task.ids.files_id, &task.tids, &mut list);
+        task::plan_thread(&self.thread_plan(task, task.pid, core, mm), &mut list)?;
+        list.op(Op::Trap);
+        list.op(Op::Next);
+        log_list(&list);
+        Ok(self.stage.area.place(&list)?)
+    }
+
+    /// Registers, masks, and the area gone: from here on every task is what it was.
+    fn set_final_state(&mut self) -> Result<()> {
+        let (area, len) = (self.stage.area.start(), self.stage.area.len() as u64);
+        let mut cleared = HashSet::new();
+        for task in self.alive() {
+            let label = || format!("final state of task {}", task.pid);
+            if cleared.insert(task.ids.vm_id) || task.ids.vm_id == 0 {
+                let munmap = [area.0, len, 0, 0, 0, 0];
+                let gone = self.stage.bare_call(task.pid, libc::SYS_munmap, munmap).with_context(label)?;
+                ensure!(gone == 0, "task {}: munmap of the area failed with {gone}", task.pid);
+                self.stage.stop_before_user_code(task.pid).with_context(label)?;
+            }
+            for (tid, core) in task.tids.iter().zip(&task.cores) {
+                let mut state = task::final_state(core).with_context(label)?;
+                state.enter_call(*tid, core);
+                ptrace::set_regset(*tid, ptrace::NT_X86_XSTATE, &state.xstate)
+                    .with_context(|| format!("xsave area of thread {tid}"))?;
+                ptrace::set_sigmask(*tid, state.sigmask).with_context(label)?;
+                ptrace::set_regs(*tid, &state.regs).with_context(|| format!("registers of thread {tid}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops a task by the signal that had stopped it, while all its signals are still blocked: those
+    /// that wait for it are delivered when it goes on, not before.
+    fn stop(&self, task: &Task) -> Result<()> {
+        let core = task.core()?;
+        let wanted = core.tc.as_ref().and_then(|tc| tc.stop_signo).and_then(|s| i32::try_from(s).ok());
+        let wanted = wanted.filter(|s| task::sigaction::is_default(core, *s)).unwrap_or(libc::SIGSTOP);
+        self.stage.stop_process(&task.tids, wanted)
+    }
+
+    /// Lets all go.
+    fn hand_over(&mut self, stop_all: bool) -> Result<()> {
+        let alive = || self.images.tasks.iter().filter(|t| !t.is_zombie());
+        // Without EXITKILL first: whatever happens to us from here on, nobody is killed.
+        for tid in alive().flat_map(|t| &t.tids) {
+            ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
+        }
+        self.stage.release();
+        for task in alive().filter(|t| stop_all && t.state != State::Stopped) {
+            crate::sys::task::kill(task.pid, libc::SIGSTOP)?;
+        }
+        let mut failed = None;
+        for tid in alive().flat_map(|t| t.tids.iter().rev()) {
+            if let Err(e) = ptrace::detach(*tid, 0)
+                && e != Errno::ESRCH
+            {
+                failed.get_or_insert((*tid, e));
+            }
+        }
+        match failed {
+            Some((tid, e)) => Err(anyhow!(e).context(format!("detach of thread {tid}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn pages_restored(&self) -> u64 {
+        self.pages.iter().flat_map(|p| &p.runs).map(|r| r.run.pages).sum()
+    }
+}
+
+/// What the root does before anything else: hold until it is traced, shed what it has from us.
+fn plan_root(list: &mut List, go: RemoteAddr) {
+    list.call(
+        "prctl(PR_SET_PDEATHSIG)",
+        libc::SYS_prctl,
+        &[PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
+        Want::Zero,
+    );
+    list.op(Op::WaitAtLeast(go, 1));
+    if let Some((at, len, signature)) = rseq::own() {
+        list.call(
+            "rseq(unregister)",
+            libc::SYS_rseq,
+            &[at.into(), len.into(), RSEQ_FLAG_UNREGISTER.into(), signature.into()],
+            Want::Any,
+        );
+    }
+    list.call("set_robust_list", libc::SYS_set_robust_list, &[0u64.into(), 24u64.into()], Want::Zero);
+    list.call("set_tid_address", libc::SYS_set_tid_address, &[0u64.into()], Want::Ok);
+}
+
+fn plan_step(
+    list: &mut List,
+    step: Step,
+    births: &Births,
+    images: &Images,
+    slots: &[RemoteAddr],
+    maker: usize,
+) -> Result<()> {
+    let (child, sibling) = match step {
+        Step::Setsid => {
+            list.call("setsid", libc::SYS_setsid, &[], Want::Ok);
+            return Ok(());
+        }
+        Step::LeadGroup => {
+            list.call("setpgid(0, 0)", libc::SYS_setpgid, &[0u64.into(), 0u64.into()], Want::Zero);
+            return Ok(());
+        }
+        Step::Make(child) => (child, false),
+        Step::MakeSibling(child) => (child, true),
+    };
+    let puppet = births.puppets.get(child).context("a birth without a child")?;
+    let ids = |p: usize| {
+        births.puppets.get(p).and_then(|p| p.task).and_then(|t| images.tasks.get(t)).map(|t| &t.ids)
+    };
+    let mut flags = CLONE_PTRACE;
+    if sibling {
+        flags |= libc::CLONE_PARENT as u64;
+    } else if let (Some(a), Some(b)) = (ids(maker), ids(child)) {
+        if a.files_id == b.files_id && b.files_id != 0 {
+            flags |= libc::CLONE_FILES as u64;
+        }
+        if a.fs_id == b.fs_id && b.fs_id != 0 {
+            flags |= libc::CLONE_FS as u64;
+        }
+        if a.vm_id == b.vm_id && b.vm_id != 0 {
+            flags |= libc::CLONE_VM as u64;
+            if a.sighand_id == b.sighand_id {
+                flags |= libc::CLONE_SIGHAND as u64;
+            }
+        }
+    }
+    let exit_signal = if sibling { 0 } else { libc::SIGCHLD as u64 };
+    let args = CloneArgs { flags, exit_signal, ..CloneArgs::default() };
+    list.clone3(format!("clone of task {}", puppet.pid), &args, &[puppet.pid], slots[child]);
+    Ok(())
+}
+
+/// No thread was stopped inside `[start, end)`, code whose data is gone.
+fn not_within(task: Option<&Task>, start: u64, end: u64) -> Result<()> {
+    let Some(task) = task else { return Ok(()) };
+    for (tid, core) in task.tids.iter().zip(&task.cores) {
+        let ip = core.thread_info.as_ref().map_or(0, |i| i.gpregs.ip);
+        ensure!(
+            !(start..end).contains(&ip),
+            "thread {tid} of task {} was stopped inside the vdso of another kernel; dump it again",
+            task.pid
+        );
+    }
+    Ok(())
+}
+
+/// Whether a puppet has the address space of its maker (CLONE_VM).
+fn shares_memory(births: &Births, images: &Images, index: usize) -> Result<bool> {
+    let task = |i: usize| births.puppets.get(i).and_then(|p| p.task).and_then(|t| images.tasks.get(t));
+    let Some(own) = task(index).filter(|t| !t.is_zombie()) else { return Ok(false) };
+    if births.maker(index).and_then(task).is_some_and(|m| m.ids.vm_id == own.ids.vm_id) {
+        return Ok(true);
+    }
+    match images.tasks.iter().find(|t| t.pid != own.pid && !t.is_zombie() && t.ids.vm_id == own.ids.vm_id) {
+        // The other one is its child, or a child of a child.
+        Some(other) if images.tasks.iter().position(|t| t.pid == other.pid) > Some(index) => Ok(false),
+        Some(other) => bail!(
+            "task {} shares memory with task {}, which is not its parent; this cannot be made yet",
+            own.pid,
+            other.pid
+        ),
+        None => Ok(false),
+    }
+}
+
+/// The shared memory for lists, where no task of the tree will have anything, nor have we.
+fn make_area<'m>(mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<Area> {
+    let mut used: Vec<(u64, u64)> = mms.flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
+    used.extend(crate::tracee::read_maps(std::process::id().cast_signed())?.iter().map(|v| (v.start, v.end)));
+    let at =
+        memory::free_everywhere(used, AREA_LEN).context("no address is free in all tasks of the tree")?;
+    let at = at + VDSO_ROOM;
+    let fd = memfd(c"crtool", AREA_LEN).context("memory for lists")?;
+    let map =
+        Mapping::shared(fd.as_fd(), 0, usize::try_from(AREA_LEN)?, Access::All, Some(usize::try_from(at)?))
+            .context("mapping of the memory for lists")?;
+    tracing::debug!("lists at {at:#x}, descriptor {}", fd.as_raw_fd());
+    Ok(Area::new(map, RemoteAddr(at))?)
+}
+
+/// At `-v4`, what a puppet is going to do, one line a step.
+fn log_list(list: &List) {
+    if tracing::enabled!(tracing::Level::TRACE) {
+        for line in list.describe().lines() {
+            tracing::trace!("{line}");
+        }
+    }
+}
+
+/// Waits a moment for tasks that are dead but not reaped, and names whoever else is in the way.
+fn pids_are_free(images: &Images) -> Result<()> {
+    let deadline = Instant::now() + REAP_PATIENCE;
+    for tid in images.tasks.iter().flat_map(|t| &t.tids) {
+        while let Some(stat) = who_is(*tid) {
+            let dead = matches!(stat.state, stat::State::Zombie | stat::State::Dead);
+            if !dead || Instant::now() > deadline {
+                return Err(taken(*tid, Errno::EEXIST));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            interrupt::check()?;
+        }
+    }
+    Ok(())
+}
+
+fn who_is(pid: i32) -> Option<stat::Stat> {
+    stat::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?).ok()
+}
+
+/// Why a pid could not be had.
+fn taken(pid: i32, error: Errno) -> anyhow::Error {
+    if error != Errno::EEXIST {
+        return anyhow!(error).context(format!("clone of task {pid}"));
+    }
+    match who_is(pid) {
+        Some(stat) => {
+            let name = String::from_utf8_lossy(&stat.comm).into_owned();
+            let zombie = matches!(stat.state, stat::State::Zombie);
+            let how = if zombie { " (dead, not reaped by its parent yet)" } else { "" };
+            anyhow!("pid {pid} is taken by {name}{how}, child of {}; end it first", stat.ppid)
+        }
+        None => anyhow!("pid {pid} is taken: still in use as a thread, process group or session"),
+    }
+}

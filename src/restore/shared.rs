@@ -1,0 +1,70 @@
+//! Shared memory objects: made and filled once by the supervisor, inherited by every puppet.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use anyhow::{Context, Result};
+
+use super::memory::Pages;
+use crate::{
+    image::{ImageKind, Store, pb},
+    pages::fill::{Object, fill},
+    sys::mapping::AnonShared,
+};
+
+/// All shared memory objects of a tree.
+#[derive(Debug, Default)]
+pub(super) struct SharedObjects {
+    objects: HashMap<u64, OwnedFd>,
+}
+
+impl SharedObjects {
+    /// Makes the anonymous shared memory that the areas of `mms` map, as large as the furthest of them.
+    pub(super) fn make<'m>(store: &dyn Store, mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<Self> {
+        // Size, and the MAP_HUGETLB bits, by object.
+        let mut sizes: HashMap<u64, (u64, u32)> = HashMap::new();
+        for vma in mms.flat_map(|mm| &mm.vmas) {
+            if vma.status & super::memory::status::ANON_SHARED != 0 {
+                let end =
+                    vma.pgoff.checked_add(vma.end - vma.start).context("shared mapping out of range")?;
+                let (size, huge) = sizes.entry(vma.shmid).or_default();
+                *size = (*size).max(end);
+                *huge |= vma.flags & HUGE_BITS;
+            }
+        }
+        let mut objects = HashMap::new();
+        for (shmid, (size, huge)) in sizes {
+            let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?;
+            // Its end may be mapped by nobody any more.
+            let size = size.max(pages.end());
+            let file =
+                object(size, huge).with_context(|| format!("shared memory {shmid} of {size} bytes"))?;
+            if let Some(from) = &pages.file {
+                let shmid = u32::try_from(shmid).context("id of shared memory")?;
+                fill(Object { shmid, file: &file, size }, &pages.runs, from, pages.id)?;
+            }
+            objects.insert(shmid, OwnedFd::from(file));
+        }
+        Ok(Self { objects })
+    }
+
+    /// Number of the descriptor of an object.
+    pub(super) fn get(&self, shmid: u64) -> Result<i32> {
+        let fd = self.objects.get(&shmid).with_context(|| format!("no shared memory {shmid}"))?;
+        Ok(fd.as_raw_fd())
+    }
+}
+
+/// MAP_HUGETLB and the size that goes with it.
+const HUGE_BITS: u32 = (libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT).cast_unsigned();
+
+/// An object as mmap(MAP_SHARED | MAP_ANONYMOUS) makes it, open as a file.
+fn object(size: u64, huge: u32) -> Result<File> {
+    let map = AnonShared::new(usize::try_from(size)?, huge.cast_signed())?;
+    let (start, end) = (map.addr(), map.addr() + map.len());
+    let path = format!("/proc/self/map_files/{start:x}-{end:x}");
+    File::options().read(true).write(true).open(&path).with_context(|| path.clone())
+}

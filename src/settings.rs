@@ -1,0 +1,228 @@
+//! What a command is asked to do, checked and as plain data.
+//!
+//! The command line builds these in `cli::settings`; any other front (a library user, an RPC
+//! server, a test) builds them with `DumpSettings::new` and sets fields. Nothing below the command
+//! line ever sees an option. Paths may be relative to the current directory unless a field says
+//! otherwise.
+
+use std::{
+    ffi::OsString,
+    os::fd::RawFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::unistd::Pid;
+
+use crate::action::ActionScripts;
+
+/// Largest deleted file that travels inside the images when `--ghost-limit` is not given.
+pub const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
+
+/// Time to freeze and collect a tree when `--timeout` is not given.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What becomes of the tree after a dump that succeeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Leave {
+    /// Killed, after the images are safe.
+    #[default]
+    Killed,
+    /// Goes on running.
+    Running,
+    /// Stopped by a group stop, until somebody sends SIGCONT.
+    Stopped,
+}
+
+/// How a file that is open or mapped is compared with the one found at restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FileValidation {
+    /// Size only.
+    FileSize,
+    /// Build id of ELF files, else a size.
+    #[default]
+    BuildId,
+}
+
+/// Which properties of the CPU are written to, or checked against, `cpuinfo.img`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuCap {
+    /// Floating point and extended state.
+    pub fpu: bool,
+    /// Everything must be the same.
+    pub cpu: bool,
+    /// The instructions in use must be there.
+    pub ins: bool,
+}
+
+impl CpuCap {
+    /// Nothing is written, nothing is checked.
+    pub const NONE: Self = Self { fpu: false, cpu: false, ins: false };
+    /// Everything.
+    pub const ALL: Self = Self { fpu: true, cpu: true, ins: true };
+}
+
+/// A resource that is not saved but named: `--external kind[id]:value`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct External {
+    /// `kind[id]`, as written: `file[2a:1234]`, `tty[8800:1c]`.
+    pub key: Vec<u8>,
+    /// What follows the colon.
+    pub value: Option<Vec<u8>>,
+}
+
+/// A descriptor of the caller that stands for a file in the images: `--inherit-fd fd[N]:key`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InheritFd {
+    /// `tty[rdev:dev]`, `pipe[inode]`, `file[mnt_id:inode]` or a path without its leading slash.
+    pub key: Vec<u8>,
+    /// Our number for it.
+    pub fd: RawFd,
+}
+
+/// What dump and restore have in common.
+#[derive(Debug, Clone)]
+pub struct CommonSettings {
+    /// Where the images are.
+    pub images_dir: PathBuf,
+    /// Where logs, pid files and statistics go; action scripts run here.
+    pub work_dir: PathBuf,
+    /// Session, process group and terminal come from outside the tree.
+    pub shell_job: bool,
+    /// File locks are saved and taken again.
+    pub file_locks: bool,
+    /// Unlinked files with names elsewhere may be linked back into the file system.
+    pub link_remap: bool,
+    /// A device node may be opened by another name than the one it had.
+    pub evasive_devices: bool,
+    /// How files are recognised.
+    pub file_validation: FileValidation,
+    /// What of the CPU is recorded or checked; `None` if nobody asked for either.
+    pub cpu_cap: Option<CpuCap>,
+    /// Resources that are not ours.
+    pub externals: Vec<External>,
+    /// Programs to run at certain points.
+    pub action_scripts: ActionScripts,
+}
+
+impl CommonSettings {
+    fn new(images_dir: &Path) -> Self {
+        Self {
+            images_dir: images_dir.to_owned(),
+            work_dir: images_dir.to_owned(),
+            shell_job: false,
+            file_locks: false,
+            link_remap: false,
+            evasive_devices: false,
+            file_validation: FileValidation::default(),
+            cpu_cap: None,
+            externals: Vec::new(),
+            action_scripts: ActionScripts::default(),
+        }
+    }
+}
+
+/// One dump of one tree.
+#[derive(Debug, Clone)]
+pub struct DumpSettings {
+    /// Shared with restore.
+    pub common: CommonSettings,
+    /// Root of the tree.
+    pub pid: Pid,
+    /// What becomes of it.
+    pub leave: Leave,
+    /// Longest time to collect the tree; `None` for no limit.
+    pub timeout: Option<Duration>,
+    /// Largest deleted file to carry, in bytes.
+    pub ghost_limit: u64,
+}
+
+impl DumpSettings {
+    /// A dump with every option at its default.
+    pub fn new(pid: Pid, images_dir: &Path) -> Self {
+        Self {
+            common: CommonSettings::new(images_dir),
+            pid,
+            leave: Leave::default(),
+            timeout: Some(DEFAULT_TIMEOUT),
+            ghost_limit: DEFAULT_GHOST_LIMIT,
+        }
+    }
+}
+
+/// One restore of one tree.
+#[derive(Debug, Clone)]
+pub struct RestoreSettings {
+    /// Shared with dump.
+    pub common: CommonSettings,
+    /// The tree does not stay our child: its root goes to init or the nearest subreaper.
+    pub detached: bool,
+    /// The root becomes a child of our parent (only with `detached`).
+    pub sibling: bool,
+    /// The tree is left stopped.
+    pub leave_stopped: bool,
+    /// File modes need not be the ones that were dumped.
+    pub skip_file_rwx_check: bool,
+    /// Descriptors of ours that replace files of the images.
+    pub inherit_fds: Vec<InheritFd>,
+    /// Written before the tree runs; relative to the work dir.
+    pub pidfile: Option<PathBuf>,
+    /// Program and arguments that replace us, as parent of the tree, after success.
+    pub exec_cmd: Option<Vec<OsString>>,
+}
+
+impl RestoreSettings {
+    /// A restore with every option at its default.
+    pub fn new(images_dir: &Path) -> Self {
+        Self {
+            common: CommonSettings::new(images_dir),
+            detached: false,
+            sibling: false,
+            leave_stopped: false,
+            skip_file_rwx_check: false,
+            inherit_fds: Vec::new(),
+            pidfile: None,
+            exec_cmd: None,
+        }
+    }
+}
+
+/// Which kernel features to look at.
+#[derive(Debug, Clone)]
+pub enum CheckSettings {
+    /// What is essential, and what was asked for beyond it.
+    Kernel {
+        /// Needed by some trees only.
+        extra: bool,
+        /// New or in development.
+        experimental: bool,
+    },
+    /// These features only.
+    Features(Vec<String>),
+    /// The names of all features.
+    List,
+    /// Everything in a tree that would stop a dump.
+    Tree(Box<DumpSettings>),
+}
+
+/// Where messages go.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogSettings {
+    /// Relative to the work dir; `-` is standard output; none is standard error.
+    pub file: Option<PathBuf>,
+    /// What `file` is relative to.
+    pub work_dir: PathBuf,
+    /// 0 nothing, 1 errors, 2 warnings, 3 information and times, 4 everything.
+    pub level: u8,
+    /// Messages that concern one task go to `FILE.PID`.
+    pub per_pid: bool,
+}
+
+/// What the caller of a command hears, apart from messages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReportSettings {
+    /// Print what was counted.
+    pub display_stats: bool,
+    /// Gets one zero byte and is closed when the command has done its work.
+    pub status_fd: Option<RawFd>,
+}

@@ -1,0 +1,43 @@
+//! Calls on descriptors that std and nix lack.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::{Result, ret_int};
+
+/// A duplicate numbered `at_least` or above, close-on-exec.
+pub fn dup_above(fd: BorrowedFd<'_>, at_least: i32) -> Result<OwnedFd> {
+    // SAFETY: no pointers; the new descriptor is ours alone.
+    unsafe {
+        let fd = ret_int(libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, at_least))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Takes ownership of a descriptor that was handed to this process by number.
+/// EBADF when it is not open.
+pub fn adopt(fd: i32) -> Result<OwnedFd> {
+    // SAFETY: no pointers.
+    ret_int(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    // SAFETY: it is open, and the caller says that it was given to us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A close-on-exec duplicate of a descriptor that is named by number only. EBADF when it is not open.
+pub fn dup(fd: i32) -> Result<OwnedFd> {
+    // SAFETY: no pointers; the new descriptor is ours alone.
+    unsafe {
+        let fd = ret_int(libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// SO_DOMAIN: the address family of a socket.
+pub fn socket_domain(fd: BorrowedFd<'_>) -> Result<i32> {
+    let (mut family, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
+    let at = (&raw mut family).cast();
+    // SAFETY: `family` is a live int and `len` says so.
+    ret_int(unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN, at, &raw mut len)
+    })?;
+    Ok(family)
+}

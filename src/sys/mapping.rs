@@ -1,0 +1,158 @@
+//! Memory of ours that is shared with others: mmap(2) with an owner.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::{Errno, Result, ret_int};
+
+/// A mapping that is unmapped when dropped. Others may write to it at any time, so it is only
+/// read and written by copying.
+#[derive(Debug)]
+pub struct Mapping {
+    addr: usize,
+    len: usize,
+}
+
+/// What a mapping may be used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write.
+    ReadWrite,
+    /// Read, write and execute.
+    All,
+}
+
+impl Access {
+    fn prot(self) -> i32 {
+        match self {
+            Self::Read => libc::PROT_READ,
+            Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+            Self::All => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+        }
+    }
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `fd` from `offset`, shared. With `at`, at exactly that address, which
+    /// must be free (EEXIST otherwise).
+    pub fn shared(
+        fd: BorrowedFd<'_>,
+        offset: i64,
+        len: usize,
+        access: Access,
+        at: Option<usize>,
+    ) -> Result<Self> {
+        let fixed = if at.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
+        let flags = libc::MAP_SHARED | fixed;
+        // SAFETY: a new mapping; with MAP_FIXED_NOREPLACE nothing that exists is replaced.
+        let addr = unsafe {
+            libc::mmap(at.unwrap_or(0) as *mut _, len, access.prot(), flags, fd.as_raw_fd(), offset)
+        };
+        if addr == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self { addr: addr as usize, len })
+    }
+
+    /// Where it is in our address space.
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(Errno::ERANGE),
+        }
+    }
+
+    /// Copies `bytes` to `offset`. ERANGE when they do not fit.
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.check(offset, bytes.len())?;
+        // SAFETY: in range of a live mapping; the other side tolerates bytes changing under it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (self.addr + offset) as *mut u8, bytes.len());
+        }
+        Ok(())
+    }
+
+    /// Copies from `offset` into `bytes`. ERANGE when there are too few.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.check(offset, bytes.len())?;
+        // SAFETY: in range of a live mapping.
+        unsafe {
+            std::ptr::copy_nonoverlapping((self.addr + offset) as *const u8, bytes.as_mut_ptr(), bytes.len());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing borrows from it: reads and writes copy.
+        unsafe { libc::munmap(self.addr as *mut _, self.len) };
+    }
+}
+
+/// memfd_create(name, CLOEXEC) of `len` bytes.
+pub fn memfd(name: &std::ffi::CStr, len: u64) -> Result<OwnedFd> {
+    // SAFETY: `name` is a C string; the new descriptor is ours alone.
+    let fd = unsafe {
+        let fd = ret_int(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC))?;
+        OwnedFd::from_raw_fd(fd)
+    };
+    let len = i64::try_from(len).map_err(|_| Errno::EFBIG)?;
+    // SAFETY: no pointers.
+    ret_int(unsafe { libc::ftruncate(fd.as_raw_fd(), len) })?;
+    Ok(fd)
+}
+
+/// Anonymous shared memory (named `/dev/zero (deleted)` by the kernel), mapped without access so
+/// that it can be opened through /proc/self/map_files; unmapped when dropped.
+#[derive(Debug)]
+pub struct AnonShared(Mapping);
+
+impl AnonShared {
+    /// Maps `len` bytes; `huge` may hold MAP_HUGETLB with a size.
+    pub fn new(len: usize, huge: i32) -> Result<Self> {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | huge;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let addr = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        if addr == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self(Mapping { addr: addr as usize, len }))
+    }
+
+    /// Where it is mapped.
+    pub fn addr(&self) -> usize {
+        self.0.addr()
+    }
+
+    /// Copies `bytes` to `offset`. ERANGE when they do not fit.
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.0.write(offset, bytes)
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}

@@ -1,0 +1,52 @@
+//! Calls about tasks that std and nix lack.
+
+use libc::pid_t;
+
+use super::{Result, ret, ret_int};
+
+/// get_robust_list(tid): head address and length.
+pub fn get_robust_list(tid: pid_t) -> Result<(u64, u64)> {
+    let mut head = 0u64;
+    let mut len = 0u64;
+    // SAFETY: both are live words.
+    ret(unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) })?;
+    Ok((head, len))
+}
+
+/// sched_getscheduler(tid), with the reset-on-fork bit.
+pub fn sched_policy(tid: pid_t) -> Result<i32> {
+    // SAFETY: no pointers.
+    ret_int(unsafe { libc::sched_getscheduler(tid) })
+}
+
+/// Real-time priority, from sched_getparam(tid).
+pub fn sched_priority(tid: pid_t) -> Result<i32> {
+    let mut param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` is live.
+    ret_int(unsafe { libc::sched_getparam(tid, &raw mut param) })?;
+    Ok(param.sched_priority)
+}
+
+/// Nice value, from getpriority(PRIO_PROCESS, tid).
+pub fn nice(tid: pid_t) -> Result<i32> {
+    // SAFETY: no pointers. The raw call returns 20 - nice, so -1 is always an error.
+    let value = ret(unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) })?;
+    Ok(20 - i32::try_from(value).unwrap_or(20))
+}
+
+/// kill(2).
+pub fn kill(pid: pid_t, signal: i32) -> Result<()> {
+    // SAFETY: no pointers.
+    ret_int(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Raises our own soft limit of `resource` to its hard limit.
+pub fn raise_soft_limit(resource: u32) -> Result<()> {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is live for both calls.
+    unsafe {
+        ret_int(libc::getrlimit64(resource, &raw mut limit))?;
+        limit.rlim_cur = limit.rlim_max;
+        ret_int(libc::setrlimit64(resource, &raw const limit)).map(drop)
+    }
+}

@@ -1,0 +1,57 @@
+//! waitpid(2), its status word decoded once.
+
+use libc::pid_t;
+
+use super::{Errno, Result, ret_int};
+
+/// What a wait reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Ended by exit; the code.
+    Exited(i32),
+    /// Killed by a signal; whether it dumped core.
+    Signaled(i32, bool),
+    /// Stopped: the signal (with 0x80 at a system call), and the ptrace event or 0.
+    Stopped(i32, i32),
+    /// Continued by SIGCONT.
+    Continued,
+}
+
+impl Status {
+    /// Decodes a raw status word.
+    pub fn from_raw(raw: i32) -> Self {
+        if libc::WIFEXITED(raw) {
+            Self::Exited(libc::WEXITSTATUS(raw))
+        } else if libc::WIFSIGNALED(raw) {
+            Self::Signaled(libc::WTERMSIG(raw), libc::WCOREDUMP(raw))
+        } else if libc::WIFSTOPPED(raw) {
+            Self::Stopped((raw >> 8) & 0xff, (raw >> 16) & 0xffff)
+        } else {
+            Self::Continued
+        }
+    }
+}
+
+/// waitpid with `__WALL`; `None` when `flags` has WNOHANG and nothing is there.
+pub fn wait_raw(tid: pid_t, flags: i32) -> Result<Option<(pid_t, i32)>> {
+    let mut status = 0;
+    // SAFETY: `status` is a live int.
+    let pid = ret_int(unsafe { libc::waitpid(tid, &raw mut status, flags | libc::__WALL) })?;
+    Ok((pid != 0).then_some((pid, status)))
+}
+
+/// Waits for `tid`, decoded, going on after EINTR.
+pub fn wait(tid: pid_t) -> Result<Status> {
+    loop {
+        match wait_raw(tid, 0) {
+            Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
+            Ok(None) | Err(Errno::EINTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Takes a report of `tid` (-1: of anybody) if there is one.
+pub fn poll(tid: pid_t) -> Result<Option<(pid_t, Status)>> {
+    Ok(wait_raw(tid, libc::WNOHANG)?.map(|(pid, raw)| (pid, Status::from_raw(raw))))
+}

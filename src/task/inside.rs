@@ -1,0 +1,312 @@
+//! What only the task itself can tell: one list of pure reads for each thread, one for the process.
+//!
+//! Every call is `Want::Any`: what a kernel lacks reads as "not in use", what must be there is an error
+//! when the results are read.
+
+use crate::{
+    sys::{Errno, pod},
+    tracee::{Area, CallId, Data, List, Placed, Want},
+};
+
+use super::{
+    error::{Result, TaskError},
+    sigaction::{KernelSigaction, SIGNALS},
+};
+
+const PR_GET_IO_FLUSHER: i32 = 58;
+const PR_SCHED_CORE: i32 = 62;
+const PR_SCHED_CORE_GET: u64 = 0;
+const PR_GET_MDWE: i32 = 66;
+const PR_GET_THP_DISABLE: i32 = 42;
+const PR_GET_SPECULATION_CTRL: i32 = 52;
+const PR_GET_TID_ADDRESS: i32 = 40;
+const PR_MCE_KILL_GET: i32 = 34;
+const PR_GET_TIMERSLACK: i32 = 30;
+const PR_GET_TSC: i32 = 25;
+const PR_GET_SECUREBITS: i32 = 27;
+const ARCH_GET_CPUID: u64 = 0x1011;
+const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+/// `struct user_desc`, and the first of the three descriptors a thread has in the GDT.
+const USER_DESC_LEN: usize = 16;
+/// First of the three.
+pub(super) const GDT_TLS_MIN: u32 = 12;
+
+/// What one thread told.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ThreadInside {
+    /// sigaltstack: ss_sp, ss_flags, ss_size.
+    pub altstack: (u64, u32, u64),
+    /// Parent-death signal, 0 for none.
+    pub pdeath_signal: u32,
+    /// Address that is cleared and woken when the thread ends.
+    pub tid_address: u64,
+    /// Secure bits.
+    pub securebits: u32,
+    /// `struct user_desc` of the three entries of the GDT: entry, base, limit, flags.
+    pub tls: [[u32; 4]; 3],
+    /// Things that images cannot carry, as numbers; [`super::refuse`] judges them.
+    pub odd: Odd,
+}
+
+/// State of a thread that is in no image; `None` where the kernel does not have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Odd {
+    /// PR_GET_TIMERSLACK.
+    pub timer_slack_ns: Option<u64>,
+    /// PR_GET_TSC: 1 when reading the time stamp counter is allowed.
+    pub tsc: Option<u32>,
+    /// PR_MCE_KILL_GET: 2 is the default.
+    pub mce_kill: Option<u64>,
+    /// PR_GET_IO_FLUSHER.
+    pub io_flusher: Option<u64>,
+    /// PR_GET_SPECULATION_CTRL: store bypass, indirect branch, L1D flush.
+    pub speculation: [Option<u64>; 3],
+    /// Cookie of core scheduling.
+    pub core_cookie: Option<u64>,
+    /// ARCH_GET_CPUID: 0 when the cpuid instruction faults.
+    pub cpuid: Option<u64>,
+}
+
+/// What the process told.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProcessInside {
+    /// Handlers of the signals in [`SIGNALS`], in that order.
+    pub sigactions: Vec<KernelSigaction>,
+    /// Real, virtual, profiling: interval and time left, in seconds and microseconds.
+    pub itimers: [[u64; 4]; 3],
+    /// For each asked id: interval and time left in seconds and nanoseconds, and overruns.
+    pub posix_timers: Vec<([u64; 4], u32)>,
+    /// End of the heap.
+    pub brk: u64,
+    /// PR_GET_THP_DISABLE: 0, 1 when transparent huge pages are off, 3 when off but where advised (Linux 6.18).
+    pub thp_disable: u32,
+    /// Commands this process registered for, 0 also for a kernel that cannot tell (Linux 6.3).
+    pub membarrier: u32,
+    /// Whether orphans become its children.
+    pub child_subreaper: bool,
+    /// PR_GET_DUMPABLE: 0, 1 or 2.
+    pub dumpable: u32,
+    /// Whether it has a local descriptor table.
+    pub has_ldt: bool,
+    /// PR_GET_MDWE: memory-deny-write-execute bits.
+    pub mdwe: u64,
+}
+
+/// Where the results of [`thread_queries`] will be.
+#[derive(Debug, Clone)]
+pub struct ThreadQueries {
+    altstack: (CallId, Data),
+    pdeath: (CallId, Data),
+    tid_address: (CallId, Data),
+    securebits: CallId,
+    tls: [(CallId, Data); 3],
+    timer_slack: CallId,
+    tsc: (CallId, Data),
+    mce_kill: CallId,
+    io_flusher: CallId,
+    speculation: [CallId; 3],
+    core_cookie: (CallId, Data),
+    cpuid: CallId,
+}
+
+/// Where the results of [`process_queries`] will be.
+#[derive(Debug, Clone)]
+pub struct ProcessQueries {
+    sigactions: Vec<(CallId, Data)>,
+    itimers: [(CallId, Data); 3],
+    posix_timers: Vec<(CallId, Data, CallId)>,
+    brk: CallId,
+    thp_disable: CallId,
+    membarrier: CallId,
+    child_subreaper: (CallId, Data),
+    dumpable: CallId,
+    ldt: CallId,
+    mdwe: CallId,
+}
+
+fn prctl(list: &mut List, name: &'static str, option: i32, arg2: u64) -> CallId {
+    list.call(name, libc::SYS_prctl, &[option.into(), arg2.into()], Want::Any)
+}
+
+fn prctl_into(list: &mut List, name: &'static str, option: i32, len: usize) -> (CallId, Data) {
+    let data = list.space(len);
+    (list.call(name, libc::SYS_prctl, &[option.into(), data.into()], Want::Any), data)
+}
+
+/// Adds what every thread is asked.
+pub fn thread_queries(list: &mut List) -> ThreadQueries {
+    let stack = list.space(24);
+    let altstack = list.call("sigaltstack", libc::SYS_sigaltstack, &[0u64.into(), stack.into()], Want::Any);
+    let tls = std::array::from_fn(|n| {
+        let mut desc = [0u32; USER_DESC_LEN / 4];
+        desc[0] = GDT_TLS_MIN + u32::try_from(n).unwrap_or(0);
+        let desc = list.value(&desc);
+        (list.call("get_thread_area", libc::SYS_get_thread_area, &[desc.into()], Want::Any), desc)
+    });
+    let cookie = list.space(8);
+    let core_cookie = list.call(
+        "PR_SCHED_CORE_GET",
+        libc::SYS_prctl,
+        &[PR_SCHED_CORE.into(), PR_SCHED_CORE_GET.into(), 0u64.into(), 0u64.into(), cookie.into()],
+        Want::Any,
+    );
+    ThreadQueries {
+        altstack: (altstack, stack),
+        pdeath: prctl_into(list, "PR_GET_PDEATHSIG", libc::PR_GET_PDEATHSIG, 4),
+        tid_address: prctl_into(list, "PR_GET_TID_ADDRESS", PR_GET_TID_ADDRESS, 8),
+        securebits: prctl(list, "PR_GET_SECUREBITS", PR_GET_SECUREBITS, 0),
+        tls,
+        timer_slack: prctl(list, "PR_GET_TIMERSLACK", PR_GET_TIMERSLACK, 0),
+        tsc: prctl_into(list, "PR_GET_TSC", PR_GET_TSC, 4),
+        mce_kill: prctl(list, "PR_MCE_KILL_GET", PR_MCE_KILL_GET, 0),
+        io_flusher: prctl(list, "PR_GET_IO_FLUSHER", PR_GET_IO_FLUSHER, 0),
+        speculation: [0, 1, 2]
+            .map(|what| prctl(list, "PR_GET_SPECULATION_CTRL", PR_GET_SPECULATION_CTRL, what)),
+        core_cookie: (core_cookie, cookie),
+        cpuid: list.call("ARCH_GET_CPUID", libc::SYS_arch_prctl, &[ARCH_GET_CPUID.into()], Want::Any),
+    }
+}
+
+/// Adds what one thread of a process is asked for all of them. `posix_timers` are the ids that
+/// /proc/PID/timers shows.
+pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries {
+    let sigactions = SIGNALS
+        .iter()
+        .map(|&signal| {
+            let data = list.space(size_of::<KernelSigaction>());
+            let args = [signal.into(), 0u64.into(), data.into(), 8u64.into()];
+            (list.call("rt_sigaction", libc::SYS_rt_sigaction, &args, Want::Any), data)
+        })
+        .collect();
+    let itimers = [libc::ITIMER_REAL, libc::ITIMER_VIRTUAL, libc::ITIMER_PROF].map(|which| {
+        let data = list.space(32);
+        (list.call("getitimer", libc::SYS_getitimer, &[which.into(), data.into()], Want::Any), data)
+    });
+    let posix_timers = posix_timers
+        .iter()
+        .map(|&id| {
+            let data = list.space(32);
+            let time =
+                list.call("timer_gettime", libc::SYS_timer_gettime, &[id.into(), data.into()], Want::Any);
+            let overrun = list.call("timer_getoverrun", libc::SYS_timer_getoverrun, &[id.into()], Want::Any);
+            (time, data, overrun)
+        })
+        .collect();
+    let membarrier =
+        list.call("membarrier", libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS.into()], Want::Any);
+    // Reads 8 bytes if there is a table, else none.
+    let ldt = list.space(8);
+    let ldt =
+        list.call("modify_ldt", libc::SYS_modify_ldt, &[0u64.into(), ldt.into(), 8u64.into()], Want::Any);
+    ProcessQueries {
+        sigactions,
+        itimers,
+        posix_timers,
+        brk: list.call("brk", libc::SYS_brk, &[0u64.into()], Want::Any),
+        thp_disable: prctl(list, "PR_GET_THP_DISABLE", PR_GET_THP_DISABLE, 0),
+        membarrier,
+        child_subreaper: prctl_into(list, "PR_GET_CHILD_SUBREAPER", libc::PR_GET_CHILD_SUBREAPER, 4),
+        dumpable: prctl(list, "PR_GET_DUMPABLE", libc::PR_GET_DUMPABLE, 0),
+        ldt,
+        mdwe: prctl(list, "PR_GET_MDWE", PR_GET_MDWE, 0),
+    }
+}
+
+/// Results of a list that has run.
+struct Results<'a>(&'a Area, &'a Placed);
+
+impl Results<'_> {
+    /// What a call returned; `None` when it failed.
+    fn maybe(&self, call: CallId) -> Result<Option<u64>> {
+        let value = self.0.result(self.1, call).map_err(TaskError::Results)?;
+        Ok(u64::try_from(value).ok())
+    }
+
+    fn must(&self, call: CallId, what: &'static str) -> Result<u64> {
+        let value = self.0.result(self.1, call).map_err(TaskError::Results)?;
+        u64::try_from(value).map_err(|_| TaskError::Inside {
+            what,
+            source: Errno::from_raw(i32::try_from(-value).unwrap_or(libc::EIO)),
+        })
+    }
+
+    fn data<T: pod::Pod>(&self, data: Data) -> Result<T> {
+        let bytes = self.0.data(self.1, data, size_of::<T>()).map_err(TaskError::Results)?;
+        pod::from_bytes(&bytes).ok_or(TaskError::Results(crate::tracee::TraceError::Area(Errno::EINVAL)))
+    }
+
+    fn must_data<T: pod::Pod>(&self, (call, data): (CallId, Data), what: &'static str) -> Result<T> {
+        self.must(call, what)?;
+        self.data(data)
+    }
+
+    fn maybe_data<T: pod::Pod>(&self, (call, data): (CallId, Data)) -> Result<Option<T>> {
+        self.maybe(call)?.map(|_| self.data(data)).transpose()
+    }
+}
+
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+impl ThreadQueries {
+    /// Reads what the thread told, once the list has run.
+    pub fn read(&self, area: &Area, placed: &Placed) -> Result<ThreadInside> {
+        let results = Results(area, placed);
+        let [sp, flags, size]: [u64; 3] = results.must_data(self.altstack, "sigaltstack")?;
+        let mut tls = [[0; 4]; 3];
+        for (to, from) in tls.iter_mut().zip(self.tls) {
+            *to = results.maybe_data(from)?.unwrap_or_default();
+        }
+        Ok(ThreadInside {
+            altstack: (sp, narrow(flags & 0xffff_ffff), size),
+            pdeath_signal: results.must_data(self.pdeath, "PR_GET_PDEATHSIG")?,
+            tid_address: results.must_data(self.tid_address, "PR_GET_TID_ADDRESS")?,
+            securebits: narrow(results.must(self.securebits, "PR_GET_SECUREBITS")?),
+            tls,
+            odd: Odd {
+                timer_slack_ns: results.maybe(self.timer_slack)?,
+                tsc: results.maybe_data(self.tsc)?,
+                mce_kill: results.maybe(self.mce_kill)?,
+                io_flusher: results.maybe(self.io_flusher)?,
+                speculation: [
+                    results.maybe(self.speculation[0])?,
+                    results.maybe(self.speculation[1])?,
+                    results.maybe(self.speculation[2])?,
+                ],
+                core_cookie: results.maybe_data(self.core_cookie)?,
+                cpuid: results.maybe(self.cpuid)?,
+            },
+        })
+    }
+}
+
+impl ProcessQueries {
+    /// Reads what the process told, once the list has run.
+    pub fn read(&self, area: &Area, placed: &Placed) -> Result<ProcessInside> {
+        let results = Results(area, placed);
+        let sigactions = self.sigactions.iter().map(|from| results.must_data(*from, "rt_sigaction"));
+        let posix_timers = self.posix_timers.iter().map(|&(call, data, overrun)| {
+            let times = results.must_data((call, data), "timer_gettime")?;
+            Ok((times, narrow(results.must(overrun, "timer_getoverrun")?)))
+        });
+        let mut itimers = [[0; 4]; 3];
+        for (to, from) in itimers.iter_mut().zip(self.itimers) {
+            *to = results.must_data(from, "getitimer")?;
+        }
+        let subreaper: u32 = results.must_data(self.child_subreaper, "PR_GET_CHILD_SUBREAPER")?;
+        Ok(ProcessInside {
+            sigactions: sigactions.collect::<Result<_>>()?,
+            itimers,
+            posix_timers: posix_timers.collect::<Result<_>>()?,
+            brk: results.must(self.brk, "brk")?,
+            thp_disable: narrow(results.maybe(self.thp_disable)?.unwrap_or(0)),
+            membarrier: narrow(results.maybe(self.membarrier)?.unwrap_or(0)),
+            child_subreaper: subreaper != 0,
+            dumpable: narrow(results.must(self.dumpable, "PR_GET_DUMPABLE")?),
+            // modify_ldt returns an int in a long: a negative one looks huge.
+            has_ldt: results.maybe(self.ldt)? == Some(8),
+            mdwe: results.maybe(self.mdwe)?.unwrap_or(0),
+        })
+    }
+}

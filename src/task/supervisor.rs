@@ -1,0 +1,102 @@
+//! What the restoring process itself has: every task it makes inherits it, and is changed from there.
+
+use std::borrow::Cow;
+
+use super::{Result, error::parse_proc};
+use crate::{
+    proc::{
+        limits::{self, Limit},
+        status,
+    },
+    sys::prctl,
+    tracee::{List, Want},
+};
+
+const CAP_SYS_RESOURCE: u32 = 24;
+
+/// State of the restoring process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Supervisor {
+    /// Its resource limits, by number.
+    pub limits: [Limit; 16],
+    /// Whether it has CAP_SYS_RESOURCE.
+    pub can_raise_limits: bool,
+    /// Permitted capabilities.
+    pub cap_prm: u64,
+    /// Bounding set.
+    pub cap_bnd: u64,
+    /// oom_score_adj.
+    pub oom_score_adj: i32,
+    /// Audit login uid; `None` for a kernel without.
+    pub loginuid: Option<u32>,
+    /// Nanoseconds between two ticks of the kernel.
+    pub tick_ns: u64,
+    /// Whether POSIX timers can be made with chosen ids (Linux 6.15).
+    pub timer_ids: bool,
+    /// The process, if any, that is a child of crtool and goes on when crtool has ended.
+    pub orphan: Option<i32>,
+    /// Whether crtool has no_new_privs, which cannot be taken back.
+    pub no_new_privs: bool,
+}
+
+impl Default for Supervisor {
+    /// One that has nothing; for tests.
+    fn default() -> Self {
+        Self {
+            limits: [Limit { cur: 0, max: 0 }; 16],
+            can_raise_limits: false,
+            cap_prm: 0,
+            cap_bnd: 0,
+            oom_score_adj: 0,
+            loginuid: None,
+            tick_ns: 0,
+            timer_ids: false,
+            orphan: None,
+            no_new_privs: false,
+        }
+    }
+}
+
+impl Supervisor {
+    /// Looks at this process. Limits must not change afterwards, or say so in `limits`.
+    pub fn probe() -> Result<Self> {
+        let pid = i32::try_from(std::process::id()).unwrap_or(0);
+        let status = parse_proc(pid, "/proc/self/status".into(), status::parse)?;
+        let number = |path: &str| parse_proc(pid, path.into(), |b| crate::proc::number::signed("number", b));
+        let loginuid = match std::fs::exists("/proc/self/loginuid") {
+            Ok(true) => u32::try_from(number("/proc/self/loginuid")?).ok(),
+            _ => None,
+        };
+        Ok(Self {
+            limits: parse_proc(pid, "/proc/self/limits".into(), limits::parse)?,
+            can_raise_limits: status.cap_eff >> CAP_SYS_RESOURCE & 1 == 1,
+            cap_prm: status.cap_prm,
+            cap_bnd: status.cap_bnd,
+            oom_score_adj: i32::try_from(number("/proc/self/oom_score_adj")?).unwrap_or(0),
+            loginuid,
+            tick_ns: tick_ns(),
+            timer_ids: prctl::get(prctl::TIMER_CREATE_RESTORE_IDS, 2).is_ok(),
+            orphan: None,
+            no_new_privs: status.no_new_privs.unwrap_or(false),
+        })
+    }
+}
+
+/// The coarse clock advances with the ticks.
+fn tick_ns() -> u64 {
+    let resolution = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE);
+    resolution.ok().and_then(|r| u64::try_from(r.tv_nsec()).ok()).unwrap_or(0)
+}
+
+/// Adds the writing of a small file of /proc about the task itself.
+pub(super) fn write_proc(list: &mut List, name: impl Into<Cow<'static, str>>, path: &str, text: &str) {
+    let path_data = list.cstr(path.as_bytes());
+    let data = list.bytes(text.as_bytes());
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    let at = libc::AT_FDCWD.into();
+    let fd =
+        list.call(format!("open {path}"), libc::SYS_openat, &[at, path_data.into(), flags.into()], Want::Ok);
+    let want = Want::Equal(text.len() as u64);
+    list.call(name, libc::SYS_write, &[fd.into(), data.into(), text.len().into()], want);
+    list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
+}

@@ -1,0 +1,372 @@
+//! A list of system calls, as data.
+//!
+//! A [`List`] is built without knowing where it will lie: arguments may be plain values, addresses of
+//! data that travels with the list ([`Data`]), or results of earlier calls. [`Area::place`](super::Area::place)
+//! gives it addresses. The runner (`sys/runner.rs`) executes it; nothing here touches a target.
+//!
+//! ```
+//! use crtool::tracee::{List, Want};
+//! let mut list = List::new("example");
+//! let name = list.bytes(b"/dev/null\0");
+//! let fd = list.call("open", libc::SYS_open, &[name.into(), (libc::O_RDONLY as u64).into()], Want::Ok);
+//! list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
+//! assert_eq!(list.len(), 3); // open, hand the result on, close
+//! ```
+
+use std::{borrow::Cow, mem::size_of};
+
+use super::RemoteAddr;
+use crate::sys::pod::{self, Pod};
+
+/// One step as the runner sees it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Entry {
+    pub(super) op: i64,
+    pub(super) args: [u64; 6],
+    pub(super) flags: u64,
+    pub(super) expect: u64,
+    pub(super) child_slot: u64,
+    pub(super) result: u64,
+}
+const _: () = assert!(size_of::<Entry>() == 88);
+const _: () = assert!(std::mem::offset_of!(Entry, result) == 80);
+
+/// What a thread that executes lists leaves to be read.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Slot {
+    /// 0, or 1 after a failed call.
+    pub status: u64,
+    /// Address of the entry that failed.
+    pub failed: u64,
+    /// Where to go on after a failure.
+    pub on_fail: u64,
+    /// First entry of a child that gets this slot.
+    pub start: u64,
+    /// Where [`Op::Next`] goes on.
+    pub next: u64,
+}
+const _: () = assert!(size_of::<Slot>() == 40);
+
+const FLAG_OK: u64 = 1;
+const FLAG_EQUAL: u64 = 2;
+const FLAG_RETRY: u64 = 4;
+const FLAG_CLONE: u64 = 8;
+
+/// What a call must return for the list to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Anything; the result is stored and read later.
+    Any,
+    /// No error.
+    Ok,
+    /// 0.
+    Zero,
+    /// Exactly this.
+    Equal(u64),
+    /// No error; EINTR is tried again.
+    OkRetry,
+}
+
+/// Data that lies behind the list: an offset until the list is placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Data(pub(super) u64);
+
+impl Data {
+    /// `bytes` further on within the same piece of data.
+    #[must_use]
+    pub fn at(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+/// One step of a list, to read its result later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CallId(pub(super) usize);
+
+/// An argument of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arg {
+    /// A value.
+    Val(u64),
+    /// The address of data of this list.
+    Data(Data),
+    /// What an earlier call of this list returned.
+    Result(CallId),
+}
+
+impl From<u64> for Arg {
+    fn from(value: u64) -> Self {
+        Self::Val(value)
+    }
+}
+impl From<u32> for Arg {
+    fn from(value: u32) -> Self {
+        Self::Val(u64::from(value))
+    }
+}
+impl From<i32> for Arg {
+    /// Sign-extended, as a C caller would pass it.
+    fn from(value: i32) -> Self {
+        Self::Val(i64::from(value).cast_unsigned())
+    }
+}
+impl From<i64> for Arg {
+    fn from(value: i64) -> Self {
+        Self::Val(value.cast_unsigned())
+    }
+}
+impl From<usize> for Arg {
+    fn from(value: usize) -> Self {
+        Self::Val(value as u64)
+    }
+}
+impl From<RemoteAddr> for Arg {
+    fn from(addr: RemoteAddr) -> Self {
+        Self::Val(addr.0)
+    }
+}
+impl From<Data> for Arg {
+    fn from(data: Data) -> Self {
+        Self::Data(data)
+    }
+}
+impl From<CallId> for Arg {
+    fn from(call: CallId) -> Self {
+        Self::Result(call)
+    }
+}
+
+/// Steps that are no system calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// Go on at this entry.
+    Jump(RemoteAddr),
+    /// rt_sigreturn with this address as stack pointer; never returns.
+    Sigreturn(RemoteAddr),
+    /// Sleep while the word is below the value.
+    WaitAtLeast(RemoteAddr, u32),
+    /// int3: stops a traced task, kills one that is not.
+    Trap,
+    /// Store the value in the word and wake its waiters.
+    Post(RemoteAddr, u32),
+    /// Go on with the slot's `next` list.
+    Next,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Step {
+    pub(super) name: Cow<'static, str>,
+    pub(super) op: i64,
+    pub(super) args: [Arg; 6],
+    pub(super) flags: u64,
+    pub(super) expect: u64,
+    pub(super) child_slot: u64,
+}
+
+/// A list being built.
+#[derive(Debug, Clone)]
+pub struct List {
+    pub(super) label: Cow<'static, str>,
+    pub(super) steps: Vec<Step>,
+    pub(super) blob: Vec<u8>,
+    /// Words in the blob that hold addresses of other data: (where, what).
+    pub(super) pointers: Vec<(u64, u64)>,
+}
+
+impl List {
+    /// An empty list; `label` names it in errors.
+    pub fn new(label: impl Into<Cow<'static, str>>) -> Self {
+        Self { label: label.into(), steps: Vec::new(), blob: Vec::new(), pointers: Vec::new() }
+    }
+
+    /// Number of steps so far.
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Whether there are no steps.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Adds data, 16-byte aligned.
+    pub fn bytes(&mut self, bytes: &[u8]) -> Data {
+        self.blob.resize(self.blob.len().next_multiple_of(16), 0);
+        let at = self.blob.len() as u64;
+        self.blob.extend_from_slice(bytes);
+        Data(at)
+    }
+
+    /// Adds a NUL-terminated string.
+    pub fn cstr(&mut self, text: &[u8]) -> Data {
+        let data = self.bytes(text);
+        self.blob.push(0);
+        data
+    }
+
+    /// Adds a struct.
+    pub fn value<T: Pod>(&mut self, value: &T) -> Data {
+        self.bytes(pod::bytes_of(value))
+    }
+
+    /// Adds `len` zero bytes, to be filled by a call.
+    pub fn space(&mut self, len: usize) -> Data {
+        self.blob.resize(self.blob.len().next_multiple_of(16), 0);
+        let at = self.blob.len();
+        self.blob.resize(at + len, 0);
+        Data(at as u64)
+    }
+
+    /// Makes the word at `at` hold the address of `to`.
+    pub fn pointer(&mut self, at: Data, to: Data) {
+        self.pointers.push((at.0, to.0));
+    }
+
+    fn push(
+        &mut self,
+        name: Cow<'static, str>,
+        op: i64,
+        args: [Arg; 6],
+        flags: u64,
+        expect: u64,
+        child_slot: u64,
+    ) {
+        self.steps.push(Step { name, op, args, flags, expect, child_slot });
+    }
+
+    /// Adds a system call; missing arguments are 0. `name` is for errors and logs and may name the object too.
+    pub fn call(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        nr: libc::c_long,
+        args: &[Arg],
+        want: Want,
+    ) -> CallId {
+        let mut full = [Arg::Val(0); 6];
+        for (to, from) in full.iter_mut().zip(args) {
+            *to = *from;
+        }
+        self.hand_on_results(&full);
+        let (flags, expect) = match want {
+            Want::Any => (0, 0),
+            Want::Ok => (FLAG_OK, 0),
+            Want::Zero => (FLAG_EQUAL, 0),
+            Want::Equal(value) => (FLAG_EQUAL, value),
+            Want::OkRetry => (FLAG_OK | FLAG_RETRY, 0),
+        };
+        self.push(name.into(), nr, full, flags, expect, 0);
+        CallId(self.steps.len() - 1)
+    }
+
+    /// Before a call that uses results come steps that copy them into its arguments.
+    fn hand_on_results(&mut self, args: &[Arg; 6]) {
+        let copies = args.iter().filter(|a| matches!(a, Arg::Result(_))).count();
+        let target = self.steps.len() + copies;
+        for (index, arg) in args.iter().enumerate() {
+            if let Arg::Result(from) = arg {
+                let args = [
+                    Arg::Result(*from),
+                    Arg::Val((target * size_of::<Entry>() + 8 + index * 8) as u64),
+                    Arg::Val(0),
+                    Arg::Val(0),
+                    Arg::Val(0),
+                    Arg::Val(0),
+                ];
+                self.push("hand on a result".into(), -5, args, 0, 0, 0);
+            }
+        }
+    }
+
+    /// Adds a clone3: the child goes on at the `start` of the slot at `child_slot`. `want` is the
+    /// child's expected id, `args` its `struct clone_args`.
+    pub fn clone3(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        args: &crate::sys::clone::CloneArgs,
+        set_tid: &[i32],
+        child_slot: RemoteAddr,
+    ) -> CallId {
+        let tids: Vec<u8> = set_tid.iter().flat_map(|t| t.to_ne_bytes()).collect();
+        let tids = self.bytes(&tids);
+        let mut args = *args;
+        args.set_tid_size = set_tid.len() as u64;
+        let at = self.value(&args);
+        if !set_tid.is_empty() {
+            self.pointer(at.at(64), tids);
+        }
+        let full = [
+            Arg::Data(at),
+            Arg::Val(size_of::<crate::sys::clone::CloneArgs>() as u64),
+            Arg::Val(0),
+            Arg::Val(0),
+            Arg::Val(0),
+            Arg::Val(0),
+        ];
+        self.push(name.into(), libc::SYS_clone3, full, FLAG_OK | FLAG_CLONE, 0, child_slot.0);
+        CallId(self.steps.len() - 1)
+    }
+
+    /// Adds a step that is no system call.
+    pub fn op(&mut self, op: Op) {
+        let (name, code, a, b) = match op {
+            Op::Jump(to) => ("jump", -1, to.0, 0),
+            Op::Sigreturn(frame) => ("sigreturn", -2, frame.0, 0),
+            Op::WaitAtLeast(word, value) => ("wait", -3, word.0, u64::from(value)),
+            Op::Trap => ("trap", -4, 0, 0),
+            Op::Post(word, value) => ("post", -6, word.0, u64::from(value)),
+            Op::Next => ("next list", -7, 0, 0),
+        };
+        let zero = Arg::Val(0);
+        self.push(name.into(), code, [Arg::Val(a), Arg::Val(b), zero, zero, zero, zero], 0, 0, 0);
+    }
+
+    /// The list as text, one step a line, for `-v4`.
+    pub fn describe(&self) -> String {
+        use std::fmt::Write;
+        let mut text = String::new();
+        for (index, step) in self.steps.iter().enumerate() {
+            let _ = writeln!(text, "{} {index}: {} op {} {:x?}", self.label, step.name, step.op, step.args);
+        }
+        text
+    }
+
+    /// Entries as they lie at `at`, with data at `blob`; and the blob with its pointers set.
+    pub(super) fn encode(&self, at: RemoteAddr, blob: RemoteAddr) -> (Vec<Entry>, Vec<u8>) {
+        let entry = |index: usize| at.0 + (index * size_of::<Entry>()) as u64;
+        let entries = self
+            .steps
+            .iter()
+            .map(|step| {
+                let copy = step.op == -5;
+                let mut args = [0u64; 6];
+                for (index, arg) in step.args.iter().enumerate() {
+                    args[index] = match *arg {
+                        Arg::Val(offset) if copy && index == 1 => at.0 + offset,
+                        Arg::Val(value) => value,
+                        Arg::Data(data) => blob.0 + data.0,
+                        Arg::Result(call) if copy => entry(call.0) + 80,
+                        // Overwritten by the copy step before it.
+                        Arg::Result(_) => 0,
+                    };
+                }
+                Entry {
+                    op: step.op,
+                    args,
+                    flags: step.flags,
+                    expect: step.expect,
+                    child_slot: step.child_slot,
+                    result: 0,
+                }
+            })
+            .collect();
+        let mut bytes = self.blob.clone();
+        for &(where_, what) in &self.pointers {
+            if let Some(word) = usize::try_from(where_).ok().and_then(|w| bytes.get_mut(w..w + 8)) {
+                word.copy_from_slice(&(blob.0 + what).to_ne_bytes());
+            }
+        }
+        (entries, bytes)
+    }
+}

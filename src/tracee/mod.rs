@@ -1,0 +1,59 @@
+//! Another process, typed: what it takes to stop a task, to run system calls in its name, to read
+//! and write its memory, and to put everything back.
+//!
+//! What libcompel is for CRIU, as a library: [`Stopped`] holds a thread, [`Injection`] maps a small area into its process
+//! and runs [`List`]s of system calls in its threads, [`RemoteMemory`] reads and writes. Each puts everything back when
+//! it is left or dropped; and if the caller is killed in the middle, the process heals itself and goes on.
+//! Needs what ptrace(2) asks for, and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE for /proc/PID/map_files.
+//!
+//! Which directory is another process in, and what does it think its pid is?
+//!
+//! ```
+//! use crtool::tracee::{GadgetCache, Injection, List, Stopped, Thread, Want};
+//! # if !nix::unistd::geteuid().is_root() { return Ok(()); }
+//! # let mut child = std::process::Command::new("sleep").arg("60").current_dir("/usr").spawn()?;
+//! let pid = i32::try_from(child.id())?;
+//! # std::thread::sleep(std::time::Duration::from_millis(50));
+//!
+//! // Running -> seized -> stopped. A thread that is dropped goes on as it was.
+//! let patient = || Ok(());
+//! Stopped::seize(pid)?;
+//! let thread = Thread::new(Stopped::settle(pid, &patient)?)?;
+//!
+//! // Stopped -> injected: a list is data, built before anything runs.
+//! let mut list = List::new("example");
+//! let own = list.call("getpid", libc::SYS_getpid, &[], Want::Ok);
+//! let path = list.space(4096);
+//! let len = list.call("getcwd", libc::SYS_getcwd, &[path.into(), 4096u64.into()], Want::Ok);
+//! let mut injection = Injection::enter(pid, &thread, &[&thread], 1 << 16, &mut GadgetCache::default(), &patient)?;
+//! let ran = injection.run(&[(&thread, list)])?;
+//! let area = injection.area()?;
+//! assert_eq!(area.result(&ran[0], own)?, i64::from(pid));
+//! let len = usize::try_from(area.result(&ran[0], len)?)?;
+//! assert_eq!(area.data(&ran[0], path, len)?, b"/usr\0");
+//!
+//! // Back to where it was: nothing of ours is left in it.
+//! injection.leave()?;
+//! thread.stopped.detach()?;
+//! # child.kill()?;
+//! # child.wait()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod addr;
+mod area;
+mod gadget;
+mod inject;
+pub mod list;
+mod memory;
+pub mod rseq;
+mod stop;
+
+pub use addr::RemoteAddr;
+pub use area::{Area, Placed};
+pub use gadget::GadgetCache;
+use gadget::Gadgets;
+pub use inject::{Injection, Thread, read_maps, read_status};
+pub use list::{Arg, CallId, Data, List, Op, Want};
+pub use memory::RemoteMemory;
+pub use stop::{Stop, Stopped, TraceError};

@@ -1,0 +1,269 @@
+//! One thread under ptrace: from running to stopped and back, each state its own type.
+//!
+//! A [`Stopped`] lets its thread go on as it was when dropped: our own failure must never leave a
+//! task stopped. There is no EXITKILL: if crtool dies, the kernel detaches and the task goes on.
+
+use thiserror::Error;
+
+use crate::sys::{Errno, ptrace, wait, wait::Status};
+
+/// What can go wrong with a tracee.
+#[derive(Debug, Error)]
+pub enum TraceError {
+    /// The thread ended while we looked at it.
+    #[error("thread {0} died")]
+    Died(i32),
+    /// Somebody else traces it.
+    #[error("thread {tid} is traced by process {tracer}; end that debugger first")]
+    Traced {
+        /// The thread.
+        tid: i32,
+        /// Its tracer.
+        tracer: i32,
+    },
+    /// The kernel refused a trace request.
+    #[error("{what} of thread {tid}")]
+    Request {
+        /// The request.
+        what: &'static str,
+        /// The thread.
+        tid: i32,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// A stop that was not expected here.
+    #[error("thread {tid} stopped with {stop:?} while {doing}")]
+    Stop {
+        /// The thread.
+        tid: i32,
+        /// What it reported.
+        stop: Status,
+        /// What was going on.
+        doing: &'static str,
+    },
+    /// A call of a list returned what it must not.
+    #[error("{list}: step {index} ({call})")]
+    Call {
+        /// The list.
+        list: String,
+        /// The call.
+        call: String,
+        /// Its index.
+        index: usize,
+        /// The error, or for an unexpected value EPROTO.
+        #[source]
+        source: Errno,
+    },
+    /// The shared area cannot be used.
+    #[error("shared list area")]
+    Area(#[source] Errno),
+    /// The shared area is too small.
+    #[error("shared list area of {size} bytes cannot take {wanted} more")]
+    AreaFull {
+        /// Bytes asked for.
+        wanted: usize,
+        /// Size of the area.
+        size: usize,
+    },
+    /// Asked to end by a signal.
+    #[error(transparent)]
+    Interrupted(#[from] crate::interrupt::Interrupted),
+    /// Not done in time.
+    #[error("not done within {0} seconds (--timeout)")]
+    TimedOut(u64),
+    /// In vfork, where nobody can stop it.
+    #[error("thread {0} is in vfork: it cannot be stopped until its child runs a program or ends; try again")]
+    Vfork(i32),
+    /// The text of a /proc file.
+    #[error(transparent)]
+    Parse(#[from] crate::proc::ParseError),
+    /// A /proc file of the target.
+    #[error("{path}")]
+    Proc {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The target's memory cannot be mapped or written as needed.
+    #[error("{what} in process {pid}")]
+    Inject {
+        /// What was attempted.
+        what: &'static str,
+        /// Where.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// Nothing to run a system call with.
+    #[error("no system call instruction found in the memory of process {0}")]
+    NoSyscall(i32),
+}
+
+impl TraceError {
+    /// A failed call, from the raw result the runner stored.
+    pub(super) fn call(list: &str, call: &str, index: usize, result: i64) -> Self {
+        let source = match i32::try_from(-result) {
+            Ok(errno @ 1..=4095) => Errno::from_raw(errno),
+            _ => Errno::EPROTO,
+        };
+        Self::Call { list: list.into(), call: call.into(), index, source }
+    }
+
+    /// A failed ptrace request: ESRCH on a stopped tracee can only mean that it was killed, since
+    /// nobody else can resume or detach it.
+    pub(super) fn request(what: &'static str, tid: i32, source: Errno) -> Self {
+        if source == Errno::ESRCH { Self::Died(tid) } else { Self::Request { what, tid, source } }
+    }
+}
+
+/// Why a seized thread is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// It was running (or sleeping in a call).
+    Running,
+    /// It was already stopped by job control with this signal.
+    Group(i32),
+}
+
+/// A thread held in a ptrace stop.
+#[derive(Debug)]
+pub struct Stopped {
+    tid: i32,
+    stop: Stop,
+    attached: bool,
+}
+
+impl Stopped {
+    /// Seizes without waiting; follow with [`Stopped::settle`]. Says whether seccomp filters are
+    /// suspended while the thread is traced.
+    pub fn seize(tid: i32) -> Result<bool, TraceError> {
+        let options = ptrace::O_TRACESYSGOOD;
+        let suspended = match ptrace::seize(tid, options | ptrace::O_SUSPEND_SECCOMP) {
+            Ok(()) => true,
+            Err(Errno::EPERM | Errno::EINVAL) => {
+                ptrace::seize(tid, options).map_err(|e| Self::seize_error(tid, e))?;
+                false
+            }
+            Err(e) => return Err(Self::seize_error(tid, e)),
+        };
+        ptrace::interrupt(tid).map_err(|e| TraceError::request("PTRACE_INTERRUPT", tid, e))?;
+        Ok(suspended)
+    }
+
+    fn seize_error(tid: i32, source: Errno) -> TraceError {
+        match tracer_of(tid) {
+            0 => TraceError::request("PTRACE_SEIZE", tid, source),
+            tracer => TraceError::Traced { tid, tracer },
+        }
+    }
+
+    /// Takes the reports of a thread just seized until it is stopped. A signal on its way is
+    /// delivered first; the stop that was asked for comes before the first instruction of its handler.
+    pub fn settle(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
+        loop {
+            match wait_checked(tid, check)? {
+                Status::Stopped(signal, ptrace::EVENT_STOP) => {
+                    let stop = if signal == libc::SIGTRAP { Stop::Running } else { Stop::Group(signal) };
+                    return Ok(Self { tid, stop, attached: true });
+                }
+                Status::Stopped(signal, 0) => {
+                    ptrace::cont(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
+                }
+                Status::Exited(_) | Status::Signaled(..) => return Err(TraceError::Died(tid)),
+                other => return Err(TraceError::Stop { tid, stop: other, doing: "being seized" }),
+            }
+        }
+    }
+
+    /// Its id.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Why it is stopped.
+    pub fn stop(&self) -> Stop {
+        self.stop
+    }
+
+    /// General registers.
+    pub fn regs(&self) -> Result<libc::user_regs_struct, TraceError> {
+        ptrace::get_regs(self.tid).map_err(|e| TraceError::request("PTRACE_GETREGS", self.tid, e))
+    }
+
+    /// Sets general registers.
+    pub fn set_regs(&self, regs: &libc::user_regs_struct) -> Result<(), TraceError> {
+        ptrace::set_regs(self.tid, regs).map_err(|e| TraceError::request("PTRACE_SETREGS", self.tid, e))
+    }
+
+    /// The whole xsave area.
+    pub fn xstate(&self) -> Result<Vec<u8>, TraceError> {
+        let mut buf = vec![0u8; 16 << 10];
+        let len = ptrace::get_regset(self.tid, ptrace::NT_X86_XSTATE, &mut buf)
+            .map_err(|e| TraceError::request("PTRACE_GETREGSET", self.tid, e))?;
+        buf.truncate(len);
+        Ok(buf)
+    }
+
+    /// Blocked signals, bit n-1 for signal n.
+    pub fn sigmask(&self) -> Result<u64, TraceError> {
+        ptrace::get_sigmask(self.tid).map_err(|e| TraceError::request("PTRACE_GETSIGMASK", self.tid, e))
+    }
+
+    /// Sets blocked signals.
+    pub fn set_sigmask(&self, mask: u64) -> Result<(), TraceError> {
+        ptrace::set_sigmask(self.tid, mask).map_err(|e| TraceError::request("PTRACE_SETSIGMASK", self.tid, e))
+    }
+
+    /// Waits for the thread's next report.
+    pub(super) fn report(&self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Status, TraceError> {
+        match wait_checked(self.tid, check)? {
+            Status::Exited(_) | Status::Signaled(..) => Err(TraceError::Died(self.tid)),
+            status => Ok(status),
+        }
+    }
+
+    /// Lets the thread go on as it was (a job-control stop stays in effect).
+    pub fn detach(mut self) -> Result<(), TraceError> {
+        self.attached = false;
+        ptrace::detach(self.tid, 0).map_err(|e| TraceError::request("PTRACE_DETACH", self.tid, e))
+    }
+
+    /// Forgets the thread, which is gone or about to be killed.
+    pub fn forget(mut self) {
+        self.attached = false;
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if self.attached {
+            let _ = ptrace::detach(self.tid, 0);
+        }
+    }
+}
+
+/// Waits for a report of `tid`; each time the wait is interrupted, `check` may end it.
+fn wait_checked(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Status, TraceError> {
+    loop {
+        match wait::wait_raw(tid, 0) {
+            Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
+            Ok(None) => {}
+            Err(Errno::EINTR) => check()?,
+            Err(e) => return Err(TraceError::request("waitpid", tid, e)),
+        }
+    }
+}
+
+/// Who traces `tid`, from the text of its status file.
+pub(crate) fn tracer_of(tid: i32) -> i32 {
+    std::fs::read_to_string(format!("/proc/{tid}/status"))
+        .ok()
+        .and_then(|s| {
+            s.lines().find_map(|l| l.strip_prefix("TracerPid:").and_then(|v| v.trim().parse().ok()))
+        })
+        .unwrap_or(0)
+}

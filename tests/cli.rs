@@ -1,0 +1,597 @@
+//! The command line from outside: every spelling of CRIU's, every option by name, every mistake one line.
+//!
+//! The tables say what is wanted; nothing here dumps or restores anything (the pid is one that cannot exist).
+
+use std::{
+    fs,
+    os::unix::process::ExitStatusExt,
+    path::Path,
+    process::{Command, Output},
+};
+
+/// Above any `pid_max`.
+const NOBODY: &str = "2000000000";
+
+fn crtool(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_crtool"))
+        .args(args)
+        .current_dir(dir)
+        .env("HOME", dir)
+        .env_remove("CRTOOL_CONFIG_FILE")
+        .env_remove("CRIU_CONFIG_FILE")
+        .output()
+        .expect("crtool starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn temp() -> tempfile::TempDir {
+    tempfile::tempdir().expect("temporary directory")
+}
+
+/// `dump -t NOBODY` with more words: says that the process is not there, and nothing about options.
+fn accepted(dir: &Path, words: &str) {
+    let mut args: Vec<&str> = words.split_whitespace().collect();
+    if !args.iter().any(|word| matches!(*word, "dump" | "restore" | "check")) {
+        args.extend(["dump", "-t", NOBODY]);
+    }
+    let out = crtool(dir, &args);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{words}: {err}");
+    assert!(!err.contains("option") && !err.contains("word"), "{words}: {err}");
+}
+
+/// Exit status 1 and one line with `wanted` in it on standard error, nothing on standard output.
+fn refused(dir: &Path, args: &[&str], wanted: &str) {
+    let out = crtool(dir, args);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {err}");
+    assert_eq!(out.status.signal(), None, "{args:?}");
+    assert!(err.starts_with("Error (crtool): ") && err.contains(wanted), "{args:?}: {err}");
+    assert_eq!(err.lines().count(), 1, "{args:?}: {err}");
+    assert!(out.stdout.is_empty(), "{args:?}");
+}
+
+#[test]
+fn spellings() {
+    let dir = temp();
+    let dump = format!("dump -t {NOBODY}");
+    for words in [
+        "dump -t2000000000",
+        "-t 2000000000 dump",
+        "dump --tree 2000000000",
+        "--tree=2000000000 dump",
+        "dump --tre=2000000000",
+        "-v",
+        "-vv",
+        "-vvvv",
+        "-v4",
+        "-v0",
+        "-v -v",
+        "--verbosity",
+        "--verbosity=4",
+        "-verbosity=0",
+        "--verb=3",
+        "-j",
+        "--shell-job",
+        "--shell-job --shell-job",
+        "--no-shell-job",
+        "--sh",
+        "--no-sh",
+        "-R",
+        "-s",
+        "-R -s",
+        "-jRl",
+        "-l --no-file-locks",
+        "--link-remap --no-link-remap",
+        "--evasive-devices",
+        "--display-stats --no-display-stats",
+        "--ghost-limit 0",
+        "--ghost-limit=10M",
+        "--ghost-limit 2k",
+        "--timeout 5",
+        "--timeout=0",
+        "--cpu-cap",
+        "--cpu-cap=none",
+        "--cpu-cap=cpu,^ins",
+        "--file-validation filesize",
+        "--file-validation=buildid",
+        "--external file[1:2]",
+        "--external tty[8800:1c] --external tty[8801:1c]",
+        "--manage-cgroups=ignore",
+        "--action-script /bin/true",
+        "--pidfile p",
+        "--status-fd 1",
+        "--close 77",
+        "--log-pid",
+        "--no-default-config",
+        "--deprecated",
+        "-D . -W . -o log",
+        "-D. -W. -olog",
+        "--images-dir=. --work-dir=. --log-file=log",
+        "--no-tcp-established --no-tls --no-stream",
+    ] {
+        accepted(dir.path(), words);
+        if !words.contains("2000000000") {
+            accepted(dir.path(), &format!("{dump} {words}"));
+        }
+    }
+    for words in [
+        "restore -d",
+        "restore -d -S",
+        "-S --daemon restore",
+        "restore --restore-detached --restore-sibling",
+        "restore --restore-d --restore-s",
+        "restore -d --no-restore-detached",
+        "restore --inherit-fd fd[0]:pipe[5]",
+        "restore --skip-file-rwx-check",
+        "restore --exec-cmd -- /bin/true -x",
+        "restore --exec-cmd /bin/true",
+        "restore -s --pidfile=p --status-fd=1 -j -l --link-remap",
+    ] {
+        accepted(dir.path(), words);
+    }
+}
+
+#[test]
+fn mistakes() {
+    let dir = temp();
+    let rows: &[(&[&str], &str)] = &[
+        (&[], "no command"),
+        (&["-v4"], "no command"),
+        (&["bogus"], "unknown command bogus"),
+        (&["dump"], "needs --tree PID"),
+        (&["dump", "-t"], "option -t needs a value"),
+        (&["dump", "--tree"], "option --tree needs a value"),
+        (&["dump", "-t", "x"], "a pid is a number above zero"),
+        (&["dump", "-t", "0"], "a pid is a number above zero"),
+        (&["dump", "-t", "-5"], "a pid is a number above zero"),
+        (&["dump", "-t", "99999999999"], "a pid is a number above zero"),
+        (&["dump", "-t", ""], "a pid is a number above zero"),
+        (&["dump", "-t", "1", "dump"], "unexpected word"),
+        (&["dump", "-t", "1", "-v", "4"], "unexpected word"),
+        (&["dump", "-t", "1", "-"], "unexpected word"),
+        (&["dump", "--bogus"], "unknown option --bogus"),
+        (&["dump", "--bogus=1"], "unknown option --bogus"),
+        (&["dump", "-Q"], "unknown option -Q"),
+        (&["dump", "-jQ"], "unknown option -Q"),
+        (&["dump", "--ver"], "option --ver is ambiguous: --version, --verbosity"),
+        (&["dump", "--no-leave-running"], "unknown option --no-leave-running"),
+        (&["dump", "--no-lazy-pages"], "unknown option --no-lazy-pages"),
+        (&["dump", "--shell-job=1"], "option --shell-job takes no value"),
+        (&["dump", "--no-shell-job=1"], "option --no-shell-job takes no value"),
+        (&["dump", "-t", "1", "--ghost-limit", "10Q"], "a size is"),
+        (&["dump", "-t", "1", "--ghost-limit", "-1"], "a size is"),
+        (&["dump", "-t", "1", "--ghost-limit", "99999999999G"], "a size is"),
+        (&["dump", "-t", "1", "--timeout", "soon"], "--timeout"),
+        (&["dump", "-t", "1", "--timeout=-1"], "--timeout"),
+        (&["dump", "-t", "1", "--cpu-cap=foo"], "CPU capabilities are"),
+        (&["dump", "-t", "1", "--file-validation", "foo"], "the method is"),
+        (&["dump", "-t", "1", "--external", "x"], "an external resource is"),
+        (&["dump", "-t", "1", "--external", "net[1]:x"], "--external=net[1]:x is not supported yet"),
+        (&["dump", "-t", "1", "--manage-cgroups"], "--manage-cgroups=soft is not supported yet"),
+        (&["dump", "-t", "1", "--manage-cgroups=full"], "--manage-cgroups=full is not supported yet"),
+        (&["dump", "-t", "1", "--exec-cmd"], "--exec-cmd cannot be used with dump"),
+        (&["dump", "-t", "1", "--all"], "--all cannot be used with dump"),
+        (&["dump", "-t", "1", "--feature", "tun"], "--feature cannot be used with dump"),
+        (&["dump", "-t", "1", "--close", "x"], "a descriptor is"),
+        (&["dump", "-t", "1", "--status-fd=-1"], "a descriptor is"),
+        (&["dump", "-t", "1", "-D", "/nonexistent"], "images directory /nonexistent"),
+        (&["dump", "-t", "1", "-D", "/dev/null"], "images directory /dev/null"),
+        (&["dump", "-t", "1", "-W", "/nonexistent"], "work directory /nonexistent"),
+        (&["dump", "-t", "1", "-o", "/nonexistent/log"], "log file /nonexistent/log"),
+        (&["restore", "-S"], "--restore-sibling only makes sense with --restore-detached"),
+        (&["restore", "-d", "-S", "--no-daemon"], "only makes sense with"),
+        (&["restore", "--exec-cmd"], "needs a program"),
+        (&["restore", "--exec-cmd", "--"], "needs a program"),
+        (&["restore", "--inherit-fd", "3"], "an inherited descriptor is"),
+        (&["restore", "--", "x"], "unexpected word"),
+        (&["dump", "-t", "1", "--status-fd", "77"], "option --status-fd: descriptor 77 is not open"),
+        (&["restore", "--inherit-fd", "fd[77]:x"], "option --inherit-fd: descriptor 77 is not open"),
+        (&["check", "--ms"], "--ms is deprecated"),
+        (&["check", "--feature", "nope"], "unknown feature nope"),
+    ];
+    for (args, wanted) in rows {
+        refused(dir.path(), args, wanted);
+    }
+}
+
+/// Names, values and letters as CRIU 4.1 has them; here they either work or are refused by name.
+#[test]
+fn every_option_is_known() {
+    const NONE: &str = "";
+    let rows: &[(&str, &str, bool)] = &[
+        // name, value, works here
+        ("tree", NOBODY, true),
+        ("leave-stopped", NONE, true),
+        ("leave-running", NONE, true),
+        ("restore-detached", NONE, true),
+        ("no-restore-detached", NONE, true),
+        ("restore-sibling", NONE, true),
+        ("no-restore-sibling", NONE, true),
+        ("daemon", NONE, true),
+        ("no-daemon", NONE, true),
+        ("images-dir", ".", true),
+        ("work-dir", ".", true),
+        ("log-file", "log", true),
+        ("join-ns", "net:1", false),
+        ("root", "/", false),
+        ("ext-unix-sk", NONE, false),
+        ("ext-unix-sk", "5", false),
+        ("tcp-established", NONE, false),
+        ("no-tcp-established", NONE, true),
+        ("close", "77", true),
+        ("log-pid", NONE, true),
+        ("no-log-pid", NONE, true),
+        ("evasive-devices", NONE, true),
+        ("no-evasive-devices", NONE, true),
+        ("pidfile", "p", true),
+        ("veth-pair", "a=b", false),
+        ("action-script", "/bin/true", true),
+        ("link-remap", NONE, true),
+        ("no-link-remap", NONE, true),
+        ("shell-job", NONE, true),
+        ("no-shell-job", NONE, true),
+        ("file-locks", NONE, true),
+        ("no-file-locks", NONE, true),
+        ("page-server", NONE, false),
+        ("no-page-server", NONE, true),
+        ("address", "::1", false),
+        ("port", "1", false),
+        ("prev-images-dir", "..", false),
+        ("track-mem", NONE, false),
+        ("no-track-mem", NONE, true),
+        ("auto-dedup", NONE, false),
+        ("no-auto-dedup", NONE, true),
+        ("libdir", "/", false),
+        ("cpu-cap", NONE, true),
+        ("cpu-cap", "all", true),
+        ("force-irmap", NONE, false),
+        ("no-force-irmap", NONE, true),
+        ("ext-mount-map", "a:b", false),
+        ("manage-cgroups", "ignore", true),
+        ("manage-cgroups", "soft", false),
+        ("cgroup-root", "/", false),
+        ("inherit-fd", "fd[0]:x", true),
+        ("skip-mnt", "/", false),
+        ("enable-fs", "all", false),
+        ("enable-external-sharing", NONE, false),
+        ("no-enable-external-sharing", NONE, true),
+        ("enable-external-masters", NONE, false),
+        ("no-enable-external-masters", NONE, true),
+        ("freeze-cgroup", "/", false),
+        ("ghost-limit", "1M", true),
+        ("irmap-scan-path", "/", false),
+        ("lsm-profile", "a:b", false),
+        ("timeout", "1", true),
+        ("external", "file[1:2]", true),
+        ("empty-ns", "net", false),
+        ("lazy-pages", NONE, false),
+        ("cgroup-props", "x", false),
+        ("cgroup-props-file", "x", false),
+        ("cgroup-dump-controller", "x", false),
+        ("skip-in-flight", NONE, false),
+        ("no-skip-in-flight", NONE, true),
+        ("deprecated", NONE, true),
+        ("no-deprecated", NONE, true),
+        ("display-stats", NONE, true),
+        ("no-display-stats", NONE, true),
+        ("weak-sysctls", NONE, false),
+        ("no-weak-sysctls", NONE, true),
+        ("status-fd", "1", true),
+        ("tcp-close", NONE, false),
+        ("no-tcp-close", NONE, true),
+        ("verbosity", NONE, true),
+        ("verbosity", "2", true),
+        ("ps-socket", "5", false),
+        ("stream", NONE, false),
+        ("no-stream", NONE, true),
+        ("config", "/dev/null", true),
+        ("no-default-config", NONE, true),
+        ("tls-cacert", "x", false),
+        ("tls-cacrl", "x", false),
+        ("tls-cert", "x", false),
+        ("tls-key", "x", false),
+        ("tls", NONE, false),
+        ("no-tls", NONE, true),
+        ("tls-no-cn-verify", NONE, false),
+        ("cgroup-yard", "x", false),
+        ("pre-dump-mode", "read", false),
+        ("file-validation", "filesize", true),
+        ("skip-file-rwx-check", NONE, true),
+        ("no-skip-file-rwx-check", NONE, true),
+        ("lsm-mount-context", "x", false),
+        ("network-lock", "nftables", false),
+        ("mntns-compat-mode", NONE, false),
+        ("no-mntns-compat-mode", NONE, true),
+        ("unprivileged", NONE, false),
+        ("no-unprivileged", NONE, true),
+        ("ghost-fiemap", NONE, false),
+        ("no-ghost-fiemap", NONE, true),
+    ];
+    let dir = temp();
+    for &(name, value, works) in rows {
+        let option = if value.is_empty() { format!("--{name}") } else { format!("--{name}={value}") };
+        let args = ["dump", "-t", NOBODY, &option];
+        if works {
+            let out = crtool(dir.path(), &args);
+            let err = text(&out.stderr);
+            assert_eq!(out.status.code(), Some(1), "{option}: {err}");
+            // What matters to restore only is allowed here, and said to have no effect.
+            let bad = ["unknown", "ambiguous", "not supported yet", "needs", "takes no"];
+            let option_line = err
+                .lines()
+                .find(|line| line.contains("option") && bad.iter().any(|word| line.contains(word)));
+            assert_eq!(option_line, None, "{option}");
+        } else {
+            refused(dir.path(), &args, " is not supported yet");
+            refused(dir.path(), &args, &format!("option --{name}"));
+        }
+    }
+    for (letters, name) in [
+        ("-Jnet:1", "join-ns"),
+        ("-r/", "root"),
+        ("-x", "ext-unix-sk"),
+        ("-L/", "libdir"),
+        ("-Ma:b", "ext-mount-map"),
+    ] {
+        refused(
+            dir.path(),
+            &["dump", "-t", NOBODY, letters],
+            &format!("option --{name} is not supported yet"),
+        );
+    }
+}
+
+#[test]
+fn commands_to_come() {
+    let dir = temp();
+    for command in ["pre-dump", "page-server", "lazy-pages", "service", "swrk", "dedup", "cpuinfo", "exec"] {
+        refused(dir.path(), &[command, "x"], &format!("command {command} is not supported yet"));
+    }
+}
+
+#[test]
+fn version_and_help() {
+    let dir = temp();
+    for args in [&["--version"][..], &["-V"], &["dump", "-V"], &["-V", "--no-default-config"]] {
+        let out = crtool(dir.path(), args);
+        assert_eq!(out.status.code(), Some(0));
+        assert_eq!(text(&out.stdout), format!("Version: {}\n", env!("CARGO_PKG_VERSION")));
+        assert!(out.stderr.is_empty());
+    }
+    for args in [&["--help"][..], &["-h"], &["restore", "--help"]] {
+        let out = crtool(dir.path(), args);
+        assert_eq!(out.status.code(), Some(0));
+        let help = text(&out.stdout);
+        for word in ["dump", "restore", "--tree", "--ghost-limit", "--inherit-fd"] {
+            assert!(help.contains(word), "{word}");
+        }
+    }
+}
+
+/// A reader that goes away kills nobody.
+#[test]
+fn closed_output() {
+    let dir = temp();
+    for args in ["--help", "check --all", "check --feature list", "--version"] {
+        let script = format!("{{ {} {args}; echo $? >status; }} | exec <&-", env!("CARGO_BIN_EXE_crtool"));
+        Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().expect("sh starts");
+        let status = fs::read_to_string(dir.path().join("status")).expect("status");
+        let status: i32 = status.trim().parse().expect("number");
+        assert!(status < 2, "{args}: {status}");
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let out = Command::new(env!("CARGO_BIN_EXE_crtool"))
+            .args(args.split(' '))
+            .stdout(full)
+            .output()
+            .expect("crtool starts");
+        assert_eq!(out.status.signal(), None, "{args}");
+        assert!(!text(&out.stderr).contains("internal error"), "{args}");
+    }
+}
+
+#[test]
+fn log_file() {
+    let dir = temp();
+    fs::create_dir(dir.path().join("images")).expect("images");
+    fs::create_dir(dir.path().join("work")).expect("work");
+    let fail = |more: &[&str]| {
+        let mut args = vec!["dump", "-t", NOBODY, "-D", "images"];
+        args.extend(more);
+        let out = crtool(dir.path(), &args);
+        assert_eq!(out.status.code(), Some(1));
+        text(&out.stderr)
+    };
+    // Relative to the images directory, or to the work directory where there is one.
+    let err = fail(&["-o", "dump.log"]);
+    let log = fs::read_to_string(dir.path().join("images/dump.log")).expect("log");
+    assert_eq!(err.lines().count(), 1, "{err}");
+    assert!(err.starts_with("Error (crtool): "), "{err}");
+    assert!(log.lines().any(|line| line.starts_with("Error (")), "{log}");
+    fail(&["-W", "work", "--log-file=w.log", "-v4"]);
+    let log = fs::read_to_string(dir.path().join("work/w.log")).expect("log");
+    for line in log.lines() {
+        let stamp = line.get(..12).unwrap_or_default();
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        assert!(
+            stamp.starts_with('(')
+                && digits(&stamp[1..3])
+                && &stamp[3..4] == "."
+                && digits(&stamp[4..10])
+                && stamp.ends_with(") "),
+            "{line}"
+        );
+    }
+    assert!(log.contains("Version: ") && log.contains(" Error ("), "{log}");
+    // A closed standard output does not make the log take its place.
+    let out = crtool(dir.path(), &["check", "--close", "1", "-o", "closed.log"]);
+    assert_eq!(out.stdout, b"");
+    let log = fs::read_to_string(dir.path().join("closed.log")).expect("log");
+    assert!(!log.contains("ptrace_seize"), "{log}");
+    // Silence, and all of it on standard output.
+    assert_eq!(fail(&["-v0"]), "");
+    let out = crtool(dir.path(), &["dump", "-t", NOBODY, "-o", "-"]);
+    assert!(text(&out.stdout).contains("Error ("));
+    // Nobody else may read it.
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = fs::metadata(dir.path().join("work/w.log")).expect("log").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn configuration_files() {
+    let dir = temp();
+    let write = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().expect("parent")).expect("directory");
+        fs::write(path, text).expect("write");
+    };
+    let run = |args: &[&str], env: &[(&str, &str)]| {
+        let mut all = vec!["dump", "-t", NOBODY];
+        all.extend(args);
+        let out = Command::new(env!("CARGO_BIN_EXE_crtool"))
+            .args(all)
+            .current_dir(dir.path())
+            .env("HOME", dir.path())
+            .env_remove("CRTOOL_CONFIG_FILE")
+            .env_remove("CRIU_CONFIG_FILE")
+            .envs(env.iter().copied())
+            .output()
+            .expect("crtool starts");
+        text(&out.stderr)
+    };
+    // CRIU's file counts where ours is not there, and not where it is.
+    write(".criu/default.conf", "tcp-established # like a container engine\n");
+    let err = run(&[], &[]);
+    assert!(err.contains(".criu/default.conf:1: option --tcp-established is not supported yet"), "{err}");
+    assert!(!run(&["--no-tcp-established"], &[]).contains("option"), "the command line has the last word");
+    assert!(!run(&["--no-default-config"], &[]).contains("option"));
+    // What it says about dump does not stop a check.
+    assert_eq!(crtool(dir.path(), &["check", "--feature", "kcmp"]).status.code(), Some(0));
+    write(".crtool/default.conf", "shell-job\n");
+    assert!(!run(&[], &[]).contains("option"));
+    // Later files win, then the command line.
+    write("env.conf", "log-file env.log\n");
+    write("named.conf", "log-file \"named file.log\"\nverbosity 0\n");
+    let env = [("CRTOOL_CONFIG_FILE", "env.conf"), ("CRIU_CONFIG_FILE", "/nonexistent")];
+    run(&[], &env);
+    assert!(dir.path().join("env.log").exists());
+    assert_eq!(run(&["--config", "named.conf"], &env), "");
+    assert!(dir.path().join("named file.log").exists());
+    run(&["--config", "named.conf", "-o", "last.log"], &env);
+    assert!(dir.path().join("last.log").exists());
+    // Mistakes name their place.
+    write("bad.conf", "shell-job\nghost-limit ten\n");
+    let err = run(&["--config=bad.conf"], &[]);
+    assert!(err.contains("bad.conf:2: option --ghost-limit"), "{err}");
+    write("bad.conf", "dump\n");
+    assert!(run(&["--config=bad.conf"], &[]).contains("bad.conf:1: unknown option --dump"));
+    // A default file of somebody else is no reason to stop. (Root may read everything.)
+    let out = Command::new(env!("CARGO_BIN_EXE_crtool"))
+        .args(["dump", "-t", NOBODY])
+        .env("HOME", "/dev/null")
+        .output()
+        .expect("crtool starts");
+    assert!(!text(&out.stderr).contains("configuration"), "{}", text(&out.stderr));
+    // A file that was asked for and is not there is worth a word, as with CRIU no more.
+    let err = run(&["--config", "/nonexistent"], &[]);
+    assert!(err.contains("Warn ") && err.contains("/nonexistent does not exist"), "{err}");
+}
+
+#[test]
+fn no_effect_is_said() {
+    let dir = temp();
+    for (args, option) in [(["restore", "-R", "-d"], "leave-running"), (["restore", "-t", "5"], "tree")] {
+        let out = crtool(dir.path(), &args);
+        let err = text(&out.stderr);
+        assert!(err.contains(&format!("option --{option} has no effect on restore")), "{err}");
+    }
+}
+
+#[test]
+fn check() {
+    let dir = temp();
+    let out = crtool(dir.path(), &["check"]);
+    let last = text(&out.stdout).lines().next_back().map(str::to_owned);
+    match out.status.code() {
+        Some(0) => assert_eq!(last.as_deref(), Some("Looks good.")),
+        Some(1) => assert_eq!(last.as_deref(), Some("Does not look good.")),
+        other => panic!("{other:?}"),
+    }
+    let list = text(&crtool(dir.path(), &["check", "--feature", "list"]).stdout);
+    // CRIU 4.2's names.
+    for name in "mnt_id mem_dirty_track aio_remap timerfd tun tun_ns userns fdinfo_lock seccomp_suspend \
+        seccomp_filters loginuid cgroupns autofs tcp_half_closed compat_cr uffd uffd-noncoop can_map_vdso sk_ns \
+        sk_unix_file net_diag_raw nsid link_nsid kcmp_epoll timens external_net_ns clone3_set_tid newifindex \
+        nftables has_ipt_legacy pidfd_store ns_pid apparmor_stacking network_lock_nftables sockopt_buf_lock \
+        memfd_hugetlb move_mount_set_group openat2 get_rseq_conf ipv6_freebind pagemap_scan overlayfs_maps \
+        timer_cr_ids breakpoints madv_guards"
+        .split_whitespace()
+    {
+        assert!(list.lines().any(|line| line == name), "{name}");
+    }
+    for name in list.lines() {
+        let out = crtool(dir.path(), &["check", "--feature", name]);
+        let wanted = match out.status.code() {
+            Some(0) => format!("{name} is supported\n"),
+            _ => format!("{name} is not supported\n"),
+        };
+        assert_eq!(text(&out.stdout), wanted);
+    }
+}
+
+/// Words and bytes nobody would type end in a status, never in a signal.
+#[test]
+fn hostile_words() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
+    let dir = temp();
+    let long = "x".repeat(100_000);
+    let rows: &[&[&[u8]]] = &[
+        &[b"\xff\xfe"],
+        &[b"dump", b"-t", b"\xff"],
+        &[b"dump", b"--\xff=1"],
+        &[b"dump", b"-\xff"],
+        &[b"dump", b"--="],
+        &[b"dump", b"--=x"],
+        &[b"dump", b"-t", b"1\n2"],
+        &[b"dump", b"--external", b"[\xff]"],
+        &[b"restore", b"--inherit-fd", b"fd[1]:\xff", b"-D", b"\xff"],
+        &[b"dump", b"-D", long.as_bytes()],
+        &[long.as_bytes()],
+        &[b""],
+        &[b"--", b"--"],
+    ];
+    for args in rows {
+        let out = Command::new(env!("CARGO_BIN_EXE_crtool"))
+            .args(args.iter().map(|arg| OsStr::from_bytes(arg)))
+            .current_dir(dir.path())
+            .output()
+            .expect("crtool starts");
+        assert_eq!(out.status.code(), Some(1), "{args:?}");
+        let err = text(&out.stderr);
+        assert_eq!(err.lines().count(), 1, "{err}");
+        assert!(!err.contains("internal error"), "{err}");
+    }
+}
+
+/// A link called `crit` is `crtool image`, one called `criu` is `crtool`.
+#[test]
+fn other_names() {
+    let dir = temp();
+    let named = |name: &str, args: &[&str]| {
+        let path = dir.path().join(name);
+        if !path.exists() {
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_crtool"), &path).expect("link");
+        }
+        Command::new(path).args(args).current_dir(dir.path()).output().expect("it starts")
+    };
+    let image = crtool(dir.path(), &["image", "show", "none.img"]);
+    let crit = named("crit", &["show", "none.img"]);
+    assert_eq!(crit.status.code(), image.status.code());
+    assert_eq!(text(&crit.stderr), text(&image.stderr));
+    assert!(text(&crit.stderr).contains("none.img"), "{}", text(&crit.stderr));
+    assert!(text(&named("criu", &["--version"]).stdout).starts_with("Version: "));
+}

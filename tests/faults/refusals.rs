@@ -1,0 +1,172 @@
+//! Dumps that cannot be finished: the tree is exactly as before, and no images are left to be restored.
+
+use std::{fs, path::Path, process::Command, thread, time::Duration};
+
+use nix::sys::signal::Signal;
+
+use crate::reaper::End;
+use crate::site::Site;
+
+pub fn sigint(site: &mut Site) -> Result<(), String> {
+    interrupted(site, Signal::SIGINT)
+}
+
+pub fn sigterm(site: &mut Site) -> Result<(), String> {
+    interrupted(site, Signal::SIGTERM)
+}
+
+fn interrupted(site: &mut Site, signal: Signal) -> Result<(), String> {
+    let (dump, _) = site.durations()?;
+    let before = site.picture();
+    let mut cut = 0;
+    for number in 0..Site::times(40) {
+        let images = site.fresh("images")?;
+        let moment = site.moment(dump);
+        let tool = site.begin_dump(&["-R"], &images)?;
+        thread::sleep(moment);
+        tool.signal(signal);
+        let run = tool.end()?;
+        let when = format!("dump {number}, {signal} after {moment:?} of {dump:?} ({:?})", run.end);
+        // Before crtool holds signals back it has touched nothing, and just dies of them.
+        let early = run.end == End::Killed(signal as i32);
+        if early || run.end == End::Exited(1) {
+            if !early {
+                cut += 1;
+                run.failed_cleanly().map_err(|text| format!("{when}: {text}"))?;
+            }
+            no_images(&images).map_err(|text| format!("{when}: {text}"))?;
+        } else {
+            run.succeeded(&when)?;
+        }
+        site.works().and_then(|()| site.same(&before)).map_err(|text| format!("{when}: {text}"))?;
+    }
+    if cut < 5 {
+        return Err(format!("only {cut} dumps were interrupted: the moments are badly chosen"));
+    }
+    site.finish()
+}
+
+/// Nothing that a restore could take, and nothing else that takes up space.
+fn no_images(images: &Path) -> Result<(), String> {
+    let entries = fs::read_dir(images).map_err(|e| e.to_string())?.flatten();
+    let names: Vec<String> = entries.map(|e| e.file_name().display().to_string()).collect();
+    let left: Vec<&String> = names.iter().filter(|name| name.ends_with(".img")).collect();
+    if left.is_empty() { Ok(()) } else { Err(format!("images are left: {left:?}")) }
+}
+
+/// crtool itself is held up: when it goes on, its time is over.
+pub fn timeout(site: &mut Site) -> Result<(), String> {
+    let (dump, _) = site.durations()?;
+    let before = site.picture();
+    let mut cut = 0;
+    for number in 0..Site::times(6) {
+        let images = site.fresh("images")?;
+        let moment = site.moment(dump / 2);
+        let tool = site.begin_dump(&["-R", "--timeout", "1"], &images)?;
+        thread::sleep(moment);
+        tool.signal(Signal::SIGSTOP);
+        thread::sleep(Duration::from_millis(1200));
+        tool.signal(Signal::SIGCONT);
+        let run = tool.end()?;
+        let when = format!("dump {number}, stopped after {moment:?} of {dump:?} ({:?})", run.end);
+        if run.end == End::Exited(1) {
+            cut += 1;
+            run.failed_cleanly()
+                .and_then(|()| no_images(&images))
+                .map_err(|text| format!("{when}: {text}"))?;
+            if !run.said.contains("time") {
+                return Err(format!("{when}: the reason is not said: {}", run.said));
+            }
+        } else {
+            // All was collected by then.
+            run.succeeded(&when)?;
+        }
+        site.works().and_then(|()| site.same(&before)).map_err(|text| format!("{when}: {text}"))?;
+    }
+    if cut == 0 { Err("no dump ran out of time".into()) } else { site.finish() }
+}
+
+/// A task that cannot be stopped, as its vfork waits: all others run on.
+pub fn stuck(site: &mut Site) -> Result<(), String> {
+    let before = site.picture();
+    let images = site.fresh("images")?;
+    let run = site.dump(&["--timeout", "2"], &images)?;
+    run.failed_cleanly()?;
+    if run.took > Duration::from_secs(6) || !run.said.contains("vfork") {
+        return Err(format!("after {:?}: {}", run.took, run.said));
+    }
+    no_images(&images)?;
+    site.works()?;
+    site.same(&before)?;
+    site.clear()
+}
+
+pub fn full_disk(site: &mut Site) -> Result<(), String> {
+    let before = site.picture();
+    for kib in [0, 4, 16, 64, 256, 1024] {
+        let images = site.fresh("full")?;
+        // 0 would mean no limit.
+        let size = format!("size={kib}k,nr_inodes={}", if kib == 0 { 1 } else { 1000 });
+        mount(&images, if kib == 0 { "size=4k,nr_inodes=1" } else { &size })?;
+        let run = site.dump(&[], &images)?;
+        let checked = run.failed_cleanly().and_then(|()| no_images(&images));
+        unmount(&images)?;
+        checked.map_err(|text| format!("{kib} KiB: {text}"))?;
+        site.works()?;
+        site.same(&before).map_err(|text| format!("{kib} KiB: {text}"))?;
+    }
+    // At once again, where there is room.
+    let images = site.fresh("images")?;
+    site.dump_and_kill(&images)?;
+    site.restore(&images)?;
+    site.finish()
+}
+
+pub fn read_only(site: &mut Site) -> Result<(), String> {
+    let before = site.picture();
+    let images = site.fresh("sealed")?;
+    mount(&images, "ro")?;
+    let run = site.dump(&[], &images)?;
+    unmount(&images)?;
+    run.failed_cleanly()?;
+    if !run.said.contains("Read-only file system") {
+        return Err(format!("the reason is not said: {}", run.said));
+    }
+    site.works()?;
+    site.same(&before)?;
+    let run = site.dump(&[], &site.dir.join("nowhere"))?;
+    run.failed_cleanly()?;
+    site.works()?;
+    site.same(&before)?;
+    site.finish()
+}
+
+/// In the trial's own mount namespace.
+fn mount(at: &Path, options: &str) -> Result<(), String> {
+    done(Command::new("mount").args(["-t", "tmpfs", "-o", options, "faults"]).arg(at))
+}
+
+fn unmount(at: &Path) -> Result<(), String> {
+    done(Command::new("umount").arg(at))
+}
+
+fn done(command: &mut Command) -> Result<(), String> {
+    // The reaper takes the status; what counts is what it says.
+    let child = command.output();
+    match child {
+        Ok(output) if !output.stderr.is_empty() => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// Dump and restore, again and again: nothing piles up.
+pub fn fifty_rounds(site: &mut Site) -> Result<(), String> {
+    let before = site.picture();
+    for round in 1..=50 {
+        let images = site.fresh("images")?;
+        site.dump_and_kill(&images).map_err(|text| format!("round {round}: {text}"))?;
+        site.restore(&images).map_err(|text| format!("round {round}: {text}"))?;
+    }
+    site.same(&before)?;
+    site.finish()
+}

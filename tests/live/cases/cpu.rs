@@ -1,0 +1,292 @@
+//! Registers, and what the kernel keeps for user space at every switch: bases, rseq, robust lists.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::asm;
+use crate::case::Case;
+use crate::gate::{Gate, fork, join};
+use crate::sys;
+
+pub const CASES: &[Case] = &[
+    Case::new("registers", registers).fifty(),
+    Case::new("registers_of_threads", registers_of_threads).disturbed(),
+    Case::new("vector_registers", vector_registers).disturbed(),
+    Case::new("sse_registers", sse_registers),
+    Case::new("x87_and_mxcsr", x87_and_mxcsr).disturbed(),
+    Case::new("protection_keys", protection_keys),
+    Case::new("gs_base", gs_base),
+    Case::new("tls_descriptors", tls_descriptors),
+    Case::new("rseq", rseq),
+    Case::new("rseq_of_threads", rseq_of_threads),
+    Case::new("robust_mutex", robust_mutex),
+    Case::new("robust_mutex_of_thread", robust_mutex_of_thread),
+    Case::new("syscall_user_dispatch", syscall_user_dispatch).refused("syscall user dispatch"),
+];
+
+/// Runs `spin` in a thread while the gate is closed.
+fn spinning<T: Send + 'static>(
+    gate: &Gate,
+    spin: impl FnOnce(&'static AtomicU64) -> T + Send + 'static,
+) -> T {
+    let flag: &'static AtomicU64 = Box::leak(Box::default());
+    let control = gate.clone_for_thread();
+    let thread = std::thread::spawn(move || {
+        control.mark("spins");
+        spin(flag)
+    });
+    gate.await_mark("spins");
+    // It needs a moment to be inside the loop; if it is not, the case is weaker, not wrong.
+    sys::nap(Duration::from_millis(3));
+    gate.ready();
+    flag.store(7, Ordering::Relaxed);
+    thread.join().expect("spinning thread")
+}
+
+fn registers(gate: &Gate) {
+    let found = spinning(gate, asm::spin_gprs);
+    assert_eq!(found[..14], asm::expected_gprs(7), "general registers");
+    assert_eq!(found[14] & asm::STATUS_FLAGS, asm::STATUS_FLAGS, "flags");
+}
+
+fn registers_of_threads(gate: &Gate) {
+    let flag: &'static AtomicU64 = Box::leak(Box::default());
+    let names = ["s0", "s1", "s2", "s3"];
+    let threads: Vec<_> = names
+        .into_iter()
+        .map(|name| {
+            let control = gate.clone_for_thread();
+            std::thread::spawn(move || {
+                control.mark(name);
+                asm::spin_gprs(flag)
+            })
+        })
+        .collect();
+    for name in names {
+        gate.await_mark(name);
+    }
+    sys::nap(Duration::from_millis(5));
+    gate.ready();
+    flag.store(9, Ordering::Relaxed);
+    for thread in threads {
+        let found = thread.join().expect("spinning thread");
+        assert_eq!(found[..14], asm::expected_gprs(9), "general registers");
+    }
+}
+
+fn vectors(gate: &Gate, width: usize) {
+    let count = if width == 64 { 32 } else { 16 };
+    let bytes: Vec<u8> = (0..count * width).map(|n| (sys::pattern(5, n) >> 11) as u8).collect();
+    let masks: [u64; 8] = std::array::from_fn(|n| sys::pattern(6, n));
+    let given = bytes.clone();
+    let (found, found_masks) = spinning(gate, move |flag| asm::spin_vectors(flag, width, &given, &masks));
+    for n in 0..count {
+        let range = n * width..(n + 1) * width;
+        assert_eq!(found[range.clone()], bytes[range], "vector register {n} of {width} bytes");
+    }
+    assert_eq!(found_masks, masks, "mask registers");
+}
+
+fn vector_registers(gate: &Gate) {
+    let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+    vectors(
+        gate,
+        if wide {
+            64
+        } else if is_x86_feature_detected!("avx") {
+            32
+        } else {
+            16
+        },
+    );
+}
+
+fn sse_registers(gate: &Gate) {
+    vectors(gate, 16);
+}
+
+fn x87_and_mxcsr(gate: &Gate) {
+    let values = [1.5, -2.25, 1e300, -0.0, 3.0, 1e-300, 123_456.75, f64::INFINITY];
+    let (found, words) = spinning(gate, move |flag| asm::spin_x87(flag, &values));
+    assert_eq!(found.map(f64::to_bits), values.map(f64::to_bits), "x87 stack");
+    assert_eq!(words, asm::X87_WORDS, "mxcsr and x87 control word");
+}
+
+fn protection_keys(gate: &Gate) {
+    let Ok(key) = sys!(SYS_pkey_alloc, 0, 0) else {
+        gate.skip("this processor or kernel has no protection keys");
+    };
+    let memory = sys::anon(4096);
+    memory.fill(3);
+    sys!(SYS_pkey_mprotect, memory.addr, memory.len, libc::PROT_READ | libc::PROT_WRITE, key)
+        .expect("pkey_mprotect");
+    let denied = asm::read_pkru() | 2 << (2 * key);
+    asm::write_pkru(denied);
+    gate.ready();
+    assert_eq!(asm::read_pkru(), denied, "pkru");
+    memory.check(3);
+}
+
+/// The gs base belongs to the program on x86-64; each thread has its own.
+fn gs_base(gate: &Gate) {
+    const ARCH_SET_GS: usize = 0x1001;
+    let memory = sys::anon(8192);
+    let set = move |n: usize| {
+        memory.set(n * 4096 + 16, 0xfeed_0000_u64 + n as u64);
+        sys!(SYS_arch_prctl, ARCH_SET_GS, memory.at(n * 4096)).expect("ARCH_SET_GS");
+    };
+    let control = gate.clone_for_thread();
+    let thread = std::thread::spawn(move || {
+        set(1);
+        control.mark("thread");
+        control.wait();
+        assert_eq!(asm::read_gs(16), 0xfeed_0001, "word at gs:16 of the thread");
+    });
+    set(0);
+    gate.await_mark("thread");
+    gate.ready();
+    assert_eq!(asm::read_gs(16), 0xfeed_0000, "word at gs:16");
+    thread.join().expect("thread");
+}
+
+/// set_thread_area: three slots of the GDT per thread.
+fn tls_descriptors(gate: &Gate) {
+    /// struct user_desc: entry number, base, limit, flag bits.
+    fn descriptor(entry: u32, base: u32) -> [u32; 4] {
+        // seg_32bit, limit in pages, usable
+        [entry, base, 0xf_ffff, 1 | 1 << 4 | 1 << 6]
+    }
+    for (entry, base) in [(12, 0x1234_5000), (14, 0x7654_3000)] {
+        let given = descriptor(entry, base);
+        if sys!(SYS_set_thread_area, given.as_ptr()).is_err() {
+            gate.skip("set_thread_area is not available");
+        }
+    }
+    gate.ready();
+    for (entry, base) in [(12, 0x1234_5000), (14, 0x7654_3000)] {
+        let mut found = [entry, 0, 0, 0];
+        sys!(SYS_get_thread_area, found.as_mut_ptr()).expect("get_thread_area");
+        assert_eq!(found[..3], descriptor(entry, base)[..3], "descriptor {entry}");
+    }
+}
+
+/// The kernel keeps the cpu number in the registered area up to date.
+fn check_rseq(area: u64) {
+    let mut all = 0_u64;
+    sys!(SYS_sched_getaffinity, 0, 8, &raw mut all).expect("sched_getaffinity");
+    for cpu in (0..64).filter(|cpu| all >> cpu & 1 == 1) {
+        let only = 1_u64 << cpu;
+        sys!(SYS_sched_setaffinity, 0, 8, &raw const only).expect("sched_setaffinity");
+        let seen: u32 = sys::peek(area as usize + 4);
+        assert_eq!(seen, cpu, "cpu_id in the rseq area");
+    }
+    sys!(SYS_sched_setaffinity, 0, 8, &raw const all).expect("sched_setaffinity");
+}
+
+fn own_rseq_area(gate: &Gate) -> u64 {
+    match asm::rseq_offset() {
+        Some(offset) => asm::thread_pointer().wrapping_add_signed(offset),
+        None => gate.skip("this C library registers no rseq area"),
+    }
+}
+
+fn rseq(gate: &Gate) {
+    let area = own_rseq_area(gate);
+    check_rseq(area);
+    gate.ready();
+    assert_eq!(own_rseq_area(gate), area);
+    check_rseq(area);
+}
+
+fn rseq_of_threads(gate: &Gate) {
+    own_rseq_area(gate);
+    let threads: Vec<_> = ["r0", "r1", "r2"]
+        .into_iter()
+        .map(|name| {
+            let control = gate.clone_for_thread();
+            std::thread::spawn(move || {
+                control.mark(name);
+                control.wait();
+                check_rseq(own_rseq_area(&control));
+            })
+        })
+        .collect();
+    for name in ["r0", "r1", "r2"] {
+        gate.await_mark(name);
+    }
+    gate.ready();
+    for thread in threads {
+        thread.join().expect("thread");
+    }
+}
+
+/// A futex word in shared memory, on a robust list made by hand, so that the kernel alone is tested.
+struct Robust {
+    memory: sys::Mapped,
+}
+
+impl Robust {
+    /// struct robust_list_head at 0 (list, futex_offset, pending), one entry at 64, its futex at 72.
+    const ENTRY: usize = 64;
+    const FUTEX: usize = 72;
+
+    fn hold(memory: sys::Mapped) -> Robust {
+        memory.set(0, memory.at(Self::ENTRY));
+        memory.set(8, (Self::FUTEX - Self::ENTRY) as i64);
+        memory.set(16, 0_u64);
+        memory.set(Self::ENTRY, memory.at(0));
+        memory.set(Self::FUTEX, sys::gettid());
+        sys!(SYS_set_robust_list, memory.at(0), 24).expect("set_robust_list");
+        Robust { memory }
+    }
+
+    /// Waits until the word says that its owner has died.
+    fn await_owner_death(memory: sys::Mapped) {
+        let start = std::time::Instant::now();
+        while memory.get::<u32>(Self::FUTEX) & libc::FUTEX_OWNER_DIED == 0 {
+            assert!(start.elapsed() < Duration::from_secs(5), "the owner's death was not told");
+            sys::nap(Duration::from_micros(300));
+        }
+    }
+}
+
+fn robust_mutex(gate: &Gate) {
+    let memory = sys::shared(4096);
+    let child = fork(|| {
+        let held = Robust::hold(memory);
+        gate.mark("held");
+        gate.wait();
+        let (mut head, mut len) = (0_usize, 0_usize);
+        sys!(SYS_get_robust_list, 0, &raw mut head, &raw mut len).expect("get_robust_list");
+        assert_eq!((head, len), (held.memory.at(0), 24), "robust list");
+        // Dies holding it.
+    });
+    gate.await_mark("held");
+    gate.ready();
+    join(child);
+    Robust::await_owner_death(memory);
+}
+
+fn robust_mutex_of_thread(gate: &Gate) {
+    let memory = sys::shared(4096);
+    let control = gate.clone_for_thread();
+    std::thread::spawn(move || {
+        Robust::hold(memory);
+        control.mark("held");
+        control.wait();
+        sys::thread_exit();
+    });
+    gate.await_mark("held");
+    gate.ready();
+    Robust::await_owner_death(memory);
+}
+
+fn syscall_user_dispatch(gate: &Gate) {
+    const PR_SET_SYSCALL_USER_DISPATCH: i32 = 59;
+    let memory = sys::anon(4096);
+    // The selector byte 0 lets every call through.
+    if sys!(SYS_prctl, PR_SET_SYSCALL_USER_DISPATCH, 1, 0, 0, memory.at(0)).is_err() {
+        gate.skip("this kernel has no syscall user dispatch");
+    }
+    gate.ready();
+}

@@ -1,0 +1,601 @@
+//! Open files: regular ones with position and flags, deleted and changed ones, devices, /proc, /sys.
+
+use std::ffi::CString;
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+
+use crate::case::{Case, Site};
+use crate::gate::{Gate, fork, join};
+use crate::sys::{self, getpid};
+
+pub const CASES: &[Case] = &[
+    Case::new("file_position", file_position).fifty(),
+    Case::new("file_flags", file_flags),
+    Case::new("file_append", file_append),
+    Case::new("file_path_only", file_path_only).peer_loses(&["/fd/"]),
+    Case::new("file_directory", file_directory).peer_loses(&["/fd/"]),
+    Case::new("file_dup", file_dup),
+    Case::new("file_dup_across_fork", file_dup_across_fork).disturbed(),
+    Case::new("file_opened_twice", file_opened_twice),
+    Case::new("file_close_on_exec", file_close_on_exec),
+    Case::new("file_high_numbers", file_high_numbers),
+    Case::new("file_gaps_in_numbers", file_gaps_in_numbers),
+    Case::new("file_no_stdio", file_no_stdio),
+    Case::new("files_1000", files_1000),
+    Case::new("file_owner_and_signal", file_owner_and_signal),
+    Case::new("file_async_pipe", file_async_pipe),
+    Case::new("file_changed_since", file_position).between(grow).restore_refused("position").only_plain(),
+    Case::new("file_removed_since", file_position).between(remove).restore_refused("position").only_plain(),
+    Case::new("file_mode_changed_since", file_position)
+        .between(forbid)
+        .restore_refused("position")
+        .only_plain(),
+    Case::new("ghost_file", ghost_file).disturbed().fifty(),
+    Case::new("ghost_shared", ghost_shared),
+    Case::new("ghost_empty", ghost_empty),
+    Case::new("ghost_sparse", ghost_sparse),
+    Case::new("ghost_read_only", ghost_read_only),
+    Case::new("ghost_too_large", ghost_too_large).refused("ghost"),
+    Case::new("ghost_large_allowed", ghost_too_large).flags(&["--ghost-limit", "4M"]),
+    Case::new("ghost_directory", ghost_directory),
+    // The file comes back under no name, however it was made.
+    Case::new("ghost_tmpfile", ghost_tmpfile).may_differ(&["/fd/"]),
+    Case::new("ghost_name_taken", ghost_name_taken),
+    Case::new("linked_elsewhere", linked_elsewhere).flags(&["--link-remap"]).not_running(),
+    Case::new("linked_elsewhere_refused", linked_elsewhere).refused("link-remap"),
+    Case::new("devices", devices),
+    Case::new("device_full_and_random", device_full_and_random),
+    Case::new("device_kmsg", device_kmsg).refused("/dev/kmsg"),
+    Case::new("proc_self_status", proc_self_status),
+    Case::new("proc_of_child", proc_of_child),
+    Case::new("proc_global", proc_global),
+    Case::new("proc_of_dead", proc_of_dead),
+    Case::new("sys_file", sys_file),
+];
+
+const F_SETSIG: i32 = 10;
+const F_GETSIG: i32 = 11;
+const F_GETOWN_EX: i32 = 16;
+
+fn content(len: usize, seed: u64) -> Vec<u8> {
+    (0..len).map(|n| (sys::pattern(seed, n) >> 20) as u8).collect()
+}
+
+/// Checks the rest of a file from where it stands.
+#[track_caller]
+fn check_rest(mut file: &fs::File, want: &[u8]) {
+    let mut rest = Vec::new();
+    file.read_to_end(&mut rest).expect("read");
+    assert!(rest == want, "the rest of the file differs: {} bytes, wanted {}", rest.len(), want.len());
+}
+
+fn file_position(gate: &Gate) {
+    let bytes = content(10_000, 1);
+    fs::write("position", &bytes).expect("write");
+    let mut reader = fs::File::open("position").expect("open");
+    reader.seek(SeekFrom::Start(4321)).expect("seek");
+    let mut beyond = fs::File::open("position").expect("open");
+    beyond.seek(SeekFrom::Start(1 << 40)).expect("seek");
+    gate.ready();
+    check_rest(&reader, &bytes[4321..]);
+    assert_eq!(beyond.stream_position().expect("position"), 1 << 40);
+}
+
+fn grow(site: &Site<'_>) {
+    let mut file = OpenOptions::new().append(true).open(site.dir.join("position")).expect("open");
+    file.write_all(b"more").expect("write");
+}
+
+fn remove(site: &Site<'_>) {
+    fs::remove_file(site.dir.join("position")).expect("remove");
+}
+
+/// CRIU takes a file with another mode for another file, and so do we.
+fn forbid(site: &Site<'_>) {
+    fs::set_permissions(site.dir.join("position"), fs::Permissions::from_mode(0o000)).expect("chmod");
+}
+
+/// Every mode and flag that fcntl shows; the harness compares fdinfo, too.
+fn file_flags(gate: &Gate) {
+    fs::write("flags", b"0123456789").expect("write");
+    let sets = [
+        libc::O_RDONLY,
+        libc::O_WRONLY,
+        libc::O_RDWR,
+        libc::O_RDWR | libc::O_NONBLOCK,
+        libc::O_RDWR | libc::O_APPEND | libc::O_CLOEXEC,
+        libc::O_WRONLY | libc::O_SYNC,
+        libc::O_WRONLY | libc::O_DSYNC,
+        libc::O_RDONLY | libc::O_NOATIME,
+        libc::O_RDONLY | libc::O_NOFOLLOW,
+        libc::O_RDWR | libc::O_DIRECT,
+        libc::O_RDONLY | libc::O_LARGEFILE,
+    ];
+    // O_DIRECT is not to be had on every file system.
+    let open: Vec<(i32, i32)> =
+        sets.into_iter().filter_map(|s| Some((s, sys::open(c"flags", s).ok()?))).collect();
+    assert!(open.len() >= 9);
+    let before: Vec<i32> =
+        open.iter().map(|(_, fd)| sys::fcntl(*fd, libc::F_GETFL, 0).expect("F_GETFL")).collect();
+    gate.ready();
+    for ((asked, fd), before) in open.iter().zip(before) {
+        assert_eq!(sys::fcntl(*fd, libc::F_GETFL, 0), Ok(before), "flags asked for: {asked:#o}");
+        let closes = i32::from(asked & libc::O_CLOEXEC != 0);
+        assert_eq!(sys::fcntl(*fd, libc::F_GETFD, 0), Ok(closes), "flags asked for: {asked:#o}");
+    }
+}
+
+fn file_append(gate: &Gate) {
+    fs::write("log", b"one ").expect("write");
+    let mut file = OpenOptions::new().append(true).open("log").expect("open");
+    file.write_all(b"two ").expect("write");
+    gate.ready();
+    file.write_all(b"three").expect("write");
+    assert_eq!(fs::read("log").expect("read"), b"one two three");
+}
+
+fn file_path_only(gate: &Gate) {
+    fs::write("path", b"x").expect("write");
+    fs::create_dir("dir").expect("mkdir");
+    std::os::unix::fs::symlink("nowhere", "link").expect("symlink");
+    let file = sys::open(c"path", libc::O_PATH).expect("open");
+    let dir = sys::open(c"dir", libc::O_PATH | libc::O_DIRECTORY).expect("open");
+    let link = sys::open(c"link", libc::O_PATH | libc::O_NOFOLLOW);
+    gate.ready();
+    assert_eq!(sys::read(file, 1), Err(libc::EBADF), "a path is not open for reading");
+    assert_eq!(sys!(SYS_mkdirat, dir, c"inside".as_ptr(), 0o755), Ok(0));
+    assert!(fs::metadata("dir/inside").expect("stat").is_dir());
+    fs::remove_dir("dir/inside").expect("rmdir");
+    let mut target = [0_u8; 7];
+    let link = link.expect("open the link itself");
+    let got = sys!(SYS_readlinkat, link, c"".as_ptr(), target.as_mut_ptr(), target.len());
+    assert_eq!((got, &target), (Ok(7), b"nowhere"));
+}
+
+fn file_directory(gate: &Gate) {
+    fs::create_dir("dir").expect("mkdir");
+    for n in 0..50 {
+        fs::write(format!("dir/{n}"), b"").expect("write");
+    }
+    let dir = sys::open(c"dir", libc::O_RDONLY | libc::O_DIRECTORY).expect("open");
+    let mut buffer = vec![0_u8; 300];
+    // Somewhere in the middle.
+    sys!(SYS_getdents64, dir, buffer.as_mut_ptr(), buffer.len()).expect("getdents64");
+    let rest = |dir: i32| {
+        let mut all = Vec::new();
+        let mut buffer = vec![0_u8; 4096];
+        loop {
+            let got = sys!(SYS_getdents64, dir, buffer.as_mut_ptr(), buffer.len()).expect("getdents64");
+            if got == 0 {
+                return all;
+            }
+            all.extend_from_slice(&buffer[..got]);
+        }
+    };
+    let place = sys::lseek(dir, 0, libc::SEEK_CUR).expect("lseek");
+    let before = rest(dir);
+    sys!(SYS_lseek, dir, place, libc::SEEK_SET).expect("lseek");
+    gate.ready();
+    assert_eq!(sys::lseek(dir, 0, libc::SEEK_CUR), Ok(place));
+    assert!(rest(dir) == before, "the rest of the directory differs");
+    assert!(!before.is_empty());
+}
+
+fn position(fd: i32) -> usize {
+    sys::lseek(fd, 0, libc::SEEK_CUR).expect("lseek")
+}
+
+/// Descriptors of one description share its position; the numbers are any.
+fn file_dup(gate: &Gate) {
+    fs::write("dup", content(1000, 2)).expect("write");
+    let fd = sys::open(c"dup", libc::O_RDWR).expect("open");
+    let copies = [sys!(SYS_dup, fd).expect("dup") as i32, 100, 17];
+    for copy in &copies[1..] {
+        sys!(SYS_dup2, fd, *copy).expect("dup2");
+    }
+    sys!(SYS_dup3, fd, 200, libc::O_CLOEXEC).expect("dup3");
+    sys::lseek(fd, 10, libc::SEEK_SET).expect("lseek");
+    gate.ready();
+    for (n, copy) in copies.into_iter().enumerate() {
+        sys::lseek(copy, 100 + n as i64, libc::SEEK_SET).expect("lseek");
+        assert_eq!(position(fd), 100 + n);
+    }
+    assert_eq!(position(200), 102);
+    assert_eq!(sys::fcntl(200, libc::F_GETFD, 0), Ok(libc::FD_CLOEXEC));
+    assert_eq!(sys::fcntl(100, libc::F_GETFD, 0), Ok(0));
+    sys::fcntl(17, libc::F_SETFL, libc::O_APPEND as usize).expect("F_SETFL");
+    let flags = sys::fcntl(fd, libc::F_GETFL, 0).expect("F_GETFL");
+    assert_ne!(flags & libc::O_APPEND, 0, "flags belong to the description");
+}
+
+/// The child has it under another number, the parent has closed its own first one.
+fn file_dup_across_fork(gate: &Gate) {
+    fs::write("dup", content(1000, 3)).expect("write");
+    let fd = sys::open(c"dup", libc::O_RDONLY).expect("open");
+    sys!(SYS_dup2, fd, 60).expect("dup2");
+    let child = fork(|| {
+        sys!(SYS_dup2, fd, 30).expect("dup2");
+        sys::close(fd);
+        sys::close(60);
+        gate.mark("child");
+        gate.wait();
+        gate.await_mark("parent has moved");
+        assert_eq!(position(30), 5);
+        sys::lseek(30, 77, libc::SEEK_SET).expect("lseek");
+    });
+    sys::close(fd);
+    gate.await_mark("child");
+    gate.ready();
+    sys::lseek(60, 5, libc::SEEK_SET).expect("lseek");
+    gate.mark("parent has moved");
+    join(child);
+    assert_eq!(position(60), 77);
+}
+
+/// Two descriptions of one file stay two.
+fn file_opened_twice(gate: &Gate) {
+    fs::write("twice", content(1000, 4)).expect("write");
+    let one = sys::open(c"twice", libc::O_RDONLY).expect("open");
+    let two = sys::open(c"twice", libc::O_RDONLY).expect("open");
+    sys::lseek(one, 1, libc::SEEK_SET).expect("lseek");
+    sys::lseek(two, 2, libc::SEEK_SET).expect("lseek");
+    gate.ready();
+    assert_eq!((position(one), position(two)), (1, 2));
+    sys::lseek(one, 500, libc::SEEK_SET).expect("lseek");
+    assert_eq!(position(two), 2);
+}
+
+fn file_close_on_exec(gate: &Gate) {
+    fs::write("exec", b"").expect("write");
+    let stays = sys::open(c"exec", libc::O_RDONLY).expect("open");
+    let closes = sys::open(c"exec", libc::O_RDONLY | libc::O_CLOEXEC).expect("open");
+    gate.ready();
+    let child = sys::fork(|| {
+        let test = format!("test -e /proc/self/fd/{stays} && ! test -e /proc/self/fd/{closes}");
+        let test = CString::new(test).expect("text");
+        let args = [c"sh".as_ptr(), c"-c".as_ptr(), test.as_ptr(), std::ptr::null()];
+        let _ = sys!(SYS_execve, c"/bin/sh".as_ptr(), args.as_ptr(), 0);
+        99
+    });
+    join(child);
+}
+
+fn file_high_numbers(gate: &Gate) {
+    fs::write("high", content(100, 5)).expect("write");
+    let fd = sys::open(c"high", libc::O_RDONLY).expect("open");
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).expect("getrlimit");
+    let highest = hard.clamp(1024, 5000) - 1;
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)
+        .expect("setrlimit");
+    let numbers = [1000, 1023, highest as i32];
+    for number in numbers {
+        sys!(SYS_dup2, fd, number).expect("dup2");
+    }
+    gate.ready();
+    sys::lseek(fd, 50, libc::SEEK_SET).expect("lseek");
+    for number in numbers {
+        assert_eq!(position(number), 50, "fd {number}");
+    }
+}
+
+fn file_gaps_in_numbers(gate: &Gate) {
+    fs::write("gaps", b"").expect("write");
+    let numbers: Vec<i32> = (0..20).map(|_| sys::open(c"gaps", libc::O_RDONLY).expect("open")).collect();
+    for number in numbers.iter().step_by(3) {
+        sys::close(*number);
+    }
+    gate.ready();
+    for (n, number) in numbers.iter().enumerate() {
+        assert_eq!(sys::fcntl(*number, libc::F_GETFD, 0).is_ok(), n % 3 != 0, "fd {number}");
+    }
+    assert_eq!(sys::open(c"gaps", libc::O_RDONLY), Ok(numbers[0]), "the lowest free number");
+}
+
+/// A daemon without descriptors 0, 1 and 2.
+fn file_no_stdio(gate: &Gate) {
+    sys::close_from(0);
+    gate.ready();
+    let open = fs::read_dir("/proc/self/fd").expect("read_dir").count();
+    // The directory itself.
+    assert_eq!(open, 1);
+    assert_eq!(sys::open(c"/dev/null", libc::O_RDWR), Ok(0));
+}
+
+fn files_1000(gate: &Gate) {
+    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 2000, 2000);
+    let open: Vec<fs::File> = (0..1000)
+        .map(|n| {
+            let name = format!("{}", n % 300);
+            let mut file =
+                OpenOptions::new().create(true).append(n % 2 == 0).write(true).open(&name).expect("open");
+            file.write_all(&[n as u8]).expect("write");
+            file.seek(SeekFrom::Start(n)).expect("seek");
+            file
+        })
+        .collect();
+    gate.ready();
+    for (n, mut file) in open.into_iter().enumerate() {
+        assert_eq!(file.stream_position().expect("position"), n as u64);
+    }
+}
+
+/// F_SETOWN and F_SETSIG on several kinds.
+fn file_owner_and_signal(gate: &Gate) {
+    fs::write("owned", b"").expect("write");
+    let group = sys::open(c"owned", libc::O_RDONLY).expect("open");
+    sys::fcntl(group, libc::F_SETOWN, -getpid() as usize).expect("F_SETOWN");
+    let (own, _) = sys::pipe(0);
+    sys::fcntl(own, libc::F_SETOWN, getpid() as usize).expect("F_SETOWN");
+    sys::fcntl(own, F_SETSIG, 40).expect("F_SETSIG");
+    gate.ready();
+    let owner = |fd| {
+        let mut owner = [0_i32; 2];
+        sys::fcntl(fd, F_GETOWN_EX, owner.as_mut_ptr() as usize).expect("F_GETOWN_EX");
+        owner
+    };
+    const F_OWNER_PID: i32 = 1;
+    const F_OWNER_PGRP: i32 = 2;
+    assert_eq!(owner(group), [F_OWNER_PGRP, getpid()]);
+    assert_eq!(owner(own), [F_OWNER_PID, getpid()]);
+    assert_eq!(sys::fcntl(own, F_GETSIG, 0), Ok(40));
+    assert_eq!(sys::fcntl(group, F_GETSIG, 0), Ok(0));
+}
+
+/// O_ASYNC: input on the pipe raises the chosen signal.
+fn file_async_pipe(gate: &Gate) {
+    let mask = sys::mask_of(&[41]);
+    sys::sigprocmask(libc::SIG_BLOCK, mask);
+    let (from, to) = sys::pipe(0);
+    sys::fcntl(from, libc::F_SETOWN, getpid() as usize).expect("F_SETOWN");
+    sys::fcntl(from, F_SETSIG, 41).expect("F_SETSIG");
+    sys::fcntl(from, libc::F_SETFL, libc::O_ASYNC as usize).expect("F_SETFL");
+    gate.ready();
+    sys::write(to, b"x").expect("write");
+    let limit = sys::timespec(std::time::Duration::from_secs(5));
+    assert_eq!(sys!(SYS_rt_sigtimedwait, &raw const mask, 0, &raw const limit, 8), Ok(41));
+}
+
+fn ghost(name: &str, bytes: &[u8]) -> fs::File {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(name).expect("create");
+    file.write_all_at(bytes, 0).expect("write");
+    file
+}
+
+fn ghost_file(gate: &Gate) {
+    let bytes = content(50_000, 10);
+    let mut file = ghost("ghost", &bytes);
+    fs::set_permissions("ghost", fs::Permissions::from_mode(0o4751)).expect("chmod");
+    std::os::unix::fs::chown("ghost", Some(12), Some(34)).expect("chown");
+    file.seek(SeekFrom::Start(20_000)).expect("seek");
+    fs::remove_file("ghost").expect("remove");
+    gate.ready();
+    check_rest(&file, &bytes[20_000..]);
+    let meta = file.metadata().expect("stat");
+    assert_eq!((meta.nlink(), meta.len()), (0, 50_000));
+    assert_eq!((meta.uid(), meta.gid()), (12, 34));
+    file.write_all(b"end").expect("write");
+    assert_eq!(file.metadata().expect("stat").len(), 50_003);
+    assert!(!fs::exists("ghost").expect("stat"), "the name has come back");
+}
+
+/// One deleted file, opened twice, by two tasks.
+fn ghost_shared(gate: &Gate) {
+    let file = ghost("ghost", &content(3000, 11));
+    let again = fs::File::open("ghost").expect("open");
+    let child_own = fs::File::open("ghost").expect("open");
+    fs::remove_file("ghost").expect("remove");
+    let child = fork(|| {
+        gate.mark("child");
+        gate.wait();
+        gate.await_mark("written");
+        check_rest(&child_own, b"new");
+    });
+    drop(child_own);
+    gate.await_mark("child");
+    gate.ready();
+    file.set_len(0).expect("truncate");
+    file.write_all_at(b"new", 0).expect("write");
+    check_rest(&again, b"new");
+    assert_eq!(file.metadata().expect("stat").ino(), again.metadata().expect("stat").ino());
+    gate.mark("written");
+    join(child);
+}
+
+fn ghost_empty(gate: &Gate) {
+    let file = ghost("ghost", b"");
+    fs::remove_file("ghost").expect("remove");
+    gate.ready();
+    assert_eq!(file.metadata().expect("stat").len(), 0);
+    file.write_all_at(b"x", 0).expect("write");
+}
+
+/// 1 GiB of holes, 12 KiB of content: within the limit, and still holes afterwards.
+fn ghost_sparse(gate: &Gate) {
+    let file = ghost("ghost", &content(4096, 12));
+    file.write_all_at(&content(4096, 13), 500 << 20).expect("write");
+    file.write_all_at(&content(4096, 14), (1 << 30) - 4096).expect("write");
+    fs::remove_file("ghost").expect("remove");
+    gate.ready();
+    let meta = file.metadata().expect("stat");
+    assert_eq!(meta.len(), 1 << 30);
+    assert!(meta.blocks() * 512 < 1 << 20, "{} blocks", meta.blocks());
+    for (seed, offset) in [(12, 0), (13, 500 << 20), (14, (1 << 30) - 4096)] {
+        let mut bytes = vec![0; 4096];
+        file.read_exact_at(&mut bytes, offset).expect("read");
+        assert!(bytes == content(4096, seed), "content at {offset:#x}");
+    }
+    let mut bytes = vec![1; 4096];
+    file.read_exact_at(&mut bytes, 300 << 20).expect("read");
+    assert!(bytes.iter().all(|b| *b == 0), "a hole");
+}
+
+fn ghost_read_only(gate: &Gate) {
+    drop(ghost("ghost", &content(100, 15)));
+    let options = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).clone();
+    let file = options.open("ghost").expect("open");
+    fs::set_permissions("ghost", fs::Permissions::from_mode(0o400)).expect("chmod");
+    fs::remove_file("ghost").expect("remove");
+    gate.ready();
+    check_rest(&file, &content(100, 15));
+    assert!(file.write_all_at(b"x", 0).is_err(), "opened for reading only");
+}
+
+/// More than the megabyte that travels without being asked for.
+fn ghost_too_large(gate: &Gate) {
+    let bytes = content(2 << 20, 16);
+    let file = ghost("ghost", &bytes);
+    fs::remove_file("ghost").expect("remove");
+    gate.ready();
+    check_rest(&file, &bytes);
+}
+
+fn ghost_directory(gate: &Gate) {
+    fs::create_dir("gone").expect("mkdir");
+    let dir = fs::File::open("gone").expect("open");
+    fs::remove_dir("gone").expect("rmdir");
+    gate.ready();
+    assert!(dir.metadata().expect("stat").is_dir());
+    assert!(!fs::exists("gone").expect("stat"), "the name has come back");
+}
+
+/// O_TMPFILE: a file that never had a name.
+fn ghost_tmpfile(gate: &Gate) {
+    let Ok(fd) = sys::open(c".", libc::O_TMPFILE | libc::O_RDWR) else {
+        gate.skip("this file system has no O_TMPFILE");
+    };
+    assert_eq!(sys::write(fd, b"nameless"), Ok(8));
+    gate.ready();
+    sys::lseek(fd, 0, libc::SEEK_SET).expect("lseek");
+    assert_eq!(sys::read(fd, 100), Ok(b"nameless".to_vec()));
+}
+
+/// Deleted, and its name belongs to another file now, which must not be taken for it.
+fn ghost_name_taken(gate: &Gate) {
+    let old = ghost("name", b"the old one");
+    fs::remove_file("name").expect("remove");
+    fs::write("name", b"the new one").expect("write");
+    let replaced = ghost("target", b"replaced by rename");
+    fs::write("other", b"after rename").expect("write");
+    fs::rename("other", "target").expect("rename");
+    gate.ready();
+    check_rest(&old, b"the old one");
+    assert_eq!(fs::read("name").expect("read"), b"the new one");
+    check_rest(&replaced, b"replaced by rename");
+    assert_eq!(fs::read("target").expect("read"), b"after rename");
+}
+
+/// The name it was opened by is gone, another one is left: it is still that file.
+fn linked_elsewhere(gate: &Gate) {
+    let file = ghost("first", b"both names");
+    fs::hard_link("first", "second").expect("link");
+    fs::remove_file("first").expect("remove");
+    gate.ready();
+    check_rest(&file, b"both names");
+    let (ours, theirs) = (file.metadata().expect("stat"), fs::metadata("second").expect("stat"));
+    assert_eq!((ours.dev(), ours.ino()), (theirs.dev(), theirs.ino()));
+    assert_eq!(theirs.nlink(), 1, "no further name is left behind");
+    assert!(!fs::exists("first").expect("stat"), "the old name has come back");
+}
+
+fn open_device(path: &std::ffi::CStr, flags: i32) -> i32 {
+    sys::open(path, flags).unwrap_or_else(|e| panic!("open {path:?}: errno {e}"))
+}
+
+fn devices(gate: &Gate) {
+    let null = open_device(c"/dev/null", libc::O_RDWR | libc::O_APPEND);
+    let zero = open_device(c"/dev/zero", libc::O_RDONLY);
+    let urandom = open_device(c"/dev/urandom", libc::O_RDONLY);
+    let again = open_device(c"/dev/null", libc::O_WRONLY);
+    gate.ready();
+    assert_eq!(sys::write(null, b"gone"), Ok(4));
+    assert_eq!(sys::read(null, 4), Ok(vec![]));
+    assert_eq!(sys::read(zero, 4), Ok(vec![0; 4]));
+    assert_eq!(sys::read(urandom, 32).map(|b| b.len()), Ok(32));
+    assert_eq!(sys::read(again, 4), Err(libc::EBADF));
+}
+
+fn device_full_and_random(gate: &Gate) {
+    let full = open_device(c"/dev/full", libc::O_RDWR);
+    let random = open_device(c"/dev/random", libc::O_RDONLY);
+    gate.ready();
+    assert_eq!(sys::write(full, b"x"), Err(libc::ENOSPC));
+    assert_eq!(sys::read(full, 3), Ok(vec![0; 3]));
+    assert!(sys::read(random, 4).is_ok());
+}
+
+fn device_kmsg(gate: &Gate) {
+    if sys::open(c"/dev/kmsg", libc::O_RDONLY | libc::O_NONBLOCK).is_err() {
+        gate.skip("no /dev/kmsg");
+    }
+    gate.ready();
+}
+
+/// The file shows the task that opened it: after the restore the same one, alive.
+fn proc_self_status(gate: &Gate) {
+    let mut status = fs::File::open("/proc/self/status").expect("open");
+    let stat = fs::File::open("/proc/self/task").expect("open");
+    status.seek(SeekFrom::Start(5)).expect("seek");
+    gate.ready();
+    assert_eq!(status.stream_position().expect("position"), 5);
+    status.seek(SeekFrom::Start(0)).expect("seek");
+    let mut text = String::new();
+    status.read_to_string(&mut text).expect("read");
+    let pid = getpid();
+    assert!(text.contains(&format!("\nPid:\t{pid}\n")), "{text}");
+    assert!(stat.metadata().expect("stat").is_dir());
+}
+
+fn proc_of_child(gate: &Gate) {
+    let child = fork(|| gate.wait());
+    let name = format!("/proc/{child}/oom_score_adj");
+    let mut score = OpenOptions::new().read(true).write(true).open(&name).expect("open");
+    let dir = fs::File::open(format!("/proc/{child}")).expect("open");
+    gate.ready();
+    score.write_all(b"123").expect("write");
+    assert_eq!(fs::read(&name).expect("read"), b"123\n");
+    let fd = dir.into_raw_fd();
+    let stat = sys!(SYS_openat, fd, c"stat".as_ptr(), libc::O_RDONLY).expect("openat");
+    let text = sys::read(sys::int(stat), 100).expect("read");
+    assert!(text.starts_with(format!("{child} (").as_bytes()));
+    join(child);
+}
+
+fn proc_global(gate: &Gate) {
+    let mut uptime = fs::File::open("/proc/uptime").expect("open");
+    let sysctl = fs::File::open("/proc/sys/kernel/ostype").expect("open");
+    gate.ready();
+    let mut text = String::new();
+    uptime.read_to_string(&mut text).expect("read");
+    assert!(text.contains('.'), "{text:?}");
+    check_rest(&sysctl, b"Linux\n");
+}
+
+/// A file below /proc of a task that is gone: reading it says so, before and after.
+fn proc_of_dead(gate: &Gate) {
+    let child = fork(|| gate.await_mark("die"));
+    let file = fs::File::open(format!("/proc/{child}/stat")).expect("open");
+    gate.mark("die");
+    join(child);
+    let read = |file: &fs::File| {
+        let mut byte = [0];
+        file.read_at(&mut byte, 0).map_err(|e| e.raw_os_error())
+    };
+    assert_eq!(read(&file), Err(Some(libc::ESRCH)));
+    gate.ready();
+    assert_eq!(read(&file), Err(Some(libc::ESRCH)));
+}
+
+fn sys_file(gate: &Gate) {
+    let Ok(mut file) = fs::File::open("/sys/kernel/mm/transparent_hugepage/enabled") else {
+        gate.skip("no such file in /sys");
+    };
+    let mut before = String::new();
+    file.read_to_string(&mut before).expect("read");
+    gate.ready();
+    file.seek(SeekFrom::Start(0)).expect("seek");
+    check_rest(&file, before.as_bytes());
+    assert!(file.as_raw_fd() > 2);
+}

@@ -1,0 +1,47 @@
+//! The rows of the suite, by topic.
+
+mod blocked;
+mod cpu;
+mod epoll;
+mod files;
+mod identity;
+mod inotify;
+mod locks;
+mod mappings;
+mod memory;
+mod names;
+mod pipes;
+mod refused;
+mod sharing;
+mod signals;
+mod specials;
+mod timers;
+mod tree;
+mod tty;
+
+use crate::case::Case;
+
+/// Every case, in the order of the topics.
+pub fn all() -> impl Iterator<Item = &'static Case> {
+    let topics: &'static [&'static [Case]] = &[
+        tree::CASES,
+        cpu::CASES,
+        blocked::CASES,
+        signals::CASES,
+        timers::CASES,
+        identity::CASES,
+        memory::CASES,
+        sharing::CASES,
+        mappings::CASES,
+        files::CASES,
+        names::CASES,
+        pipes::CASES,
+        specials::CASES,
+        epoll::CASES,
+        inotify::CASES,
+        tty::CASES,
+        locks::CASES,
+        refused::CASES,
+    ];
+    topics.iter().copied().flatten()
+}

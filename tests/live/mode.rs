@@ -1,0 +1,101 @@
+//! The ways in which each case is sent through dump and restore.
+
+use crate::case::{Case, Expect};
+use crate::tool::{self, Tool};
+
+/// One way of running a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Dump kills the tree, restore brings it back.
+    Plain,
+    /// `dump -R`: the original goes on and passes, then the images are restored and pass too.
+    Running,
+    /// Dump and restore, and once more from what was restored.
+    Twice,
+    /// Fifty rounds of the same tree.
+    Fifty,
+    /// `dump -s`: everything as it was, but stopped.
+    Stopped,
+    /// crtool is killed with SIGKILL at many moments of dumps and restores.
+    Killed,
+    /// Dumps and restores end by SIGTERM and SIGINT at many moments.
+    Terminated,
+    /// The peer CRIU restores what crtool dumped.
+    CriuRestores,
+    /// crtool restores what the peer CRIU dumped.
+    FromCriu,
+}
+
+pub const ALL: &[Mode] = &[
+    Mode::Plain,
+    Mode::Running,
+    Mode::Twice,
+    Mode::Fifty,
+    Mode::Stopped,
+    Mode::Killed,
+    Mode::Terminated,
+    Mode::CriuRestores,
+    Mode::FromCriu,
+];
+
+impl Mode {
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::Plain => "plain",
+            Mode::Running => "running",
+            Mode::Twice => "twice",
+            Mode::Fifty => "fifty",
+            Mode::Stopped => "stopped",
+            Mode::Killed => "killed",
+            Mode::Terminated => "terminated",
+            Mode::CriuRestores => "criu-restores",
+            Mode::FromCriu => "from-criu",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Mode> {
+        ALL.iter().copied().find(|m| m.name() == name)
+    }
+
+    pub fn interop(self) -> bool {
+        matches!(self, Mode::CriuRestores | Mode::FromCriu)
+    }
+
+    /// Whether this mode says anything about the case.
+    pub fn suits(self, case: &Case) -> bool {
+        let survives = case.expect == Expect::Restored;
+        match self {
+            Mode::Plain => true,
+            Mode::Running => survives && !case.only_plain && !case.not_running,
+            Mode::Twice => survives && !case.only_plain,
+            Mode::Fifty => survives && case.fifty,
+            Mode::Stopped => survives && case.disturbed,
+            Mode::Killed | Mode::Terminated => survives && case.disturbed && !tool::main_tool().is_peer(),
+            Mode::CriuRestores | Mode::FromCriu => {
+                survives && !case.only_plain && !tool::main_tool().is_peer()
+            }
+        }
+    }
+
+    pub fn dumper(self) -> Tool {
+        match self {
+            Mode::FromCriu => tool::peer().unwrap_or_else(tool::main_tool),
+            _ => tool::main_tool(),
+        }
+    }
+
+    pub fn restorer(self) -> Tool {
+        match self {
+            Mode::CriuRestores => tool::peer().unwrap_or_else(tool::main_tool),
+            _ => tool::main_tool(),
+        }
+    }
+
+    pub fn rounds(self) -> usize {
+        match self {
+            Mode::Twice => 2,
+            Mode::Fifty => 50,
+            _ => 1,
+        }
+    }
+}

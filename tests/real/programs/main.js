@@ -1,0 +1,20 @@
+// Timers, promises, files through the thread pool, hashes.
+const fs = require('fs');
+const crypto = require('crypto');
+const lines = [];
+let number = 0;
+const timer = setInterval(async () => {
+  const n = number++;
+  if (n >= 300) return;
+  await fs.promises.writeFile(`file${n % 7}`, 'x'.repeat(n));
+  const text = await fs.promises.readFile(`file${n % 7}`);
+  crypto.pbkdf2(text, 'salt', 50, 32, 'sha256', (error, key) => {
+    if (error) throw error;
+    lines[n] = key.toString('hex');
+    if (n === 40) fs.writeFileSync('mid', '');
+    if (Object.keys(lines).length === 300) {
+      clearInterval(timer);
+      fs.writeFileSync('result', lines.join('\n'));
+    }
+  });
+}, 8);
