@@ -42,5 +42,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let rpc = protox::compile(["proto/rpc.proto"], ["proto"])?;
     prost_build::Config::new().compile_fds(rpc)?;
+
+    let remote = protox::compile(["proto/remote.proto"], ["proto"])?;
+    prost_build::Config::new().compile_fds(remote)?;
     Ok(())
 }

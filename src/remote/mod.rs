@@ -1,0 +1,61 @@
+//! Live migration: images go from a dump to a restore on another host, through memory only.
+//!
+//! ```text
+//!  dump --remote ──pipe──▶ image-proxy ──TCP──▶ image-cache ──memfd──▶ restore --remote
+//!  dump --remote --address ─────────────TCP──▶ image-cache
+//! ```
+//!
+//! - [`wire`]: frames and messages, the same on the pipe and on the connection.
+//! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
+//!
+//! The rules: end of stream is never success; a snapshot can be restored only after the source has said that
+//! the tree is gone there; whoever dies, the tree runs on one side at most, and its images are kept while it
+//! runs on none.
+
+pub mod local;
+pub mod name;
+pub mod wire;
+
+/// Messages of `proto/remote.proto`.
+#[allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant)]
+pub mod pb {
+    include!(concat!(env!("OUT_DIR"), "/remote.rs"));
+}
+
+/// TCP port of the cache when `--port` is not given, as CRIU's.
+pub const DEFAULT_PORT: u16 = 9996;
+/// UNIX socket of the proxy, in the work dir.
+pub const PROXY_SOCKET: &str = "img-proxy.sock";
+/// UNIX socket of the cache, in the work dir.
+pub const CACHE_SOCKET: &str = "img-cache.sock";
+/// Snapshot name when `-D` is not given.
+pub const DEFAULT_SNAPSHOT: &str = "default";
+
+/// A refusal or failure as it travels: a code for programs, a line for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct Failure {
+    /// What kind.
+    pub code: pb::FailCode,
+    /// What, which object, why, what to do.
+    pub text: String,
+}
+
+impl Failure {
+    /// A failure with this line.
+    pub fn new(code: pb::FailCode, text: impl Into<String>) -> Self {
+        Self { code, text: text.into() }
+    }
+}
+
+impl From<pb::Failed> for Failure {
+    fn from(failed: pb::Failed) -> Self {
+        Self { code: failed.code(), text: failed.text }
+    }
+}
+
+impl From<Failure> for pb::Failed {
+    fn from(failure: Failure) -> Self {
+        Self { code: failure.code.into(), text: failure.text }
+    }
+}
