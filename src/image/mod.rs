@@ -13,7 +13,10 @@ pub mod wire;
 pub use error::ImageError;
 pub use extras::HasExtra;
 pub use names::ImageKind;
-pub use store::{DirStore, ImageReader, ImageWriter, MemStore, Store, TypedStore};
+pub use store::{
+    DirStore, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink, PagesStream, Store,
+    TypedStore,
+};
 
 /// Image messages, generated from `proto/images`. Text fields are `Vec<u8>`: see `build.rs`.
 #[allow(missing_debug_implementations, unreachable_pub, clippy::all)]

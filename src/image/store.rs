@@ -11,9 +11,11 @@ mod memory;
 #[cfg(test)]
 mod tests;
 
+use std::fmt::Debug;
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Seek, SeekFrom};
+use std::io::{self, BufReader, BufWriter, IoSlice, Seek, SeekFrom, Write};
 use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,11 +33,44 @@ use super::names::ImageKind;
 /// Name of the image whose presence makes a snapshot complete.
 const INVENTORY: &str = "inventory.img";
 
+/// An image being written from front to back.
+pub trait ImageSink: Write + Send + Debug {
+    /// All bytes are there; nothing is written any more. An image dropped before is incomplete.
+    fn end(&mut self) -> io::Result<()>;
+}
+
+impl ImageSink for File {
+    fn end(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A pages image that leaves this process as it is written.
+pub trait PagesStream: Send + Sync + Debug {
+    /// Makes `parts` ready (checksums, compression) in the caller's thread. What comes back sends them; it must
+    /// be called in the order in which the parts stand in the image.
+    fn stage<'p>(&'p self, parts: &'p [IoSlice<'p>]) -> Box<dyn FnOnce() -> io::Result<()> + 'p>;
+
+    /// All pages are there.
+    fn end(&self) -> io::Result<()>;
+}
+
+/// A pages image being written, by several threads.
+#[derive(Debug)]
+pub enum PagesSink {
+    /// Written at any position, in any order.
+    File(File),
+    /// Sent in order.
+    Stream(Box<dyn PagesStream>),
+}
+
 /// A place for the images of one snapshot.
 pub trait Store: Send + Sync {
-    /// Makes the file `name`, empty, open for reading and writing at any position. An
-    /// image of an older snapshot with that name is replaced.
-    fn create_raw(&self, name: &str) -> Result<File, ImageError>;
+    /// Makes the image `name`. One of an older snapshot with that name is replaced.
+    fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, ImageError>;
+
+    /// Makes the image `name` for pages, likely of `expected` bytes (0 if unknown).
+    fn create_pages(&self, name: &str, expected: u64) -> Result<PagesSink, ImageError>;
 
     /// Opens the file `name` for reading, or `None` when there is no such image.
     fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError>;
@@ -60,6 +95,35 @@ pub trait Store: Send + Sync {
 
     /// Raised when a writer was dropped before its image was complete.
     fn unfinished(&self) -> Arc<AtomicBool>;
+
+    /// Before [`Self::commit`]: the root of the tree, as a pidfd. Whether it lives tells what was decided, should
+    /// this process die before it can say so.
+    fn guard(&self, _root: BorrowedFd<'_>) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// The last word of a dump, after [`Self::commit`]: from now on the snapshot may be restored. The tree has
+    /// been killed or, with `survives`, goes on on purpose.
+    fn confirm(&self, _survives: bool) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// What a restore reports. [`Outcome::Starting`] comes before the tree runs, and an error keeps it from it.
+    fn report(&self, _outcome: Outcome<'_>) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// The restore has taken `len` bytes of image `name` from `offset` on and needs them no more.
+    fn taken(&self, _name: &str, _offset: u64, _len: u64) {}
+}
+
+/// How far a restore has come.
+#[derive(Debug, Clone, Copy)]
+pub enum Outcome<'a> {
+    /// Everything is ready; the tree, whose root this pidfd stands for, is about to run.
+    Starting(BorrowedFd<'a>),
+    /// It runs, under this pid.
+    Running(i32),
 }
 
 /// Images by kind and message, on top of any store.
@@ -216,7 +280,7 @@ impl DerefMut for ImageReader {
 /// being committed.
 #[derive(Debug)]
 pub struct ImageWriter {
-    entries: EntryWriter<BufWriter<File>>,
+    entries: EntryWriter<BufWriter<Box<dyn ImageSink>>>,
     finished: bool,
     unfinished: Arc<AtomicBool>,
 }
@@ -225,18 +289,11 @@ impl ImageWriter {
     /// Writes out what is still in buffers: the image is complete.
     pub fn finish(mut self) -> Result<(), ImageError> {
         self.entries.flush()?;
+        let path = self.entries.path().to_owned();
+        let ended = self.entries.get_mut().get_mut().end();
+        ended.map_err(|source| ImageError::Io { action: "write", path, source })?;
         self.finished = true;
         Ok(())
-    }
-
-    /// Writes out what is still in buffers and gives the file, standing at its end: for
-    /// contents that are streamed after the entries.
-    pub fn into_payload(mut self) -> Result<File, ImageError> {
-        self.entries.flush()?;
-        let path = self.entries.path().to_owned();
-        let file = self.entries.get_mut().get_ref().try_clone();
-        self.finished = true;
-        file.map_err(|source| ImageError::Io { action: "write", path, source })
     }
 }
 
@@ -249,7 +306,7 @@ impl Drop for ImageWriter {
 }
 
 impl Deref for ImageWriter {
-    type Target = EntryWriter<BufWriter<File>>;
+    type Target = EntryWriter<BufWriter<Box<dyn ImageSink>>>;
     fn deref(&self) -> &Self::Target {
         &self.entries
     }

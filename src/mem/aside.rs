@@ -7,13 +7,13 @@
 //! fallocate) nothing is set aside.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::MemError;
-use crate::image::{ImageKind, Store};
+use crate::image::{ImageKind, PagesSink, Store};
 use crate::interrupt;
 use crate::pages::PAGE;
 use crate::proc::children;
@@ -25,7 +25,7 @@ const STEP_BYTES: u64 = 256 << 20;
 
 /// Pages images made beforehand, by task.
 #[derive(Debug, Default)]
-pub(super) struct SetAside(BTreeMap<i32, (u32, File)>);
+pub(super) struct SetAside(BTreeMap<i32, (u32, PagesSink)>);
 
 impl SetAside {
     /// For the tree under `root`, which runs and changes: what is missed gets its room later.
@@ -38,13 +38,15 @@ impl SetAside {
             }
             let pages_id = *next_pages_id;
             *next_pages_id += 1;
-            let file = store.create_raw(&ImageKind::Pages.file_name(u64::from(pages_id)))?;
-            let result = reserve(&file, bytes);
-            made.insert(pid, (pages_id, file));
+            let pages = store.create_pages(&ImageKind::Pages.file_name(u64::from(pages_id)), bytes)?;
+            let result = reserve(&pages, bytes);
+            made.insert(pid, (pages_id, pages));
             if result.is_err() {
                 // All or nothing: half of a tree's pages would keep the rest from being written.
-                for (_, file) in made.values() {
-                    let _ = file.set_len(0);
+                for (_, pages) in made.values() {
+                    if let PagesSink::File(file) = pages {
+                        let _ = file.set_len(0);
+                    }
                 }
                 break;
             }
@@ -53,17 +55,19 @@ impl SetAside {
     }
 
     /// The image made for `pid`.
-    pub(super) fn take(&mut self, pid: i32) -> Option<(u32, File)> {
+    pub(super) fn take(&mut self, pid: i32) -> Option<(u32, PagesSink)> {
         self.0.remove(&pid)
     }
 
     /// An image whose task is no more.
-    pub(super) fn take_any(&mut self) -> Option<(u32, File)> {
+    pub(super) fn take_any(&mut self) -> Option<(u32, PagesSink)> {
         self.0.pop_first().map(|(_, image)| image)
     }
 }
 
-fn reserve(file: &File, bytes: u64) -> Result<(), Errno> {
+fn reserve(pages: &PagesSink, bytes: u64) -> Result<(), Errno> {
+    // A stream takes no room here.
+    let PagesSink::File(file) = pages else { return Ok(()) };
     let mut at = 0;
     while at < bytes {
         interrupt::check().map_err(|_| Errno::EINTR)?;
@@ -115,7 +119,9 @@ mod tests {
         let own = std::process::id().cast_signed();
         let mut aside = SetAside::make(&store, own, &mut next).unwrap();
         assert!(memory.iter().all(|byte| *byte == 1) && next > 3);
-        let (id, file) = aside.take(own).unwrap();
+        let (id, PagesSink::File(file)) = aside.take(own).unwrap() else {
+            panic!("a store in memory streams")
+        };
         assert_eq!(id, 3);
         assert!(file.metadata().unwrap().len() >= 32 << 20);
         assert!(aside.take(own).is_none());

@@ -1,12 +1,11 @@
 //! Writing address spaces: pages first, `mm-PID.img` behind them, shared memory at the end.
 
-use std::fs::File;
 use std::time::Instant;
 
 use super::aside::SetAside;
 use super::scan::Scan;
 use super::{AddressSpace, MemError, SharedMemory, vma};
-use crate::image::{ImageKind, Store, TypedStore, pb};
+use crate::image::{ImageKind, PagesSink, Store, TypedStore, pb};
 use crate::pages::copy::{TaskMemory, copy};
 use crate::pages::{PagemapWriter, PagesError};
 use crate::stats::DumpStats;
@@ -31,14 +30,14 @@ impl<'a> MemoryDump<'a> {
         Ok(())
     }
 
-    /// The pages image for the task `pid`: its number and file.
-    fn pages_image(&mut self, pid: i32) -> Result<(u32, File), MemError> {
+    /// The pages image for the task `pid`: its number and where its pages go.
+    fn pages_image(&mut self, pid: i32) -> Result<(u32, PagesSink), MemError> {
         if let Some(made) = self.aside.take(pid) {
             return Ok(made);
         }
         let pages_id = self.next_pages_id;
         self.next_pages_id += 1;
-        Ok((pages_id, self.store.create_raw(&ImageKind::Pages.file_name(u64::from(pages_id)))?))
+        Ok((pages_id, self.store.create_pages(&ImageKind::Pages.file_name(u64::from(pages_id)), 0)?))
     }
 
     /// Writes the pages and the areas of one task, under its pid `image_pid` of the images.
@@ -59,7 +58,7 @@ impl<'a> MemoryDump<'a> {
         let begin = Instant::now();
         let scan = Scan::new(space.tid, &space.targets, &mut guards)?;
         let pagemap = PagemapWriter::create(self.store, ImageKind::Pagemap, id, pages_id)?;
-        let copied = copy(&memory, scan, pagemap, &pages, pages_id)?;
+        let copied = copy(&memory, scan, pagemap, pages, pages_id)?;
         stats.memwrite_time += begin.elapsed();
         stats.pages_scanned += space.private_pages;
         stats.pages_written += copied.pages_written;
@@ -77,9 +76,12 @@ impl<'a> MemoryDump<'a> {
     pub fn shared(&mut self, shared: &SharedMemory, stats: &mut DumpStats) -> Result<(), MemError> {
         shared.dump(self.store, &mut self.next_pages_id, stats)?;
         // A task that was there before the freeze and ended: its image stays, empty and named by nobody.
-        while let Some((pages_id, file)) = self.aside.take_any() {
-            let given_back = file.set_len(0);
-            given_back.map_err(|source| PagesError::Pages { action: "write", pages_id, source })?;
+        while let Some((pages_id, pages)) = self.aside.take_any() {
+            let ended = match pages {
+                PagesSink::File(file) => file.set_len(0),
+                PagesSink::Stream(stream) => stream.end(),
+            };
+            ended.map_err(|source| PagesError::Pages { action: "write", pages_id, source })?;
         }
         Ok(())
     }

@@ -154,9 +154,9 @@ impl Object {
         stats.shpages_scanned += size.div_ceil(PAGE);
         let spans = runs.into_iter().map(|run| Ok(Span { run, zero_is_absent: true, unreadable: false }));
         let pagemap = PagemapWriter::create(store, ImageKind::ShmemPagemap, u64::from(shmid), pages_id)?;
-        let pages = store.create_raw(&ImageKind::Pages.file_name(u64::from(pages_id)))?;
+        let pages = store.create_pages(&ImageKind::Pages.file_name(u64::from(pages_id)), 0)?;
         let source = SharedObject { shmid, file: &self.file };
-        let copied = copy(&source, spans, pagemap, &pages, pages_id)?;
+        let copied = copy(&source, spans, pagemap, pages, pages_id)?;
         stats.shpages_written += copied.pages_written;
         Ok(())
     }

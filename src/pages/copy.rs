@@ -18,6 +18,7 @@ use nix::sys::uio::pwritev;
 
 use super::pagemap::{PagemapWriter, Run};
 use super::{PAGE, PagesError};
+use crate::image::PagesSink;
 use crate::sys::{Errno, process_vm};
 
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
@@ -161,12 +162,12 @@ pub fn copy<S: Source>(
     source: &S,
     spans: impl Iterator<Item = Result<Span, PagesError>> + Send,
     pagemap: PagemapWriter,
-    pages: &File,
+    pages: PagesSink,
     pages_id: u32,
 ) -> Result<Copied, PagesError> {
     let copy = Copy {
         source,
-        pages,
+        pages: &pages,
         pages_id,
         feed: Mutex::new(Feed { spans, begun: None, chunks: 0, failed: false }),
         tail: Mutex::new(Tail { turn: 0, offset: 0, pagemap, copied: Copied::default(), failed: false }),
@@ -189,9 +190,14 @@ pub fn copy<S: Source>(
     }
     let tail = copy.tail.into_inner().unwrap_or_else(PoisonError::into_inner);
     let failed = |source| PagesError::Pages { action: "write", pages_id, source };
-    if pages.metadata().map_err(failed)?.len() > tail.offset {
-        // Room that was set aside and not needed.
-        pages.set_len(tail.offset).map_err(failed)?;
+    match &pages {
+        PagesSink::File(file) => {
+            if file.metadata().map_err(failed)?.len() > tail.offset {
+                // Room that was set aside and not needed.
+                file.set_len(tail.offset).map_err(failed)?;
+            }
+        }
+        PagesSink::Stream(stream) => stream.end().map_err(failed)?,
     }
     tail.pagemap.finish()?;
     Ok(tail.copied)
@@ -220,7 +226,7 @@ struct Kept {
 
 struct Copy<'a, S, I> {
     source: &'a S,
-    pages: &'a File,
+    pages: &'a PagesSink,
     pages_id: u32,
     feed: Mutex<Feed<I>>,
     tail: Mutex<Tail>,
@@ -318,28 +324,60 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
         let into = buffer.bytes.get_mut(..bytes(pages_read)).unwrap_or_default();
         self.source.read(&buffer.spans, into)?;
         keep(&buffer.spans, into, &mut buffer.kept);
-        let pages_written: u64 = buffer.kept.iter().map(|kept| kept.run.pages).sum();
 
+        let failed = |source| PagesError::Pages { action: "write", pages_id: self.pages_id, source };
+        let parts = parts(&buffer.kept, &buffer.bytes);
+        match self.pages {
+            PagesSink::File(file) => match self.turn(number, pages_read, &buffer.kept)? {
+                Some((offset, tail)) => {
+                    self.next_turn(tail);
+                    write_parts(file, offset, &parts).map_err(failed)
+                }
+                None => Ok(()),
+            },
+            PagesSink::Stream(stream) => {
+                let send = stream.stage(&parts);
+                if let Some((_, tail)) = self.turn(number, pages_read, &buffer.kept)? {
+                    // Those who wait for their turn are told when these pages are on their way.
+                    send().map_err(failed)?;
+                    self.next_turn(tail);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits for the turn of chunk `number`, notes its pages, and says where they begin in the image. `None`
+    /// when another worker has failed.
+    fn turn(
+        &self,
+        number: u64,
+        pages_read: u64,
+        kept: &[Kept],
+    ) -> Result<Option<(u64, MutexGuard<'_, Tail>)>, PagesError> {
         let mut tail = lock(&self.tail);
         while tail.turn != number && !tail.failed {
             tail = self.turn_changed.wait(tail).unwrap_or_else(PoisonError::into_inner);
         }
         if tail.failed {
-            return Ok(());
+            return Ok(None);
         }
-        for kept in &buffer.kept {
+        let mut pages_written = 0;
+        for kept in kept {
             tail.pagemap.push(kept.run)?;
+            pages_written += kept.run.pages;
         }
         let offset = tail.offset;
         tail.offset += pages_written * PAGE;
-        tail.turn += 1;
         tail.copied.pages_read += pages_read;
         tail.copied.pages_written += pages_written;
+        Ok(Some((offset, tail)))
+    }
+
+    fn next_turn(&self, mut tail: MutexGuard<'_, Tail>) {
+        tail.turn += 1;
         drop(tail);
         self.turn_changed.notify_all();
-
-        let failed = |source| PagesError::Pages { action: "write", pages_id: self.pages_id, source };
-        write_parts(self.pages, offset, &parts(&buffer.kept, &buffer.bytes)).map_err(failed)
     }
 }
 
@@ -493,8 +531,8 @@ mod tests {
     fn copy_spans(source: &Made, spans: &[Span]) -> Result<(MemStore, Copied), PagesError> {
         let store = MemStore::new();
         let pagemap = PagemapWriter::create(&store, ImageKind::Pagemap, 1, 1)?;
-        let pages = store.create_raw("pages-1.img")?;
-        let copied = copy(source, spans.iter().map(|span| Ok(*span)), pagemap, &pages, 1)?;
+        let pages = store.create_pages("pages-1.img", 0)?;
+        let copied = copy(source, spans.iter().map(|span| Ok(*span)), pagemap, pages, 1)?;
         Ok((store, copied))
     }
 
@@ -547,18 +585,18 @@ mod tests {
     fn a_failing_list_of_pages_ends_all_workers() {
         let store = MemStore::new();
         let pagemap = PagemapWriter::create(&store, ImageKind::Pagemap, 1, 1).unwrap();
-        let pages = store.create_raw("pages-1.img").unwrap();
+        let pages = store.create_pages("pages-1.img", 0).unwrap();
         let failed =
             || PagesError::Scan { pid: 1, addr: 0, source: io::Error::from_raw_os_error(libc::ESRCH) };
         let spans = (0..5000).map(|i| if i < 4000 { Ok(span(i * 2 * PAGE, 1, true)) } else { Err(failed()) });
-        let error = copy(&Made::new(None), spans, pagemap, &pages, 1).unwrap_err();
+        let error = copy(&Made::new(None), spans, pagemap, pages, 1).unwrap_err();
         assert!(matches!(error, PagesError::Scan { .. }), "{error}");
     }
 
     #[test]
     fn data_of_a_file_with_holes() {
         let store = MemStore::new();
-        let file = store.create_raw("x.img").unwrap();
+        let PagesSink::File(file) = store.create_pages("x.img", 0).unwrap() else { panic!("a stream") };
         assert!(data_runs(&file, 1).unwrap().is_empty());
         file.set_len(100 * PAGE).unwrap();
         assert!(data_runs(&file, 1).unwrap().is_empty());

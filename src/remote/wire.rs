@@ -130,11 +130,10 @@ impl Header {
 
     /// As it travels.
     pub fn encode(&self) -> [u8; HEADER] {
+        let first = u32::from(self.kind as u8) | u32::from(self.flags) << 8;
+        let words = [first, self.stream, self.image, self.len, self.raw, self.crc];
         let mut bytes = [0; HEADER];
-        let words = [self.stream, self.image, self.len, self.raw, self.crc];
-        bytes[0] = self.kind as u8;
-        bytes[1] = self.flags;
-        for (into, word) in bytes[4..].chunks_exact_mut(4).zip(words) {
+        for (into, word) in bytes.chunks_exact_mut(4).zip(words) {
             into.copy_from_slice(&word.to_le_bytes());
         }
         bytes
@@ -142,13 +141,12 @@ impl Header {
 
     /// Checks and takes apart.
     pub fn decode(bytes: &[u8; HEADER]) -> Result<Self, Failure> {
-        let mut words =
-            bytes[4..].chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap_or_default()));
+        let mut words = bytes.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap_or_default()));
         let mut word = || words.next().unwrap_or(0);
-        let (stream, image, len, raw, crc) = (word(), word(), word(), word(), word());
+        let (first, stream, image, len, raw, crc) = (word(), word(), word(), word(), word(), word());
+        let [kind, flags, rest @ ..] = first.to_le_bytes();
         let bad = |what: String| Failure::new(FailCode::FailProtocol, format!("bad frame: {what}"));
-        let kind = Kind::from_byte(bytes[0]).ok_or_else(|| bad(format!("kind {}", bytes[0])))?;
-        let flags = bytes[1];
+        let kind = Kind::from_byte(kind).ok_or_else(|| bad(format!("kind {kind}")))?;
         let header = Self { kind, flags, stream, image, len, raw, crc };
         if len > kind.most() {
             return Err(bad(format!("{kind:?} of {len} bytes")));
@@ -161,7 +159,7 @@ impl Header {
         };
         let flags_known = flags & !(if kind == Kind::Data { LZ4 } else { 0 }) == 0;
         let of_image = matches!(kind, Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd);
-        if !form || !flags_known || bytes[2..4] != [0, 0] || of_image != (image != 0) {
+        if !form || !flags_known || rest != [0, 0] || of_image != (image != 0) {
             return Err(bad(format!("{header:?}")));
         }
         Ok(header)

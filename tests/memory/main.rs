@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crtool::finding::Finding;
-use crtool::image::{ImageKind, MemStore, Store, TypedStore, pb};
+use crtool::image::{ImageKind, ImageSink, MemStore, PagesSink, Store, TypedStore, pb};
 use crtool::mem::{MappedFile, MemoryDump, SharedMemory, Task, VmaFiles, collect, vma};
 use crtool::stats::DumpStats;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -339,11 +339,11 @@ fn refused() -> Completion {
 fn full_disk() -> Completion {
     struct Full(MemStore);
     impl Store for Full {
-        fn create_raw(&self, name: &str) -> Result<std::fs::File, crtool::image::ImageError> {
-            if name.starts_with("pages-") {
-                return Ok(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
-            }
+        fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, crtool::image::ImageError> {
             self.0.create_raw(name)
+        }
+        fn create_pages(&self, _: &str, _: u64) -> Result<PagesSink, crtool::image::ImageError> {
+            Ok(PagesSink::File(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()))
         }
         fn open_raw(&self, name: &str) -> Result<Option<std::fs::File>, crtool::image::ImageError> {
             self.0.open_raw(name)

@@ -14,7 +14,7 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 
-use super::{INVENTORY, Store, check_name};
+use super::{INVENTORY, ImageSink, PagesSink, Store, check_name};
 use crate::image::error::ImageError;
 
 /// The inventory's name until the snapshot is committed.
@@ -102,9 +102,14 @@ impl DirStore {
 }
 
 impl Store for DirStore {
-    fn create_raw(&self, name: &str) -> Result<File, ImageError> {
+    fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, ImageError> {
         check_name(name)?;
-        self.make(if name == INVENTORY { PENDING_INVENTORY } else { name })
+        Ok(Box::new(self.make(if name == INVENTORY { PENDING_INVENTORY } else { name })?))
+    }
+
+    fn create_pages(&self, name: &str, _expected: u64) -> Result<PagesSink, ImageError> {
+        check_name(name)?;
+        self.make(name).map(PagesSink::File)
     }
 
     fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {

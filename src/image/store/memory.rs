@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Store, check_name};
+use super::{ImageSink, PagesSink, Store, check_name};
 use crate::image::error::ImageError;
 
 /// A snapshot in memory. Clones share the images.
@@ -27,8 +27,8 @@ impl MemStore {
     }
 }
 
-impl Store for MemStore {
-    fn create_raw(&self, name: &str) -> Result<File, ImageError> {
+impl MemStore {
+    fn make(&self, name: &str) -> Result<File, ImageError> {
         check_name(name)?;
         let failed = |source| ImageError::Io { action: "create", path: self.path_of(name), source };
         let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| failed(e.into()))?;
@@ -36,6 +36,16 @@ impl Store for MemStore {
         let kept = file.try_clone().map_err(failed)?;
         self.images.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), kept);
         Ok(file)
+    }
+}
+
+impl Store for MemStore {
+    fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, ImageError> {
+        Ok(Box::new(self.make(name)?))
+    }
+
+    fn create_pages(&self, name: &str, _expected: u64) -> Result<PagesSink, ImageError> {
+        self.make(name).map(PagesSink::File)
     }
 
     fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
