@@ -22,6 +22,12 @@ pub const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
 /// Time to freeze and collect a tree when `--timeout` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longest silence on the way of images when `--timeout` is not given.
+pub const DEFAULT_REMOTE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a restore waits for its snapshot to begin to arrive when `--timeout` is not given.
+pub const DEFAULT_WAIT_SNAPSHOT: Duration = Duration::from_secs(600);
+
 /// What becomes of the tree after a dump that succeeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Leave {
@@ -122,6 +128,94 @@ impl CommonSettings {
     }
 }
 
+/// Certificates of one side; both sides prove who they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsSettings {
+    /// Who may have signed the other side's certificate.
+    pub cacert: PathBuf,
+    /// Certificates that are no longer good.
+    pub cacrl: Option<PathBuf>,
+    /// Our certificate.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The other side's certificate need not carry its name.
+    pub no_cn_verify: bool,
+}
+
+/// The other end of a connection, or where to listen for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetSettings {
+    /// Name or number of the host; for a cache what to bind to, everything if `None`.
+    pub address: Option<String>,
+    /// TCP port.
+    pub port: u16,
+    /// A connection that exists already, used in place of a new one.
+    pub ps_socket: Option<RawFd>,
+    /// Encryption and proof of who is who.
+    pub tls: Option<TlsSettings>,
+    /// Longest silence, and longest wait for the other side to be there.
+    pub timeout: Duration,
+}
+
+/// How a daemon starts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DaemonSettings {
+    /// Goes into the background once its sockets listen.
+    pub detach: bool,
+    /// Gets its pid.
+    pub pidfile: Option<PathBuf>,
+    /// Gets one zero byte and is closed when its sockets listen.
+    pub status_fd: Option<RawFd>,
+}
+
+/// One image-cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheSettings {
+    /// Where sources come from.
+    pub net: NetSettings,
+    /// Where its socket is.
+    pub work_dir: PathBuf,
+    /// Most bytes of images it holds; no limit if `None`.
+    pub max_memory: Option<u64>,
+    /// How it starts.
+    pub daemon: DaemonSettings,
+}
+
+/// One image-proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxySettings {
+    /// The cache.
+    pub net: NetSettings,
+    /// Where its socket is.
+    pub work_dir: PathBuf,
+    /// Dumps compress what they send (LZ4).
+    pub compress: bool,
+    /// How it starts.
+    pub daemon: DaemonSettings,
+}
+
+/// Images go to, or come from, a cache in memory and no directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteSettings {
+    /// Name of the snapshot.
+    pub snapshot: String,
+    /// Dump: straight to the cache; through the proxy of the work dir if `None`.
+    pub direct: Option<NetSettings>,
+    /// Where the sockets of proxy and cache are.
+    pub work_dir: PathBuf,
+    /// Dump without a proxy: compress what is sent (LZ4).
+    pub compress: bool,
+    /// Longest silence of a daemon, and longest wait for it to be there.
+    pub timeout: Duration,
+    /// Restore: how long to wait for the snapshot to begin to arrive.
+    pub wait_snapshot: Duration,
+    /// Dump: how long to wait for the tree to run at the destination; not at all if `None`.
+    pub wait_restored: Option<Duration>,
+    /// Restore: the cache frees bytes as they are read. If the restore then fails, the snapshot is lost.
+    pub free_as_read: bool,
+}
+
 /// One dump of one tree.
 #[derive(Debug, Clone)]
 pub struct DumpSettings {
@@ -135,6 +229,8 @@ pub struct DumpSettings {
     pub timeout: Option<Duration>,
     /// Largest deleted file to carry, in bytes.
     pub ghost_limit: u64,
+    /// Into a cache instead of a directory.
+    pub remote: Option<RemoteSettings>,
 }
 
 impl DumpSettings {
@@ -146,6 +242,7 @@ impl DumpSettings {
             leave: Leave::default(),
             timeout: Some(DEFAULT_TIMEOUT),
             ghost_limit: DEFAULT_GHOST_LIMIT,
+            remote: None,
         }
     }
 }
@@ -169,6 +266,8 @@ pub struct RestoreSettings {
     pub pidfile: Option<PathBuf>,
     /// Program and arguments that replace us, as parent of the tree, after success.
     pub exec_cmd: Option<Vec<OsString>>,
+    /// From a cache instead of a directory.
+    pub remote: Option<RemoteSettings>,
 }
 
 impl RestoreSettings {
@@ -183,6 +282,7 @@ impl RestoreSettings {
             inherit_fds: Vec::new(),
             pidfile: None,
             exec_cmd: None,
+            remote: None,
         }
     }
 }
