@@ -69,6 +69,8 @@ pub enum Kind {
     Ping = 13,
     /// I am. Both ways, no payload.
     Pong = 14,
+    /// `pb::Resume`, to the cache.
+    Resume = 15,
 }
 
 impl Kind {
@@ -88,6 +90,7 @@ impl Kind {
             12 => Self::Restored,
             13 => Self::Ping,
             14 => Self::Pong,
+            15 => Self::Resume,
             _ => return None,
         })
     }
