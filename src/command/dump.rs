@@ -4,17 +4,49 @@ use anyhow::Context as _;
 
 use super::report;
 use crate::{
+    dump::Unconfirmed,
     exit::{Exit, Incomplete},
     interrupt,
-    settings::{DumpSettings, ReportSettings},
+    remote::client::RemoteDump,
+    settings::{DumpSettings, RemoteSettings, ReportSettings},
     stats::DumpStats,
 };
 
 /// Dumps a tree.
 pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Exit> {
     interrupt::watch().context("hold back of signals")?;
-    let stats = crate::dump::dump(settings).with_context(|| format!("dump of pid {}", settings.pid))?;
-    done(settings, report, &stats)
+    let dumped = match &settings.remote {
+        None => crate::dump::dump(settings).map(|stats| (stats, Ok(()))),
+        Some(remote) => to_cache(settings, remote),
+    };
+    let (stats, waited) = dumped
+        .map_err(|error| match error.downcast_ref::<Unconfirmed>() {
+            Some(_) => error.context(Incomplete("the images are complete")),
+            None => error,
+        })
+        .with_context(|| format!("dump of pid {}", settings.pid))?;
+    let exit = done(settings, report, &stats)?;
+    waited.context(Incomplete("the tree is gone here and complete in the cache"))?;
+    Ok(exit)
+}
+
+/// Dumps into a cache; beside the statistics, whether the restore was heard of where that was asked for.
+fn to_cache(
+    settings: &DumpSettings,
+    remote: &RemoteSettings,
+) -> anyhow::Result<(DumpStats, anyhow::Result<()>)> {
+    let store = RemoteDump::connect(remote, settings)?;
+    let stats = crate::dump::dump_to(&store, settings)?;
+    let Some(patience) = remote.wait_restored else { return Ok((stats, Ok(()))) };
+    let waited = match store.wait_restored(patience) {
+        Ok(restored) if restored.ok => {
+            tracing::info!("restored at the destination with pid {}", restored.pid);
+            Ok(())
+        }
+        Ok(restored) => Err(anyhow::anyhow!("not restored: {}", restored.text)),
+        Err(failure) => Err(anyhow::Error::from(failure).context("its restore was not reported")),
+    };
+    Ok((stats, waited))
 }
 
 /// Says what there is to say about a dump that is complete.

@@ -20,7 +20,9 @@ use super::report;
 use crate::{
     exit::{Exit, Incomplete},
     interrupt,
-    settings::{ReportSettings, RestoreSettings},
+    remote::client::RemoteSnapshot,
+    restore::Restored,
+    settings::{RemoteSettings, ReportSettings, RestoreSettings},
     stats::RestoreStats,
     sys,
 };
@@ -28,9 +30,19 @@ use crate::{
 /// Restores a tree and, unless detached, stays as its parent until its root ends.
 pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result<Exit> {
     interrupt::watch().context("hold back of signals")?;
-    let restored = crate::restore::restore(settings)
-        .with_context(|| format!("restore from {}", settings.common.images_dir.display()))?;
+    let restored = match &settings.remote {
+        None => crate::restore::restore(settings)
+            .with_context(|| format!("restore from {}", settings.common.images_dir.display()))?,
+        Some(remote) => from_cache(settings, remote)
+            .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
+    };
     done(settings, report, restored.root, &restored.stats)
+}
+
+/// Restores from the cache of this host; what fails leaves the snapshot there.
+fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Result<Restored> {
+    let store = RemoteSnapshot::take(remote)?;
+    crate::restore::restore_from(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))
 }
 
 /// What remains when the tree with root `root` runs.

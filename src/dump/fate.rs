@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::tree::{State, Tree};
+use super::{
+    Unconfirmed,
+    tree::{State, Tree},
+};
 use crate::{
     proc::stat,
     settings::Leave,
@@ -14,12 +17,17 @@ use crate::{
 /// How long to wait for killed tasks to be reaped by their parents.
 const REAP_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Kills the tree, or lets it go on running or stopped.
-pub(super) fn decide(tree: Tree, leave: Leave) -> Result<()> {
+/// Kills the tree, or lets it go on running or stopped. `told` is called when it is certain which (with whether
+/// the tree goes on): a killed tree runs no instruction any more, but its tasks need not be reaped yet.
+pub(super) fn decide(tree: Tree, leave: Leave, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     match leave {
-        Leave::Killed => kill(tree),
-        Leave::Running => let_go(tree),
+        Leave::Killed => kill(tree, told),
+        Leave::Running => {
+            told(true)?;
+            let_go(tree)
+        }
         Leave::Stopped => {
+            told(true)?;
             for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
                 task::kill(process.pid, libc::SIGSTOP)
                     .with_context(|| format!("stop of task {}", process.pid))?;
@@ -39,7 +47,7 @@ fn let_go(tree: Tree) -> Result<()> {
     Ok(())
 }
 
-fn kill(tree: Tree) -> Result<()> {
+fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     let mut pids = Vec::new();
     for process in &tree.processes {
         if !matches!(process.state, State::Zombie(_)) {
@@ -50,6 +58,8 @@ fn kill(tree: Tree) -> Result<()> {
         }
         pids.push((process.pid, process.starttime));
     }
+    // Every moment until the destination may go on is one in which nobody is served.
+    let told = told(false).context(Unconfirmed);
     // As their tracer we are told first; only then are their parents.
     for process in tree.processes.into_iter().rev() {
         let mut threads = process.threads;
@@ -69,21 +79,21 @@ fn kill(tree: Tree) -> Result<()> {
     let mut pause = Duration::from_micros(50);
     loop {
         pids.retain(|(pid, start)| read_stat(*pid).is_some_and(|s| s.starttime == *start));
-        let Some((pid, _)) = pids.first().copied() else { return Ok(()) };
+        let Some((pid, _)) = pids.first().copied() else { return told };
         if Instant::now() > deadline {
             let parent = read_stat(pid).map_or(0, |s| s.ppid);
             let name =
                 read_stat(parent).map(|s| String::from_utf8_lossy(&s.comm).into_owned()).unwrap_or_default();
             if pids.len() == 1 {
                 tracing::warn!("pid {pid} is still in use: its parent {parent} ({name}) has not reaped it");
-                return Ok(());
+                return told;
             }
             let rest: Vec<String> = pids.iter().map(|(p, _)| p.to_string()).collect();
             tracing::warn!(
                 "pids {} are still in use: {parent} ({name}) has not reaped {pid}",
                 rest.join(" ")
             );
-            return Ok(());
+            return told;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(5));

@@ -57,6 +57,14 @@ fn lines(findings: &[Finding]) -> String {
     findings.iter().map(|f| format!("\n  {f}")).collect()
 }
 
+/// The tree is gone and its snapshot is complete, but the cache could not be told.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the tree is killed and the cache has all of it, but could not be told so: look there with \
+     `crtool image-cache list`, and if the snapshot is in doubt, `crtool image-cache release` makes it restorable"
+)]
+pub struct Unconfirmed;
+
 /// Dumps a tree into a directory.
 pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
     let store = DirStore::for_dump(&settings.common.images_dir)?;
@@ -96,6 +104,9 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     check()?;
     cpuinfo::write(store, settings.common.cpu_cap)?;
     write_inventory(store, &mut collected.ids)?;
+    if let Some(root) = tree.processes.first() {
+        store.guard(pidfd::open(root.pid, 0).context("pidfd of the root")?.as_fd())?;
+    }
     store.commit()?;
     if let Err(error) = action::run(scripts, Action::PostDump, root) {
         store.withdraw()?;
@@ -103,7 +114,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     }
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
-    fate::decide(tree, settings.leave)?;
+    fate::decide(tree, settings.leave, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
         stats.frozen_time = frozen.elapsed();

@@ -12,6 +12,7 @@
 //! the tree is gone there; whoever dies, the tree runs on one side at most, and its images are kept while it
 //! runs on none.
 
+pub mod client;
 pub mod local;
 pub mod name;
 pub mod wire;
@@ -30,6 +31,11 @@ pub const PROXY_SOCKET: &str = "img-proxy.sock";
 pub const CACHE_SOCKET: &str = "img-cache.sock";
 /// Snapshot name when `-D` is not given.
 pub const DEFAULT_SNAPSHOT: &str = "default";
+
+/// The name of this host, for lists and messages.
+pub fn host() -> String {
+    nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned()
+}
 
 /// A refusal or failure as it travels: a code for programs, a line for people.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -37,7 +37,7 @@ use crate::{
     action::{self, Action},
     cpuinfo,
     files::FilesRestore,
-    image::{DirStore, ImageKind, Store, pb},
+    image::{DirStore, ImageKind, Outcome, Store, pb},
     interrupt,
     proc::stat,
     settings::RestoreSettings,
@@ -46,7 +46,7 @@ use crate::{
         Errno,
         clone::{CloneArgs, clone_into},
         mapping::{Access, Mapping, memfd},
-        ptrace, rseq, ticker,
+        pidfd, ptrace, rseq, ticker,
     },
     task,
     tracee::{Area, List, Op, Placed, RemoteAddr, Want},
@@ -112,7 +112,12 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     action::run(scripts, Action::PostRestore, Some(root))?;
     action::run(scripts, Action::PreResume, Some(root))?;
     interrupt::check()?;
+    let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
+    store.report(Outcome::Starting(running.as_fd()))?;
     cast.hand_over(settings.leave_stopped)?;
+    if let Err(error) = store.report(Outcome::Running(root.as_raw())) {
+        tracing::warn!("the tree runs, but that could not be reported: {:#}", anyhow!(error));
+    }
     let pages_restored = cast.pages_restored();
     let pages_compared = cast.made.iter().map(|m| m.compared).sum();
     let pages_skipped_cow = cast.made.iter().map(|m| m.kept).sum();

@@ -1,0 +1,149 @@
+//! The store that a remote dump writes into.
+
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+
+use super::super::{Failure, host, pb};
+use super::image_error;
+use super::packets::checked;
+use super::proxied::Proxied;
+use super::sink::{Outgoing, Pages, Small};
+use crate::image::{ImageError, ImageSink, PagesSink, Store};
+use crate::settings::{DumpSettings, Leave, RemoteSettings};
+
+/// A snapshot on its way to a cache. Dropped before [`Store::confirm`] it is forgotten there.
+#[derive(Debug)]
+pub struct RemoteDump {
+    outgoing: Arc<Outgoing>,
+    /// "remote:NAME", as messages say it.
+    path: PathBuf,
+    unfinished: Arc<AtomicBool>,
+    /// Nothing is left to be taken back.
+    settled: AtomicBool,
+}
+
+impl RemoteDump {
+    /// Opens the snapshot, before anything is frozen.
+    pub fn connect(remote: &RemoteSettings, dump: &DumpSettings) -> Result<Self, Failure> {
+        let name = checked(&remote.snapshot)?;
+        let pid = dump.pid.as_raw();
+        let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let begin = pb::SnapshotBegin {
+            parent: String::new(),
+            pid,
+            comm: String::from_utf8_lossy(comm.trim_ascii_end()).into_owned(),
+            host: host(),
+            source_survives: dump.leave != Leave::Killed,
+            expected_bytes: 0,
+            created: created.as_secs(),
+            id: 0,
+            name,
+        };
+        let path = Path::new("remote:").join(&remote.snapshot);
+        let link: Box<dyn super::link::Link> = match &remote.direct {
+            None => Box::new(Proxied::open(&remote.work_dir, begin, remote.timeout)?),
+            Some(_) => {
+                return Err(Failure::new(
+                    pb::FailCode::FailInternal,
+                    "--address of a dump is not supported yet",
+                ));
+            }
+        };
+        // Through a proxy it is the proxy's matter.
+        let compress = remote.direct.is_none() || remote.compress;
+        Ok(Self {
+            outgoing: Arc::new(Outgoing::new(link, compress)),
+            path,
+            unfinished: Arc::default(),
+            settled: AtomicBool::new(false),
+        })
+    }
+
+    /// Waits until the cache says what became of the snapshot.
+    pub fn wait_restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
+        self.outgoing.link().restored(patience)
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(Failure) -> ImageError + '_ {
+        move |failure| image_error(action, &self.path, failure)
+    }
+}
+
+impl Store for RemoteDump {
+    fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, ImageError> {
+        let small = Small::begin(self.outgoing.clone(), name);
+        Ok(Box::new(small.map_err(|f| image_error("send", &self.path_of(name), f))?))
+    }
+
+    fn create_pages(&self, name: &str, expected: u64) -> Result<PagesSink, ImageError> {
+        let pages = Pages::begin(self.outgoing.clone(), name, expected);
+        Ok(PagesSink::Stream(Box::new(pages.map_err(|f| image_error("send", &self.path_of(name), f))?)))
+    }
+
+    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+        // What has been sent is elsewhere.
+        Err(ImageError::Io { action: "open", path: self.path_of(name), source: Errno::EOPNOTSUPP.into() })
+    }
+
+    fn names(&self) -> Result<Vec<String>, ImageError> {
+        Err(ImageError::Io { action: "list", path: self.path.clone(), source: Errno::EOPNOTSUPP.into() })
+    }
+
+    fn commit(&self) -> Result<(), ImageError> {
+        if self.unfinished.load(Ordering::Acquire) {
+            return Err(ImageError::Unfinished { path: self.path.clone() });
+        }
+        self.outgoing.commit().map_err(self.failed("send"))?;
+        let prepared = self.outgoing.link().prepared().map_err(self.failed("commit"))?;
+        tracing::info!("the cache has all {} bytes", prepared.bytes);
+        Ok(())
+    }
+
+    fn withdraw(&self) -> Result<(), ImageError> {
+        if !self.settled.swap(true, Ordering::AcqRel) {
+            self.outgoing.link().abort("the dump failed after its last image; the tree runs on");
+        }
+        Ok(())
+    }
+
+    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError> {
+        Ok(None)
+    }
+
+    fn link_parent(&self, target: &Path) -> Result<(), ImageError> {
+        let source = Errno::EOPNOTSUPP.into();
+        Err(ImageError::Io { action: "link", path: target.to_owned(), source })
+    }
+
+    fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn unfinished(&self) -> Arc<AtomicBool> {
+        self.unfinished.clone()
+    }
+
+    fn guard(&self, root: BorrowedFd<'_>) -> Result<(), ImageError> {
+        self.outgoing.link().guard(root).map_err(self.failed("commit"))
+    }
+
+    fn confirm(&self, survives: bool) -> Result<(), ImageError> {
+        self.settled.store(true, Ordering::Release);
+        self.outgoing.link().confirm(survives).map_err(self.failed("confirm"))
+    }
+}
+
+impl Drop for RemoteDump {
+    fn drop(&mut self) {
+        if !self.settled.load(Ordering::Acquire) {
+            self.outgoing.link().abort("the dump did not succeed; the tree runs on");
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! What a dump needs of its way to the cache, whichever it is.
+
+use std::fmt::Debug;
+use std::io::IoSlice;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use super::super::{Failure, pb};
+
+/// One snapshot's way to the cache.
+pub(super) trait Link: Send + Sync + Debug {
+    /// What frames go under.
+    fn stream(&self) -> u32;
+
+    /// What the other side understands, as in `Hello`.
+    fn features(&self) -> u64;
+
+    /// Sends whole frames, in one piece.
+    fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure>;
+
+    /// Waits for the answer to a commit.
+    fn prepared(&self) -> Result<pb::Prepared, Failure>;
+
+    /// Shows the root of the tree to whoever outlives this process.
+    fn guard(&self, root: BorrowedFd<'_>) -> Result<(), Failure>;
+
+    /// The last word: the snapshot may be restored.
+    fn confirm(&self, survives: bool) -> Result<(), Failure>;
+
+    /// The other last word: the snapshot is to be forgotten. What goes wrong here is found out there.
+    fn abort(&self, reason: &str);
+
+    /// Waits until the cache says what became of the snapshot.
+    fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure>;
+}

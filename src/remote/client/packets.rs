@@ -1,0 +1,199 @@
+//! A connection to a daemon of this host: packets there and back, never waiting without an end.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
+use super::super::local::{self, Packet};
+use super::super::pb::{self, FailCode, local_reply, local_request};
+use super::super::{Failure, name};
+use crate::interrupt;
+
+/// How long a signal may go unseen.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A connection to the proxy or the cache.
+#[derive(Debug)]
+pub(super) struct Packets {
+    socket: OwnedFd,
+    path: PathBuf,
+    daemon: &'static str,
+}
+
+fn lost(text: String) -> Failure {
+    Failure::new(FailCode::FailLost, text)
+}
+
+/// Waits until one of `fds` is ready, a signal comes or `until` has passed; which are ready.
+pub(super) fn wait_for(fds: &mut [PollFd<'_>], until: Instant) -> Result<bool, Failure> {
+    loop {
+        interrupt::check().map_err(|e| Failure::new(FailCode::FailAborted, e.to_string()))?;
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO);
+        match poll(fds, timeout) {
+            Ok(0) if left.is_zero() => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(e) => return Err(lost(format!("poll: {e}"))),
+        }
+    }
+}
+
+impl Packets {
+    /// Connects to the `daemon` that listens at `path`; one that is not there yet is waited for.
+    pub(super) fn connect(daemon: &'static str, path: &Path, patience: Duration) -> Result<Self, Failure> {
+        let failed = |e: Errno| {
+            let hint = match e {
+                Errno::ENOENT | Errno::ECONNREFUSED => {
+                    format!("is {daemon} running with this work dir (-W)?")
+                }
+                Errno::EACCES | Errno::EPERM => "it is for the user who started it, and for root".to_owned(),
+                _ => String::new(),
+            };
+            let hint = if hint.is_empty() { hint } else { format!("; {hint}") };
+            lost(format!("{daemon} at {}: {}{hint}", path.display(), e.desc()))
+        };
+        let address = UnixAddr::new(path).map_err(failed)?;
+        let until = Instant::now() + patience;
+        let mut told = false;
+        loop {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
+            match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
+                Ok(()) => return Ok(Self { socket, path: path.to_owned(), daemon }),
+                Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN) if Instant::now() < until => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::info!("waiting for {daemon} at {}", path.display());
+                    }
+                    interrupt::check().map_err(|e| Failure::new(FailCode::FailAborted, e.to_string()))?;
+                    std::thread::sleep(LOOK.min(Duration::from_millis(20)));
+                }
+                Err(e) => return Err(failed(e)),
+            }
+        }
+    }
+
+    fn gone(&self) -> Failure {
+        lost(format!("{} at {} went away", self.daemon, self.path.display()))
+    }
+
+    fn broken(&self, e: &io::Error) -> Failure {
+        match e.raw_os_error() {
+            Some(libc::EPIPE | libc::ECONNRESET) => self.gone(),
+            _ => lost(format!("{} at {}: {e}", self.daemon, self.path.display())),
+        }
+    }
+
+    /// Sends a request.
+    pub(super) fn send(
+        &self,
+        what: local_request::What,
+        fds: &[BorrowedFd<'_>],
+        until: Instant,
+    ) -> Result<(), Failure> {
+        let request = pb::LocalRequest { what: Some(what) };
+        loop {
+            match local::send(self.socket.as_fd(), &request, fds) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+                    if !wait_for(&mut fds, until)? {
+                        return Err(self.silent());
+                    }
+                }
+                // The reason may have come before the end.
+                Err(e) => return Err(self.last_word().unwrap_or_else(|| self.broken(&e))),
+            }
+        }
+    }
+
+    fn silent(&self) -> Failure {
+        let text = format!("{} at {} does not answer", self.daemon, self.path.display());
+        Failure::new(FailCode::FailTimeout, text)
+    }
+
+    /// A refusal that has come already.
+    fn last_word(&self) -> Option<Failure> {
+        match self.try_receive() {
+            Ok(Some((local_reply::What::Failed(failed), _))) => Some(failed.into()),
+            _ => None,
+        }
+    }
+
+    /// The next reply, if one is there. A refusal is an error.
+    pub(super) fn try_receive(&self) -> Result<Option<(local_reply::What, Vec<OwnedFd>)>, Failure> {
+        match local::receive::<pb::LocalReply>(self.socket.as_fd()) {
+            Ok(Some(Packet { message: pb::LocalReply { what: Some(what) }, fds })) => match what {
+                local_reply::What::Failed(failed) => Err(failed.into()),
+                what => Ok(Some((what, fds))),
+            },
+            Ok(Some(_)) => {
+                let text = format!("{} says what this crtool does not know: another version?", self.daemon);
+                Err(Failure::new(FailCode::FailVersion, text))
+            }
+            Ok(None) => Err(self.gone()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) => Err(self.broken(&e)),
+        }
+    }
+
+    /// Waits for the next reply. A refusal is an error.
+    pub(super) fn receive(&self, until: Instant) -> Result<(local_reply::What, Vec<OwnedFd>), Failure> {
+        loop {
+            if let Some(reply) = self.try_receive()? {
+                return Ok(reply);
+            }
+            let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            if !wait_for(&mut fds, until)? {
+                return Err(self.silent());
+            }
+        }
+    }
+
+    /// Asks and waits for the answer.
+    pub(super) fn ask(
+        &self,
+        what: local_request::What,
+        fds: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(local_reply::What, Vec<OwnedFd>), Failure> {
+        let until = Instant::now() + patience;
+        self.send(what, fds, until)?;
+        self.receive(until)
+    }
+
+    /// Asks for something that is answered by `Done`.
+    pub(super) fn tell(
+        &self,
+        what: local_request::What,
+        fds: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(), Failure> {
+        match self.ask(what, fds, patience)? {
+            (local_reply::What::Done(_), _) => Ok(()),
+            (other, _) => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// A reply that is none to what was asked.
+    pub(super) fn unexpected(&self, reply: &local_reply::What) -> Failure {
+        let text = format!("{} answered something else than was asked: {reply:?}", self.daemon);
+        Failure::new(FailCode::FailProtocol, text)
+    }
+
+    /// For poll(2).
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// The name of a snapshot, checked before anybody is asked.
+pub(super) fn checked(snapshot: &str) -> Result<String, Failure> {
+    name::check_snapshot(snapshot)?;
+    Ok(snapshot.to_owned())
+}
