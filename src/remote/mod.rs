@@ -7,6 +7,7 @@
 //!
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
+//! - [`poll`]: waiting for many descriptors at once.
 //!
 //! The rules: end of stream is never success; a snapshot can be restored only after the source has said that
 //! the tree is gone there; whoever dies, the tree runs on one side at most, and its images are kept while it
@@ -15,6 +16,7 @@
 pub mod client;
 pub mod local;
 pub mod name;
+pub mod poll;
 pub mod wire;
 
 /// Messages of `proto/remote.proto`.

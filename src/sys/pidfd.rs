@@ -27,6 +27,20 @@ pub fn getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
     }
 }
 
+/// SO_PEERPIDFD: the process that connected to, or made, the other end of a UNIX socket. ESRCH or EINVAL when it
+/// is gone already. Linux 6.5.
+pub fn of_peer(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
+    const SO_PEERPIDFD: i32 = 77;
+    let (mut fd, mut len) = (-1i32, size_of::<i32>() as libc::socklen_t);
+    let at = (&raw mut fd).cast();
+    // SAFETY: `fd` is a live int and `len` says so.
+    super::ret_int(unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, at, &raw mut len)
+    })?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A pidfd of a process, or with [`PIDFD_THREAD`] of a main thread, that has exited and was reaped.
 pub fn of_dead_child(flags: u32) -> Result<OwnedFd> {
     // SAFETY: the child only exits, so it does not matter what other threads of ours were doing.
