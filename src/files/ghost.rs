@@ -2,22 +2,19 @@
 //!
 //! Saved once per inode in `ghost-file-N.img`: type, owner, mode, times, target of a symbolic link, and the content of a
 //! regular file, with its holes. At restore the file is made again under its old name if nobody has it (so /proc shows
-//! the same path), else under another one beside it, and the name is removed at once. Directories that are gone are
-//! made for that moment only.
+//! the same path), else under another one beside it, and the name is removed at once; not even a restore that is killed
+//! leaves it behind. Directories that are gone are made for that moment only.
 
 use std::{
+    ffi::CString,
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
-    os::fd::{AsRawFd, OwnedFd},
-    path::{Path, PathBuf},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
 use nix::{
-    fcntl::{AT_FDCWD, AtFlags, OFlag, open as open_path},
-    sys::{
-        stat::{Mode, SFlag, UtimensatFlags, lstat, mknod, utimensat},
-        time::TimeSpec,
-    },
+    fcntl::{AT_FDCWD, AtFlags},
+    sys::stat::{Mode, lstat},
     unistd::{Gid, Uid, Whence, fchownat, lseek},
 };
 
@@ -27,7 +24,10 @@ use super::{
 };
 use crate::{
     image::{ImageKind, ImageReader, ImageWriter, TypedStore, pb},
-    sys::Errno,
+    sys::{
+        Errno,
+        passing::{self, Failed, Origin, Step},
+    },
 };
 
 /// Content is copied in pieces of this size.
@@ -137,19 +137,6 @@ fn copy_out(from: &mut io::Take<File>, image: &mut ImageWriter) -> Result<(), Fi
     Ok(())
 }
 
-/// Removes a name when dropped.
-#[derive(Debug)]
-struct Temporary {
-    path: PathBuf,
-    dir: bool,
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = if self.dir { std::fs::remove_dir(&self.path) } else { std::fs::remove_file(&self.path) };
-    }
-}
-
 /// Makes the file of `ghost-file-ID.img` again. The result is an O_PATH descriptor of a file without a name.
 pub(super) fn open(cx: &mut RestoreCx<'_>, name: &[u8], id: u32) -> Result<OwnedFd, FileError> {
     let Some(mut image) = cx.store.open(ImageKind::GhostFile, u64::from(id))? else {
@@ -159,18 +146,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, name: &[u8], id: u32) -> Result<Owned
         return Err(FileError::entry(id, "the image of a deleted file is empty"));
     };
     let failed = |action: &'static str| FileError::path(action, name);
-    // Innermost last, so it is removed first: fields and elements drop in order, so it is reversed below.
-    let mut parents = make_parents(name)?;
-    let made = make(&entry, name, id)?;
-    let object = open_path(&made.path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(failed("open the deleted file made at"))?;
-    // The name goes at once: a restore that is killed leaves none. Only a symbolic link cannot do without.
-    let made = Some(made).filter(|_| entry.mode & libc::S_IFMT == libc::S_IFLNK);
-    if made.is_none() {
-        while let Some(parent) = parents.pop() {
-            drop(parent);
-        }
-    }
+    let object = make(&entry, name, id)?;
     if entry.mode & libc::S_IFMT == libc::S_IFREG {
         fill(&object, &entry, image, name)?;
     }
@@ -187,87 +163,46 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, name: &[u8], id: u32) -> Result<Owned
         )
         .map_err(failed("set the mode of the deleted file"))?;
     }
-    let time = |t: Option<pb::Timeval>| match t {
-        Some(t) => TimeSpec::new(t.tv_sec.cast_signed(), (t.tv_usec.min(999_999) * 1000).cast_signed()),
-        None => TimeSpec::UTIME_OMIT,
-    };
-    let (atim, mtim) = (time(entry.atim), time(entry.mtim));
-    match &made {
-        Some(made) => utimensat(AT_FDCWD, &made.path, &atim, &mtim, UtimensatFlags::NoFollowSymlink),
-        None => {
-            let through = format!("/proc/self/fd/{}", object.as_raw_fd());
-            utimensat(AT_FDCWD, through.as_str(), &atim, &mtim, UtimensatFlags::FollowSymlink)
-        }
-    }
-    .map_err(failed("set the times of the deleted file"))?;
-    drop(made);
-    while let Some(parent) = parents.pop() {
-        drop(parent);
-    }
+    passing::set_times(object.as_fd(), &[entry.atim, entry.mtim].map(time))
+        .map_err(failed("set the times of the deleted file"))?;
     Ok(object)
 }
 
-/// Makes the directories on the way to `name` that are not there; outermost first.
-fn make_parents(name: &[u8]) -> Result<Vec<Temporary>, FileError> {
+fn time(of: Option<pb::Timeval>) -> libc::timespec {
+    match of {
+        Some(of) => libc::timespec {
+            tv_sec: of.tv_sec.cast_signed(),
+            tv_nsec: (of.tv_usec.min(999_999) * 1000).cast_signed(),
+        },
+        None => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
+    }
+}
+
+/// The directories on the way to `name` that are not there; outermost first.
+fn missing_parents(name: &[u8]) -> Result<Vec<CString>, FileError> {
+    let unusable = || FileError::path("use", name)(Errno::EINVAL);
     let mut missing = Vec::new();
-    let mut dir =
-        split(name).map(|(dir, _)| dir).ok_or_else(|| FileError::path("use", name)(Errno::EINVAL))?;
+    let mut dir = split(name).map(|(dir, _)| dir).ok_or_else(unusable)?;
     while lstat(to_path(dir)) == Err(Errno::ENOENT) {
-        missing.push(to_path(dir).to_owned());
+        missing.push(CString::new(dir).map_err(|_| unusable())?);
         let Some((up, _)) = split(dir) else { break };
         dir = up;
     }
-    let mut made = Vec::new();
-    for path in missing.into_iter().rev() {
-        if let Err(e) = nix::unistd::mkdir(&path, Mode::S_IRWXU) {
-            while let Some(parent) = made.pop() {
-                drop::<Temporary>(parent);
-            }
-            return Err(FileError::Path { action: "make the directory", path, source: e });
-        }
-        made.push(Temporary { path, dir: true });
-    }
-    Ok(made)
+    missing.reverse();
+    Ok(missing)
 }
 
-/// Makes an empty file of the right type, under `name` or beside it.
-fn make(entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<Temporary, FileError> {
-    for attempt in 0..NAMES {
-        let mut path = to_path(name).as_os_str().to_owned();
-        match attempt {
-            0 => {}
-            1 => path.push(format!(".cr.{id:x}.ghost")),
-            _ => path.push(format!(".cr.{id:x}.{attempt}.ghost")),
-        }
-        match make_at(entry, Path::new(&path), name)? {
-            Ok(()) => {
-                let dir = entry.mode & libc::S_IFMT == libc::S_IFDIR;
-                return Ok(Temporary { path: path.into(), dir });
-            }
-            Err(Errno::EEXIST) => {}
-            // With the suffix the name is too long; a short one will do.
-            Err(e) => return Err(FileError::path("make the deleted file", name)(e)),
-        }
-    }
-    Err(FileError::path("find a free name for the deleted file", name)(Errno::EEXIST))
-}
-
-fn make_at(entry: &pb::GhostFileEntry, path: &Path, name: &[u8]) -> Result<Result<(), Errno>, FileError> {
-    let owner_only = Mode::S_IRUSR | Mode::S_IWUSR;
-    Ok(match entry.mode & libc::S_IFMT {
-        libc::S_IFREG => {
-            let flags =
-                OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
-            open_path(path, flags, owner_only).map(drop)
-        }
-        libc::S_IFDIR => nix::unistd::mkdir(path, Mode::S_IRWXU),
-        libc::S_IFIFO => nix::unistd::mkfifo(path, owner_only),
-        libc::S_IFLNK => {
-            let target = entry.symlnk_target.as_deref().unwrap_or_default();
-            nix::unistd::symlinkat(to_path(target), AT_FDCWD, path)
-        }
+/// Makes an empty file of the right type, under `name` or beside it, and takes the name away again.
+fn make(entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<OwnedFd, FileError> {
+    let unusable = |_| FileError::path("use", name)(Errno::EINVAL);
+    let target = CString::new(entry.symlnk_target.as_deref().unwrap_or_default()).map_err(unusable)?;
+    let origin = match entry.mode & libc::S_IFMT {
+        libc::S_IFREG => Origin::Regular,
+        libc::S_IFDIR => Origin::Directory,
+        libc::S_IFIFO => Origin::Fifo,
+        libc::S_IFLNK => Origin::Symlink(&target),
         libc::S_IFCHR if device::is_simple(u64::from(entry.rdev())) => {
-            mknod(path, SFlag::S_IFCHR, owner_only, u64::from(entry.rdev()))
+            Origin::CharDevice(u64::from(entry.rdev()))
         }
         _ => {
             return Err(FileError::Changed {
@@ -275,7 +210,34 @@ fn make_at(entry: &pb::GhostFileEntry, path: &Path, name: &[u8]) -> Result<Resul
                 what: format!("a deleted file of mode {:o} cannot be made again", entry.mode),
             });
         }
-    })
+    };
+    let parents = missing_parents(name)?;
+    for attempt in 0..NAMES {
+        let mut path = name.to_vec();
+        match attempt {
+            0 => {}
+            1 => path.extend_from_slice(format!(".cr.{id:x}.ghost").as_bytes()),
+            _ => path.extend_from_slice(format!(".cr.{id:x}.{attempt}.ghost").as_bytes()),
+        }
+        let path = CString::new(path).map_err(unusable)?;
+        let Failed { step, errno } = match passing::open(&path, &parents, origin) {
+            Ok(object) => return Ok(object),
+            Err(Failed { step: Step::Make, errno: Errno::EEXIST }) => continue,
+            Err(failed) => failed,
+        };
+        return Err(match step {
+            Step::Parent(index) => FileError::Path {
+                action: "make the directory",
+                path: parents.get(index).map(|dir| to_path(dir.as_bytes()).to_owned()).unwrap_or_default(),
+                source: errno,
+            },
+            // With the suffix the name may be too long; a short one will do.
+            Step::Begin | Step::Make => FileError::path("make the deleted file", name)(errno),
+            Step::Open => FileError::path("open the deleted file made at", name)(errno),
+            Step::Remove => FileError::path("remove the name of the deleted file", name)(errno),
+        });
+    }
+    Err(FileError::path("find a free name for the deleted file", name)(Errno::EEXIST))
 }
 
 /// Writes the content.

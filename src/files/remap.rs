@@ -9,6 +9,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::CString,
     os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
 };
@@ -26,7 +27,10 @@ use super::{
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
-    sys::Errno,
+    sys::{
+        Errno,
+        passing::{self, Failed, Origin, Step},
+    },
 };
 
 /// What is remembered of remapped files while a tree is dumped.
@@ -272,12 +276,13 @@ fn open_link(cx: &mut RestoreCx<'_>, name: &[u8], remap_id: u32) -> Result<Owned
     let link = cx.state::<RestoreRemaps>().links.get(&remap_id).cloned().unwrap_or_default();
     let object = look_up(&link, true)?;
     cx.state::<RestoreRemaps>().used_links.push(to_path(&link).to_owned());
-    let renamed = linkat(AT_FDCWD, to_path(&link), AT_FDCWD, to_path(name), AtFlags::empty()).is_ok();
-    if !renamed {
-        return Ok(object);
+    let unusable = |_| FileError::path("use", name)(Errno::EINVAL);
+    let (from, to) = (CString::new(link).map_err(unusable)?, CString::new(name).map_err(unusable)?);
+    match passing::open(&to, &[], Origin::HardLink(&from)) {
+        Ok(object) => Ok(object),
+        Err(Failed { step: Step::Remove, errno }) => Err(FileError::path("remove", name)(errno)),
+        Err(Failed { step: Step::Open, errno }) => Err(FileError::path("open", name)(errno)),
+        // Somebody has the name, or its directory is gone.
+        Err(_) => Ok(object),
     }
-    let found = look_up(name, true);
-    std::fs::remove_file(to_path(name))
-        .map_err(|e| FileError::path("remove", name)(Errno::from_raw(e.raw_os_error().unwrap_or(0))))?;
-    found
 }

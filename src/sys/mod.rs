@@ -16,6 +16,7 @@ pub mod handle;
 pub mod kcmp;
 pub mod mapping;
 pub mod pagemap;
+pub mod passing;
 pub mod pidfd;
 pub mod pipe;
 pub mod pod;
