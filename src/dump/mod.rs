@@ -34,6 +34,7 @@ use crate::{
     files::FilesDump,
     finding::Finding,
     image::{DirStore, ImageKind, Store, TypedStore, pb},
+    interrupt,
     mem::{self, AddressSpace, MappedFile, MemoryDump, SharedMemory, VmaFiles},
     settings::{DumpSettings, Leave},
     stats::DumpStats,
@@ -101,7 +102,8 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     stats.memdump_time = memory.elapsed();
     collected.write_tasks(&tree, settings)?;
     tree.verify().context("the tree changed while it was frozen")?;
-    check()?;
+    // The time limit is for the collection: pages may take as long as they take.
+    interrupt::check()?;
     cpuinfo::write(store, settings.common.cpu_cap)?;
     write_inventory(store, &mut collected.ids)?;
     if let Some(root) = tree.processes.first() {

@@ -19,6 +19,7 @@ use nix::sys::uio::pwritev;
 use super::pagemap::{PagemapWriter, Run};
 use super::{PAGE, PagesError};
 use crate::image::PagesSink;
+use crate::interrupt;
 use crate::sys::{Errno, process_vm};
 
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
@@ -308,6 +309,8 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
     fn work(&self, buffer: &mut Buffer, most: u64) -> Result<Progress, PagesError> {
         let mut stop = StopOthers(self, true);
         for _ in 0..most {
+            // Gigabytes may lie ahead, and the tree is frozen.
+            interrupt::check()?;
             let Some(number) = lock(&self.feed).next_chunk(&mut buffer.spans)? else {
                 stop.1 = false;
                 return Ok(Progress::Done);

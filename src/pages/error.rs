@@ -7,6 +7,9 @@ use crate::image::ImageError;
 /// Contents that cannot be copied, or a pagemap that cannot be believed.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
+    /// The user wants us to stop.
+    #[error(transparent)]
+    Interrupted(#[from] crate::interrupt::Interrupted),
     /// A page that is there cannot be read.
     #[error("read memory of {pid} at {addr:#x}")]
     Memory {
