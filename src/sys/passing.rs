@@ -229,9 +229,11 @@ mod tests {
             let (ended, held) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
             // SAFETY: the child does nothing but what is tested, and is killed.
             let pid = ret_int(unsafe { libc::fork() }).unwrap();
-            while pid == 0 {
-                let made = open(&path, &[], Origin::Regular);
-                let _ = nix::unistd::write(&held, &[u8::from(made.is_ok())]);
+            if pid == 0 {
+                loop {
+                    let made = open(&path, &[], Origin::Regular);
+                    let _ = nix::unistd::write(&held, &[u8::from(made.is_ok())]);
+                }
             }
             drop(held);
             let mut made = [0];
