@@ -113,8 +113,10 @@ pub trait Store: Send + Sync {
         Ok(())
     }
 
-    /// The restore has taken `len` bytes of image `name` from `offset` on and needs them no more.
-    fn taken(&self, _name: &str, _offset: u64, _len: u64) {}
+    /// Whether pages images are open for writing too, for the reader to punch holes where it has read.
+    fn consumed(&self) -> bool {
+        false
+    }
 }
 
 /// How far a restore has come.

@@ -27,6 +27,8 @@ pub(super) const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
 /// Bytes for which one more thread is worth its making.
 const FILL_SHARE: u64 = 32 << 20;
+/// Where what has been read is freed, it is freed in steps of this.
+const FREE_STEP: u64 = 32 << 20;
 /// Linux 6.13.
 const MADV_GUARD_INSTALL: u64 = 102;
 const PR_SET_MM: u64 = 35;
@@ -53,6 +55,8 @@ pub(super) struct Pages {
     /// Number of the image.
     pub(super) id: u32,
     pub(super) runs: Vec<Placed>,
+    /// What has been read is freed at once.
+    consumed: bool,
 }
 
 impl Pages {
@@ -81,7 +85,7 @@ impl Pages {
         }
         runs.retain(|r| r.run.flags & pagemap::PRESENT != 0);
         ensure!(file.is_some() || runs.is_empty(), "{} is missing", store.path_of(&name).display());
-        Ok(Self { file, id: pages_id, runs })
+        Ok(Self { file, id: pages_id, runs, consumed: store.consumed() })
     }
 
     /// Address after the last page.
@@ -455,7 +459,8 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
 fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
     let Some(file) = &pages.file else { return };
     let fd = file.as_raw_fd();
-    let load: Vec<Piece> = load.iter().flat_map(|piece| piece.in_parts(READ_MAX)).collect();
+    let most = if pages.consumed { FREE_STEP } else { READ_MAX };
+    let load: Vec<Piece> = load.iter().flat_map(|piece| piece.in_parts(most)).collect();
     let mut at = 0;
     while let Some(first) = load.get(at).copied() {
         let mut iov: Vec<u8> = Vec::new();
@@ -463,10 +468,7 @@ fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
         let mut count = 0;
         while let Some(piece) = load.get(at).copied() {
             let len = piece.end - piece.start;
-            if count == IOV_MAX
-                || piece.offset != first.offset + total
-                || (count > 0 && total + len > READ_MAX)
-            {
+            if count == IOV_MAX || piece.offset != first.offset + total || (count > 0 && total + len > most) {
                 break;
             }
             iov.extend_from_slice(&piece.start.to_ne_bytes());
@@ -482,6 +484,15 @@ fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
             &[fd.into(), iov.into(), count.into(), first.offset.into(), 0u64.into()],
             Want::Equal(total),
         );
+        if pages.consumed {
+            let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            list.call(
+                "fallocate(FALLOC_FL_PUNCH_HOLE)",
+                libc::SYS_fallocate,
+                &[fd.into(), how.into(), first.offset.into(), total.into()],
+                Want::Any,
+            );
+        }
     }
 }
 

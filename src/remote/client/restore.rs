@@ -119,7 +119,8 @@ impl Store for RemoteSnapshot {
             return Ok(None);
         }
         let failed = |failure| image_error("read", &self.path_of(name), failure);
-        let read = pb::ReadImage { name: name.to_owned(), generation: self.generation };
+        let consume = self.consumed() && name.starts_with("pages-");
+        let read = pb::ReadImage { name: name.to_owned(), generation: self.generation, consume };
         let packets = self.session.packets();
         let (reply, mut fds) =
             packets.ask(local_request::What::ReadImage(read), &[], PATIENCE).map_err(failed)?;
@@ -176,12 +177,7 @@ impl Store for RemoteSnapshot {
         }
     }
 
-    fn taken(&self, name: &str, offset: u64, len: u64) {
-        if self.session.free {
-            let range = pb::FreeRange { name: name.to_owned(), offset, len };
-            let until = Instant::now() + PATIENCE;
-            // Not said, the bytes stay until the end: no more than that.
-            let _ = self.session.packets().send(local_request::What::FreeRange(range), &[], until);
-        }
+    fn consumed(&self) -> bool {
+        self.session.free && self.generation == 0
     }
 }
