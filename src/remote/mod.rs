@@ -16,6 +16,7 @@
 pub mod client;
 pub mod local;
 pub mod name;
+pub mod net;
 pub mod poll;
 pub mod wire;
 

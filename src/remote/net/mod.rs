@@ -1,0 +1,315 @@
+//! A connection between hosts, plain or with TLS, that never blocks.
+//!
+//! [`Stream`] moves bytes and knows nothing of frames. [`connect`] makes one, [`listen`] waits for one. A stream
+//! with TLS looks the same; only its interest in the socket is not that of its user: see [`Stream::interest`].
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    self, AddressFamily, MsgFlags, SockType, SockaddrLike as _, SockaddrStorage, getsockname, setsockopt,
+    sockopt,
+};
+
+use super::poll::Interest;
+use super::{Failure, pb::FailCode};
+use crate::interrupt;
+
+/// How long a signal may go unseen.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A connection that cannot be had, or was lost.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum NetError {
+    #[error("descriptor {fd} given with --ps-socket: {why}")]
+    Given { fd: RawFd, why: &'static str },
+    #[error("{what} {peer}: {}", plainly(source))]
+    Io { what: &'static str, peer: String, source: io::Error },
+    #[error("{peer}: the connection was closed")]
+    Closed { peer: String },
+    #[error("{peer}: nothing moved for {} s", patience.as_secs_f32())]
+    Silent { peer: String, patience: Duration },
+    #[error(transparent)]
+    Interrupted(#[from] interrupt::Interrupted),
+}
+
+/// What an error says, without the number that std puts behind it.
+fn plainly(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(number) => Errno::from_raw(number).desc().to_owned(),
+        None => error.to_string(),
+    }
+}
+
+impl From<NetError> for Failure {
+    fn from(error: NetError) -> Self {
+        let code = match error {
+            NetError::Silent { .. } => FailCode::FailTimeout,
+            NetError::Interrupted(_) => FailCode::FailAborted,
+            _ => FailCode::FailLost,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+/// One connection. Nothing about it blocks, but for the methods whose names end in `within`.
+#[derive(Debug)]
+pub struct Stream {
+    fd: OwnedFd,
+    /// For messages.
+    peer: String,
+}
+
+impl Stream {
+    /// A connection that was accepted or made. `silence` is the longest time the kernel goes on sending without
+    /// hearing from the other side.
+    pub fn new(fd: OwnedFd, peer: String, silence: Duration) -> io::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        if matches!(family(&fd), Some(AddressFamily::Inet | AddressFamily::Inet6)) {
+            setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
+            setsockopt(&fd, sockopt::KeepAlive, &true)?;
+            let silence_ms = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
+            setsockopt(&fd, sockopt::TcpUserTimeout, &silence_ms)?;
+        }
+        Ok(Self { fd, peer })
+    }
+
+    /// The connection that the caller of this program handed over as descriptor `fd`.
+    pub fn given(fd: RawFd, silence: Duration) -> Result<Self, NetError> {
+        let bad = |why| NetError::Given { fd, why };
+        let owned = crate::sys::fd::dup(fd).map_err(|_| bad("it is not open"))?;
+        match socket::getsockopt(&owned, sockopt::SockType) {
+            Ok(SockType::Stream) => {}
+            Ok(_) => return Err(bad("it is a socket, but no stream")),
+            Err(_) => return Err(bad("it is no socket")),
+        }
+        if socket::getsockopt(&owned, sockopt::AcceptConn).unwrap_or(false) {
+            return Err(bad("it listens; an established connection is wanted"));
+        }
+        if socket::getpeername::<SockaddrStorage>(owned.as_raw_fd()).is_err() {
+            return Err(bad("it is not connected"));
+        }
+        // The number itself is of no use any more, and would keep the connection open.
+        drop(crate::sys::fd::adopt(fd));
+        let peer = peer_of(&owned);
+        Self::new(owned, peer.clone(), silence).map_err(|source| NetError::Io {
+            what: "connection to",
+            peer,
+            source,
+        })
+    }
+
+    /// The socket, to be watched.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// No TLS: bytes can be spliced.
+    pub fn is_plain(&self) -> bool {
+        true
+    }
+
+    /// The other side, for messages: "192.0.2.7:9996".
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// What must be watched besides what the user of the stream wants.
+    pub fn interest(&self) -> Interest {
+        Interest::NONE
+    }
+
+    /// Bytes have come that [`read`](Self::read) can give without the socket becoming readable. Who stops reading
+    /// before `WouldBlock` must ask this before it waits.
+    pub fn pending(&self) -> bool {
+        false
+    }
+
+    /// Bytes that have come; 0 at the orderly end. WouldBlock when there are none; UnexpectedEof when the
+    /// connection was cut.
+    pub fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        again(|| socket::recv(self.fd.as_raw_fd(), into, MsgFlags::empty()))
+    }
+
+    /// Takes some of `from`. WouldBlock when nothing can be taken now. What was taken is on its way, but for what
+    /// [`flush`](Self::flush) is for.
+    pub fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        again(|| socket::send(self.fd.as_raw_fd(), from, MsgFlags::MSG_NOSIGNAL))
+    }
+
+    /// As [`write`](Self::write), from several places.
+    pub fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
+        // UIO_MAXIOV: the kernel refuses more.
+        let from = from.get(..from.len().min(1024)).unwrap_or_default();
+        again(|| socket::sendmsg::<()>(self.fd.as_raw_fd(), from, &[], MsgFlags::MSG_NOSIGNAL, None))
+    }
+
+    /// Moves at most `len` bytes out of a pipe without looking at them; plain connections only (EOPNOTSUPP). 0
+    /// when the pipe has ended; WouldBlock when it is empty or the connection is full.
+    pub fn splice_from(&mut self, pipe: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+        if !self.is_plain() {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        again(|| splice(pipe, None, self.fd.as_fd(), None, len, flags))
+    }
+
+    /// Pushes what is still held back; true when nothing is.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    /// Says that nothing more will be written. The other side reads to an orderly end.
+    pub fn end(&mut self) -> io::Result<()> {
+        match socket::shutdown(self.fd.as_raw_fd(), socket::Shutdown::Write) {
+            Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until the socket is ready for what is wanted (and what [`interest`](Self::interest) adds), a signal
+    /// comes (an error then, if the process [watches](interrupt::watch)) or `until` has passed: nothing then.
+    pub fn wait(&self, want: Interest, until: Instant) -> Result<Interest, NetError> {
+        let want = want.and(self.interest());
+        if want.read && self.pending() {
+            return Ok(Interest::READ);
+        }
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::POLLIN, want.read);
+        flags.set(PollFlags::POLLOUT, want.write);
+        loop {
+            interrupt::check()?;
+            let left = until.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(self.fd.as_fd(), flags)];
+            let timeout = PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO);
+            match poll(&mut fds, timeout) {
+                Ok(0) if left.is_zero() => return Ok(Interest::NONE),
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => {
+                    let came = fds.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+                    let broken = PollFlags::POLLHUP | PollFlags::POLLERR;
+                    let ready = Interest {
+                        read: came.intersects(PollFlags::POLLIN | broken),
+                        write: came.intersects(PollFlags::POLLOUT | broken),
+                        edge: false,
+                    };
+                    return Ok(ready);
+                }
+                Err(source) => return Err(self.failed("wait for", source.into())),
+            }
+        }
+    }
+
+    /// Fills `into`, waiting; fails when nothing came for `patience`.
+    pub fn read_exact_within(&mut self, into: &mut [u8], patience: Duration) -> Result<(), NetError> {
+        let mut done = 0;
+        let mut until = Instant::now() + patience;
+        while let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.read(rest) {
+                Ok(0) => return Err(NetError::Closed { peer: self.peer.clone() }),
+                Ok(count) => {
+                    done += count;
+                    until = Instant::now() + patience;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.must_wait(Interest::READ, until, patience)?;
+                }
+                Err(source) => return Err(self.failed("read from", source)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all of `from`, waiting; fails when nothing could be sent for `patience`.
+    pub fn write_all_within(&mut self, from: &[u8], patience: Duration) -> Result<(), NetError> {
+        self.write_slices_within(&mut [IoSlice::new(from)], patience)
+    }
+
+    /// As [`write_all_within`](Self::write_all_within), from several places; the slices are used up.
+    pub fn write_slices_within(
+        &mut self,
+        from: &mut [IoSlice<'_>],
+        patience: Duration,
+    ) -> Result<(), NetError> {
+        let mut from = from;
+        // Takes the empty ones off the front.
+        IoSlice::advance_slices(&mut from, 0);
+        let mut until = Instant::now() + patience;
+        loop {
+            let step = if from.is_empty() {
+                match self.flush() {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => Err(io::ErrorKind::WouldBlock.into()),
+                    Err(error) => Err(error),
+                }
+            } else {
+                self.write_vectored(from)
+            };
+            match step {
+                Ok(count) => {
+                    IoSlice::advance_slices(&mut from, count);
+                    until = Instant::now() + patience;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.must_wait(Interest::WRITE, until, patience)?;
+                }
+                Err(source) => return Err(self.failed("send to", source)),
+            }
+        }
+    }
+
+    fn must_wait(&self, want: Interest, until: Instant, patience: Duration) -> Result<(), NetError> {
+        if self.wait(want, until)? == Interest::NONE {
+            return Err(NetError::Silent { peer: self.peer.clone(), patience });
+        }
+        Ok(())
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> NetError {
+        NetError::Io { what, peer: self.peer.clone(), source }
+    }
+}
+
+/// Repeats a call that a signal broke off.
+fn again<T>(mut call: impl FnMut() -> Result<T, Errno>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
+fn family(fd: &OwnedFd) -> Option<AddressFamily> {
+    getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok()?.family()
+}
+
+/// The other end of a socket, for messages.
+pub(crate) fn peer_of(fd: &OwnedFd) -> String {
+    match socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(address) => shown(&address),
+        Err(_) => "a connection that is gone".to_owned(),
+    }
+}
+
+/// An address as people write it.
+pub(crate) fn shown(address: &SockaddrStorage) -> String {
+    if let Some(v4) = address.as_sockaddr_in() {
+        return v4.to_string();
+    }
+    let Some(v6) = address.as_sockaddr_in6() else { return "a local socket".to_owned() };
+    let v6 = std::net::SocketAddrV6::from(*v6);
+    match v6.ip().to_ipv4_mapped() {
+        Some(v4) => format!("{v4}:{}", v6.port()),
+        None => v6.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
