@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 
 use super::super::{Failure, host, pb};
+use super::direct::Direct;
 use super::image_error;
 use super::packets::checked;
 use super::proxied::Proxied;
@@ -49,12 +50,7 @@ impl RemoteDump {
         let path = Path::new("remote:").join(&remote.snapshot);
         let link: Box<dyn super::link::Link> = match &remote.direct {
             None => Box::new(Proxied::open(&remote.work_dir, begin, remote.timeout)?),
-            Some(_) => {
-                return Err(Failure::new(
-                    pb::FailCode::FailInternal,
-                    "--address of a dump is not supported yet",
-                ));
-            }
+            Some(net) => Box::new(Direct::open(net, begin)?),
         };
         // Through a proxy it is the proxy's matter.
         let compress = remote.direct.is_none() || remote.compress;

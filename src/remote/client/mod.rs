@@ -5,12 +5,15 @@
 //! know or change is asked with [`control`]. Nothing here is needed by the daemons.
 
 pub mod control;
+mod direct;
 mod dump;
 mod link;
 mod packets;
 mod proxied;
 mod restore;
 mod sink;
+#[cfg(test)]
+mod tests;
 
 pub use dump::RemoteDump;
 pub use restore::RemoteSnapshot;

@@ -1,0 +1,531 @@
+//! The way without a proxy: the dump speaks to the cache itself.
+//!
+//! A second thread hears what the cache says and keeps the connection alive while the dump is busy elsewhere; it
+//! ends with the link. The last word is sent with a ping behind it: its answer proves that the word was taken. If
+//! the connection breaks before that, the word is said again over a new one (`Resume`).
+
+use std::fs::File;
+use std::io::{self, IoSlice, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::super::net::Stream;
+use super::super::pb::{self, FailCode};
+use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
+use super::super::{Failure, host};
+use super::link::Link;
+use super::packets::wait_for;
+use crate::interrupt;
+use crate::settings::NetSettings;
+
+/// The only stream of the connection.
+const STREAM: u32 = 1;
+/// How often the second thread looks around.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// One snapshot's way to the cache.
+#[derive(Debug)]
+pub(super) struct Direct {
+    shared: Arc<Shared>,
+    net: NetSettings,
+    name: String,
+    id: u64,
+    hearer: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    stream: Mutex<Stream>,
+    /// Its number, for waiting without holding it.
+    fd: OwnedFd,
+    peer: String,
+    /// Held while a frame is sent: frames do not mix.
+    frame: Mutex<()>,
+    heard: Mutex<Heard>,
+    news: Condvar,
+    over: AtomicBool,
+    /// Ends the second thread's wait.
+    wake: EventFd,
+    timeout: Duration,
+    features: u64,
+}
+
+/// What has come and gone.
+#[derive(Debug)]
+struct Heard {
+    prepared: Option<pb::Prepared>,
+    restored: Option<pb::Restored>,
+    failed: Option<Failure>,
+    last_heard: Instant,
+    last_sent: Instant,
+    pings: u64,
+    pongs: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Draws the identity of a snapshot; never 0.
+fn draw() -> u64 {
+    let mut bytes = [0; 8];
+    let drawn = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    drawn.map_or(0, |()| u64::from_ne_bytes(bytes)).max(1)
+}
+
+fn lost(peer: &str, e: &io::Error) -> Failure {
+    let code = match e.kind() {
+        io::ErrorKind::TimedOut => FailCode::FailTimeout,
+        _ => FailCode::FailLost,
+    };
+    Failure::new(code, format!("connection to {peer}: {e}"))
+}
+
+fn connect(net: &NetSettings, until: Instant) -> io::Result<Stream> {
+    use std::net::ToSocketAddrs;
+    let host = net.address.as_deref().unwrap_or("localhost");
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for address in (host, net.port).to_socket_addrs()? {
+        match std::net::TcpStream::connect_timeout(&address, until.saturating_duration_since(Instant::now()))
+        {
+            Ok(stream) => return Stream::new(stream.into(), address.to_string(), net.timeout),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+impl Shared {
+    /// Connects and agrees on a version.
+    fn connect(net: &NetSettings) -> Result<Self, Failure> {
+        let failed = |e: &dyn std::fmt::Display| Failure::new(FailCode::FailLost, e.to_string());
+        let until = Instant::now() + net.timeout;
+        let stream = connect(net, until).map_err(|e| failed(&e))?;
+        let peer = stream.peer().to_owned();
+        let fd = stream.fd().try_clone_to_owned().map_err(|e| failed(&e))?;
+        let now = Instant::now();
+        let heard = Heard {
+            prepared: None,
+            restored: None,
+            failed: None,
+            last_heard: now,
+            last_sent: now,
+            pings: 0,
+            pongs: 0,
+        };
+        let mut shared = Self {
+            stream: Mutex::new(stream),
+            fd,
+            peer,
+            frame: Mutex::default(),
+            heard: Mutex::new(heard),
+            news: Condvar::new(),
+            over: AtomicBool::new(false),
+            wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(|e| failed(&e))?,
+            timeout: net.timeout,
+            features: 0,
+        };
+        let hello = pb::Hello {
+            version: wire::VERSION,
+            features: FEATURE_LZ4,
+            software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
+            host: host(),
+            timeout_ms: u32::try_from(net.timeout.as_millis()).unwrap_or(u32::MAX),
+        };
+        let hello = wire::frame(Kind::Hello, 0, 0, &hello);
+        shared.send(&mut [IoSlice::new(&MAGIC), IoSlice::new(&hello)])?;
+        shared.features = shared.hello(Instant::now() + net.timeout)?.features;
+        Ok(shared)
+    }
+
+    /// Reads what the cache says first.
+    fn hello(&self, until: Instant) -> Result<pb::Hello, Failure> {
+        let mut magic = [0; MAGIC.len()];
+        self.read_exact(&mut magic, until)?;
+        if magic != MAGIC {
+            let text = format!("{} is no image-cache: it answers with other bytes", self.peer);
+            return Err(Failure::new(FailCode::FailProtocol, text));
+        }
+        let mut header = [0; HEADER];
+        self.read_exact(&mut header, until)?;
+        let header = Header::decode(&header)?;
+        let mut payload = vec![0; header.len.min(MAX_MESSAGE) as usize];
+        self.read_exact(&mut payload, until)?;
+        match header.kind {
+            Kind::Hello => {
+                let hello: pb::Hello = wire::message(&header, &payload)?;
+                if hello.version == 0 || hello.version > wire::VERSION {
+                    let text = format!("{} speaks version {} only", self.peer, hello.version);
+                    return Err(Failure::new(FailCode::FailVersion, text));
+                }
+                Ok(hello)
+            }
+            Kind::Failed => Err(wire::message::<pb::Failed>(&header, &payload)?.into()),
+            other => {
+                let text = format!("{} began with {other:?}", self.peer);
+                Err(Failure::new(FailCode::FailProtocol, text))
+            }
+        }
+    }
+
+    fn read_exact(&self, mut into: &mut [u8], until: Instant) -> Result<(), Failure> {
+        while !into.is_empty() {
+            let got = lock(&self.stream).read(into);
+            match got {
+                Ok(0) => return Err(lost(&self.peer, &io::ErrorKind::UnexpectedEof.into())),
+                Ok(n) => into = into.get_mut(n..).unwrap_or_default(),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+                    if !wait_for(&mut fds, until)? {
+                        let text = format!("{} accepts the connection and says nothing", self.peer);
+                        return Err(Failure::new(FailCode::FailTimeout, text));
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(lost(&self.peer, &e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Why the snapshot is refused or lost, if it is.
+    fn failure(&self) -> Result<(), Failure> {
+        lock(&self.heard).failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn fail(&self, failure: Failure) {
+        lock(&self.heard).failed.get_or_insert(failure);
+        self.news.notify_all();
+    }
+
+    /// Sends whole frames.
+    fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
+        let _frame = lock(&self.frame);
+        self.send_held(frames)
+    }
+
+    /// With `frame` held.
+    fn send_held(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
+        let patience = self.timeout * 3;
+        let (mut left, mut until) = (frames, Instant::now() + patience);
+        loop {
+            self.failure()?;
+            let done = {
+                let mut stream = lock(&self.stream);
+                if left.is_empty() {
+                    stream.flush().map(|flushed| flushed.then_some(0))
+                } else {
+                    stream.write_vectored(left).map(Some)
+                }
+            };
+            match done {
+                Ok(Some(0)) if left.is_empty() => {
+                    lock(&self.heard).last_sent = Instant::now();
+                    return Ok(());
+                }
+                Ok(Some(written)) if written > 0 => {
+                    IoSlice::advance_slices(&mut left, written);
+                    until = Instant::now() + patience;
+                    continue;
+                }
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => {
+                    // What the cache said last tells more than that it is gone.
+                    self.listen();
+                    self.failure()?;
+                    return Err(lost(&self.peer, &e));
+                }
+            }
+            let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
+            if !wait_for(&mut fds, until.min(Instant::now() + LOOK))? && Instant::now() > until {
+                let text = format!("{} takes nothing any more", self.peer);
+                return Err(Failure::new(FailCode::FailTimeout, text));
+            }
+        }
+    }
+
+    /// Takes what has come, as far as it is complete.
+    fn listen(&self) {
+        // Only the hearer keeps parts of frames; here it is about a last whole one.
+        let mut parser = Parser::default();
+        let _ = self.hear(&mut parser);
+    }
+
+    /// Reads until nothing is left; false at the end of the connection.
+    fn hear(&self, parser: &mut Parser) -> Result<bool, Failure> {
+        let mut piece = [0; 4096];
+        loop {
+            let got = lock(&self.stream).read(&mut piece);
+            match got {
+                Ok(0) => return Ok(false),
+                Ok(n) => {
+                    lock(&self.heard).last_heard = Instant::now();
+                    parser.bytes.extend_from_slice(piece.get(..n).unwrap_or_default());
+                    while let Some((header, payload)) = parser.next()? {
+                        self.take(&header, &payload)?;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(lost(&self.peer, &e)),
+            }
+        }
+    }
+
+    fn take(&self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+        let mut heard = lock(&self.heard);
+        match header.kind {
+            Kind::Prepared => heard.prepared = Some(wire::message(header, payload)?),
+            Kind::Restored => heard.restored = Some(wire::message(header, payload)?),
+            Kind::Failed => {
+                let failed: pb::Failed = wire::message(header, payload)?;
+                heard.failed.get_or_insert(failed.into());
+            }
+            Kind::Pong => heard.pongs += 1,
+            // What is sent anyway answers it.
+            Kind::Ping => {
+                heard.last_sent = heard.last_sent.checked_sub(self.timeout).unwrap_or(heard.last_sent)
+            }
+            other => {
+                let text = format!("{} sent {other:?}, which only a source sends", self.peer);
+                return Err(Failure::new(FailCode::FailProtocol, text));
+            }
+        }
+        drop(heard);
+        self.news.notify_all();
+        Ok(())
+    }
+
+    /// The second thread.
+    fn keep(&self) {
+        let mut parser = Parser::default();
+        while !self.over.load(Ordering::Acquire) {
+            let mut fds = [
+                PollFd::new(self.fd.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            ];
+            let wait = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
+            if poll(&mut fds, wait).unwrap_or(0) > 0 {
+                match self.hear(&mut parser) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        let text = format!("{} closed the connection", self.peer);
+                        return self.fail(Failure::new(FailCode::FailLost, text));
+                    }
+                    Err(failure) => return self.fail(failure),
+                }
+            }
+            let (idle, silent, waiting) = {
+                let heard = lock(&self.heard);
+                (heard.last_sent.elapsed(), heard.last_heard.elapsed(), heard.pings > heard.pongs)
+            };
+            // Nobody pings while frames are being sent: they say as much, and may wait for a full cache.
+            if idle > self.timeout / 3
+                && let Ok(_frame) = self.frame.try_lock()
+            {
+                if waiting && silent > self.timeout {
+                    let text = format!("{} has said nothing for {} s", self.peer, silent.as_secs());
+                    return self.fail(Failure::new(FailCode::FailTimeout, text));
+                }
+                if let Err(failure) = self.ping_held() {
+                    return self.fail(failure);
+                }
+            }
+        }
+    }
+
+    fn ping_held(&self) -> Result<(), Failure> {
+        lock(&self.heard).pings += 1;
+        let ping = wire::bare(Kind::Ping, 0, 0, 0);
+        self.send_held(&mut [IoSlice::new(&ping)])
+    }
+
+    /// Waits until `found` finds what it looks for.
+    fn wait<T>(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut found: impl FnMut(&mut Heard) -> Option<T>,
+    ) -> Result<T, Failure> {
+        let until = Instant::now() + patience;
+        let mut heard = lock(&self.heard);
+        loop {
+            if let Some(found) = found(&mut heard) {
+                return Ok(found);
+            }
+            if let Some(failure) = &heard.failed {
+                return Err(failure.clone());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let text = format!("{} did not {what} within {} s", self.peer, patience.as_secs());
+                return Err(Failure::new(FailCode::FailTimeout, text));
+            }
+            heard = self.news.wait_timeout(heard, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
+            if let Err(e) = interrupt::check() {
+                return Err(Failure::new(FailCode::FailAborted, e.to_string()));
+            }
+        }
+    }
+}
+
+/// Frames out of bytes.
+#[derive(Debug, Default)]
+struct Parser {
+    bytes: Vec<u8>,
+}
+
+impl Parser {
+    fn next(&mut self) -> Result<Option<(Header, Vec<u8>)>, Failure> {
+        let Some(header) = self.bytes.first_chunk::<HEADER>() else { return Ok(None) };
+        let header = Header::decode(header)?;
+        let end = HEADER + header.len as usize;
+        if header.len > MAX_MESSAGE {
+            return Err(Failure::new(FailCode::FailProtocol, "a message longer than any of a cache"));
+        }
+        let Some(payload) = self.bytes.get(HEADER..end) else { return Ok(None) };
+        let payload = payload.to_vec();
+        self.bytes.drain(..end);
+        Ok(Some((header, payload)))
+    }
+}
+
+impl Direct {
+    /// Connects and opens the snapshot. A refusal may come as late as its first image.
+    pub(super) fn open(net: &NetSettings, begin: pb::SnapshotBegin) -> Result<Self, Failure> {
+        let id = draw();
+        let begin = pb::SnapshotBegin { id, ..begin };
+        let name = begin.name.clone();
+        let shared = Arc::new(Shared::connect(net)?);
+        let frame = wire::frame(Kind::SnapshotBegin, STREAM, 0, &begin);
+        let of_thread = shared.clone();
+        let hearer = std::thread::Builder::new()
+            .name("cache".to_owned())
+            .spawn(move || of_thread.keep())
+            .map_err(|e| Failure::new(FailCode::FailInternal, format!("thread: {e}")))?;
+        let direct = Self { shared, net: net.clone(), name, id, hearer: Some(hearer) };
+        // The answer to the ping proves that the name is accepted, before anything is frozen.
+        let shared = &direct.shared;
+        {
+            let _frame = lock(&shared.frame);
+            shared.send_held(&mut [IoSlice::new(&frame)])?;
+            shared.ping_held()?;
+        }
+        direct.answered()?;
+        Ok(direct)
+    }
+
+    /// Waits until everything sent so far has been taken.
+    fn answered(&self) -> Result<(), Failure> {
+        self.shared.wait(self.net.timeout, "answer", |heard| (heard.pongs >= heard.pings).then_some(()))?;
+        // A refusal comes before the answer to the ping behind what is refused.
+        self.shared.failure()
+    }
+
+    fn word(&self, frame: &[u8]) -> Result<(), Failure> {
+        {
+            let _frame = lock(&self.shared.frame);
+            self.shared.send_held(&mut [IoSlice::new(frame)])?;
+            self.shared.ping_held()?;
+        }
+        self.answered()
+    }
+
+    /// Says the last word over a new connection.
+    fn resume(&self, verdict: pb::resume::Verdict) -> Result<(), Failure> {
+        let shared = Shared::connect(&self.net)?;
+        let resume = pb::Resume { name: self.name.clone(), id: self.id, verdict: Some(verdict) };
+        let frame = wire::frame(Kind::Resume, STREAM, 0, &resume);
+        shared.send(&mut [IoSlice::new(&frame)])?;
+        let until = Instant::now() + self.net.timeout;
+        let mut parser = Parser::default();
+        loop {
+            let open = shared.hear(&mut parser)?;
+            let heard = lock(&shared.heard);
+            if heard.prepared.is_some() || heard.restored.is_some() {
+                return Ok(());
+            }
+            if let Some(failure) = &heard.failed {
+                return Err(failure.clone());
+            }
+            drop(heard);
+            let mut fds = [PollFd::new(shared.fd.as_fd(), PollFlags::POLLIN)];
+            if !open || !wait_for(&mut fds, until)? {
+                return Err(Failure::new(FailCode::FailTimeout, format!("{} does not answer", shared.peer)));
+            }
+        }
+    }
+}
+
+impl Link for Direct {
+    fn stream(&self) -> u32 {
+        STREAM
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.features
+    }
+
+    fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
+        self.shared.send(frames)
+    }
+
+    fn prepared(&self) -> Result<pb::Prepared, Failure> {
+        // As long as the connection lives; the hearer notices when it does not.
+        self.shared.wait(self.net.timeout * 3, "confirm the snapshot", |heard| heard.prepared)
+    }
+
+    fn guard(&self, _root: BorrowedFd<'_>) -> Result<(), Failure> {
+        // Nobody of ours outlives this process.
+        Ok(())
+    }
+
+    fn confirm(&self, survives: bool) -> Result<(), Failure> {
+        let confirm = pb::Confirm { survives };
+        match self.word(&wire::frame(Kind::Confirm, STREAM, 0, &confirm)) {
+            Ok(()) => Ok(()),
+            Err(failure) => {
+                tracing::warn!("{failure}; saying it again over a new connection");
+                self.resume(pb::resume::Verdict::Confirm(confirm))
+            }
+        }
+    }
+
+    fn abort(&self, reason: &str) {
+        let abort = pb::Abort { reason: reason.to_owned() };
+        // Lost, the cache hears of it from the end of the connection; after a commit it is in doubt there.
+        if let Err(failure) = self.word(&wire::frame(Kind::Abort, STREAM, 0, &abort)) {
+            tracing::debug!("{failure}");
+            if lock(&self.shared.heard).prepared.is_some()
+                && let Err(failure) = self.resume(pb::resume::Verdict::Abort(abort))
+            {
+                tracing::warn!(
+                    "the tree runs on here, but the cache could not be told: {failure}; drop it there"
+                );
+            }
+        }
+    }
+
+    fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
+        self.shared.wait(patience, "report a restore", |heard| heard.restored.clone())
+    }
+}
+
+impl Drop for Direct {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Release);
+        let _ = self.shared.wake.write(1);
+        if let Some(hearer) = self.hearer.take() {
+            let _ = hearer.join();
+        }
+    }
+}
