@@ -37,6 +37,8 @@ static CASES: &[Case] = &[
     ("scripts", scripts),
     ("script_fails_dump", script_fails_dump),
     ("script_fails_restore", script_fails_restore),
+    ("root_killed_in_dump", root_killed_in_dump),
+    ("root_killed_in_restore", root_killed_in_restore),
     ("interrupted_dump", interrupted_dump),
     ("interrupted_restore", interrupted_restore),
     ("pidfile_fails", pidfile_fails),
@@ -145,6 +147,12 @@ impl Work {
     fn saved(&self) {
         ok(&self.dump(&[]));
         wait_for("the pid to be free", || self.stat().is_none());
+    }
+
+    /// Every thread that has an image.
+    fn tasks(&self) -> Vec<i32> {
+        let names = fs::read_dir(self.path("images")).expect("images").flatten().map(|e| e.file_name());
+        names.filter_map(|n| n.to_str()?.strip_prefix("core-")?.strip_suffix(".img")?.parse().ok()).collect()
     }
 
     /// An action script of the workload's directory, absolute; written by a shell, so that no descriptor of ours keeps it
@@ -334,6 +342,40 @@ fn script_fails_restore(work: &Work) {
     let out = work.crtool(&["restore", "-d", "--action-script", &script]);
     ok(&out);
     assert!(err(&out).starts_with("Warn "), "{}", err(&out));
+    work.moves();
+}
+
+/// Too late to fail as if nothing had been done: the images are there.
+fn root_killed_in_dump(work: &Work) {
+    let script = work.script("test $CRTOOLS_SCRIPT_ACTION != post-dump || kill -9 $CRTOOLS_INIT_PID");
+    for leave in ["-R", "-s"] {
+        let out = work.dump(&[leave, "--action-script", &script]);
+        let said = err(&out);
+        assert_eq!(out.status.code(), Some(2), "{leave}: {said}");
+        assert!(said.contains("the images are complete"), "{leave}: {said}");
+        if leave == "-s" {
+            for pid in work.tasks() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+            }
+        }
+        // The shell's child, if it had one, ends by itself.
+        let tasks = work.tasks();
+        wait_for("the pids to be free", || {
+            tasks.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+        });
+        ok(&work.crtool(&["restore", "-d"]));
+        work.moves();
+    }
+}
+
+/// Nothing has run yet: nothing is left.
+fn root_killed_in_restore(work: &Work) {
+    work.saved();
+    let script = work.script("test $CRTOOLS_SCRIPT_ACTION != pre-resume || kill -9 $CRTOOLS_INIT_PID");
+    failed(&work.crtool(&["restore", "-d", "--action-script", &script]), "release of thread");
+    work.rests();
+    assert!(!work.alive());
+    ok(&work.crtool(&["restore", "-d"]));
     work.moves();
 }
 

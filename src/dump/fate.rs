@@ -2,20 +2,25 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::{
     Unconfirmed,
     tree::{State, Tree},
 };
 use crate::{
+    exit::Incomplete,
     proc::stat,
     settings::Leave,
-    sys::{Errno, task, wait},
+    sys::{Errno, ptrace, task, wait},
+    tracee::{Deputy, Thread},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
 const REAP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What holds whatever goes wrong here.
+const SAFE: Incomplete = Incomplete("the images are complete");
 
 /// Kills the tree, or lets it go on running or stopped. `told` is called when it is certain which (with whether
 /// the tree goes on): a killed tree runs no instruction any more, but its tasks need not be reaped yet.
@@ -24,42 +29,79 @@ pub(super) fn decide(tree: Tree, leave: Leave, told: &dyn Fn(bool) -> Result<()>
         Leave::Killed => kill(tree, told),
         Leave::Running => {
             told(true)?;
-            let_go(tree)
+            let_go(tree, None)
         }
         Leave::Stopped => {
             told(true)?;
+            let mut failed = None;
             for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
-                task::kill(process.pid, libc::SIGSTOP)
-                    .with_context(|| format!("stop of task {}", process.pid))?;
+                if let Err(e) = task::kill(process.pid, libc::SIGSTOP) {
+                    failed.get_or_insert(anyhow!(e).context(format!("stop of task {}", process.pid)));
+                }
             }
-            let_go(tree)
+            let_go(tree, failed)
         }
     }
 }
 
-fn let_go(tree: Tree) -> Result<()> {
+/// Lets everybody go, also when that fails for one; `failed` is what went wrong before.
+fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
     // Children before parents, so that nobody misses what a child does first.
     for process in tree.processes.into_iter().rev() {
         for thread in process.threads {
-            thread.stopped.detach()?;
-        }
-    }
-    Ok(())
-}
-
-fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
-    let mut pids = Vec::new();
-    for process in &tree.processes {
-        if !matches!(process.state, State::Zombie(_)) {
-            match task::kill(process.pid, libc::SIGKILL) {
-                Ok(()) | Err(Errno::ESRCH) => {}
-                Err(e) => return Err(e).with_context(|| format!("kill of task {}", process.pid)),
+            if let Err(e) = thread.stopped.detach() {
+                failed.get_or_insert(anyhow!(e).context(format!("release of task {}", process.pid)));
             }
         }
-        pids.push((process.pid, process.starttime));
+    }
+    failed.map_or(Ok(()), |e| Err(e.context(SAFE)))
+}
+
+/// Kills everybody, the root first: when it is dead or about to die, so is the whole tree.
+fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+    let alive = || tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_)));
+    // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
+    let pids: Vec<i32> = alive().map(|p| p.pid).collect();
+    let mut deputy = match Deputy::appoint(&pids) {
+        Ok(deputy) => Some(deputy),
+        Err(error) => {
+            tracing::warn!("if crtool is killed now, a part of the tree runs on: {:#}", anyhow!(error));
+            None
+        }
+    };
+    // One thread of each process first, which is enough for all of them.
+    let leaders = alive().flat_map(|p| p.threads.first());
+    for tid in leaders.chain(alive().flat_map(|p| p.threads.iter().skip(1))).map(Thread::tid) {
+        match ptrace::set_options(tid, ptrace::O_EXITKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => tracing::warn!("thread {tid} would outlive crtool if it were killed now: {e}"),
+        }
+    }
+    let mut failed = None;
+    for pid in &pids {
+        match task::kill(*pid, libc::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => {
+                failed.get_or_insert(anyhow!(e).context(format!("kill of task {pid}")));
+            }
+        }
+    }
+    // Before somebody else may have these pids.
+    if let Some(deputy) = &mut deputy {
+        deputy.dismiss();
+    }
+    if let Some(error) = failed {
+        return Err(error.context(SAFE));
     }
     // Every moment until the destination may go on is one in which nobody is served.
     let told = told(false).context(Unconfirmed);
+    reap(tree);
+    told
+}
+
+/// Takes the end of everybody, and waits a while for their parents to do so.
+fn reap(tree: Tree) {
+    let mut pids: Vec<(i32, u64)> = tree.processes.iter().map(|p| (p.pid, p.starttime)).collect();
     // As their tracer we are told first; only then are their parents.
     for process in tree.processes.into_iter().rev() {
         let mut threads = process.threads;
@@ -79,21 +121,21 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     let mut pause = Duration::from_micros(50);
     loop {
         pids.retain(|(pid, start)| read_stat(*pid).is_some_and(|s| s.starttime == *start));
-        let Some((pid, _)) = pids.first().copied() else { return told };
+        let Some((pid, _)) = pids.first().copied() else { return };
         if Instant::now() > deadline {
             let parent = read_stat(pid).map_or(0, |s| s.ppid);
             let name =
                 read_stat(parent).map(|s| String::from_utf8_lossy(&s.comm).into_owned()).unwrap_or_default();
             if pids.len() == 1 {
                 tracing::warn!("pid {pid} is still in use: its parent {parent} ({name}) has not reaped it");
-                return told;
+                return;
             }
             let rest: Vec<String> = pids.iter().map(|(p, _)| p.to_string()).collect();
             tracing::warn!(
                 "pids {} are still in use: {parent} ({name}) has not reaped {pid}",
                 rest.join(" ")
             );
-            return told;
+            return;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(5));

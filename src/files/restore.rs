@@ -62,7 +62,11 @@ pub struct FilesRestore<'a> {
 
 impl<'a> FilesRestore<'a> {
     /// Reads and checks all images of files; opens nothing.
-    pub fn read(store: &'a dyn Store, settings: &'a RestoreSettings) -> Result<Self, FileError> {
+    pub fn read(
+        store: &'a dyn Store,
+        settings: &'a RestoreSettings,
+        tables_of_tasks: &HashSet<u32>,
+    ) -> Result<Self, FileError> {
         let entries: Vec<pb::FileEntry> = store.read_all(ImageKind::Files, None)?;
         let mut cx = RestoreCx::new(store, settings);
         remap::read(&mut cx, &entries)?;
@@ -86,7 +90,10 @@ impl<'a> FilesRestore<'a> {
         for name in store.names()? {
             let Some((ImageKind::Fdinfo, Some(id))) = ImageKind::by_file_name(&name) else { continue };
             let files_id = u32::try_from(id).map_err(|_| FileError::entry(0, "a files id is too large"))?;
-            tables.insert(files_id, read_table(store, files_id, &files)?);
+            // The others are of an older snapshot in the same place, which had more tasks.
+            if tables_of_tasks.contains(&files_id) {
+                tables.insert(files_id, read_table(store, files_id, &files)?);
+            }
         }
         Ok(Self {
             cx,

@@ -59,7 +59,7 @@ impl Cycle {
 
     /// Opens what was dumped, by the numbers it had.
     pub(super) fn restore(&self) -> Result<BTreeMap<i32, OwnedFd>, FileError> {
-        let mut files = FilesRestore::read(&self.store as &dyn Store, &self.restore)?;
+        let mut files = FilesRestore::read(&self.store as &dyn Store, &self.restore, &[TABLE].into())?;
         files.open_early()?;
         files.open_late()?;
         files.before_resume()?;
@@ -473,6 +473,8 @@ fn crafted_images_are_refused() {
         .write_all(ImageKind::Files, None, &[reg(1, path.as_os_str().as_bytes(), flags, None)])
         .unwrap();
     cycle.store.write_all(ImageKind::Fdinfo, u64::from(TABLE), &[fd(1, 3)]).unwrap();
+    // What an older snapshot has left is not looked at.
+    cycle.store.write_all(ImageKind::Fdinfo, u64::from(TABLE + 1), &[fd(7, 3)]).unwrap();
     cycle.restore().unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"kept");
 }

@@ -36,6 +36,7 @@ use self::{
 use crate::{
     action::{self, Action},
     cpuinfo,
+    exit::Incomplete,
     files::FilesRestore,
     image::{DirStore, ImageKind, Outcome, Store, pb},
     interrupt,
@@ -49,7 +50,7 @@ use crate::{
         pidfd, ptrace, rseq, ticker,
     },
     task,
-    tracee::{Area, List, Op, Placed, RemoteAddr, Want},
+    tracee::{Area, Deputy, List, Op, Placed, RemoteAddr, Want},
 };
 
 /// Room for lists: sparse, only what is written takes memory.
@@ -89,7 +90,8 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     let images = Images::read(store)?;
     cpuinfo::check(store, settings.common.cpu_cap)?;
     let births = plan_births(&images, settings)?;
-    let mut files = FilesRestore::read(store, settings)?;
+    let tables = images.tasks.iter().map(|t| t.ids.files_id).collect();
+    let mut files = FilesRestore::read(store, settings, &tables)?;
     files.open_early()?;
     let mut cast = Cast::plan(store, &images, births, files)?;
     pids_are_free(&images)?;
@@ -114,7 +116,8 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     interrupt::check()?;
     let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
     store.report(Outcome::Starting(running.as_fd()))?;
-    cast.hand_over(settings.leave_stopped)?;
+    cast.commit()?;
+    let let_go = cast.let_go(settings.leave_stopped);
     if let Err(error) = store.report(Outcome::Running(root.as_raw())) {
         tracing::warn!("the tree runs, but that could not be reported: {:#}", anyhow!(error));
     }
@@ -132,6 +135,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     if let Err(error) = action::run(scripts, Action::PostResume, Some(root)) {
         tracing::warn!("{:#}", anyhow!(error));
     }
+    let_go.context(Incomplete("the tree is restored"))?;
     Ok(Restored { root, stats })
 }
 
@@ -538,29 +542,37 @@ impl<'i> Cast<'i> {
         self.stage.stop_process(&task.tids, wanted)
     }
 
-    /// Lets all go.
-    fn hand_over(&mut self, stop_all: bool) -> Result<()> {
-        let alive = || self.images.tasks.iter().filter(|t| !t.is_zombie());
-        // Without EXITKILL first: whatever happens to us from here on, nobody is killed.
-        for tid in alive().flat_map(|t| &t.tids) {
+    /// The last thing that can fail. Killed before its end, crtool leaves nothing of the tree; killed after it, or with
+    /// whatever else goes wrong then, all of it.
+    fn commit(&mut self) -> Result<()> {
+        let pids: Vec<i32> = self.alive().map(|t| t.pid).collect();
+        let deputy = Deputy::appoint(&pids);
+        for tid in self.alive().flat_map(|t| &t.tids) {
             ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
         }
+        match deputy {
+            Ok(mut deputy) => deputy.dismiss(),
+            Err(error) => tracing::debug!("{:#}", anyhow!(error)),
+        }
         self.stage.release();
-        for task in alive().filter(|t| stop_all && t.state != State::Stopped) {
-            crate::sys::task::kill(task.pid, libc::SIGSTOP)?;
-        }
+        Ok(())
+    }
+
+    /// Lets everybody go, also when that fails for one.
+    fn let_go(&self, stop_all: bool) -> Result<()> {
         let mut failed = None;
-        for tid in alive().flat_map(|t| t.tids.iter().rev()) {
-            if let Err(e) = ptrace::detach(*tid, 0)
-                && e != Errno::ESRCH
-            {
-                failed.get_or_insert((*tid, e));
-            }
+        let mut note = |result: Result<(), Errno>, what: &str, id: i32| match result {
+            // It was killed meanwhile: its own affair.
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(e) => drop(failed.get_or_insert_with(|| anyhow!(e).context(format!("{what} {id}")))),
+        };
+        for task in self.alive().filter(|t| stop_all && t.state != State::Stopped) {
+            note(crate::sys::task::kill(task.pid, libc::SIGSTOP), "stop of task", task.pid);
         }
-        match failed {
-            Some((tid, e)) => Err(anyhow!(e).context(format!("detach of thread {tid}"))),
-            None => Ok(()),
+        for tid in self.alive().flat_map(|t| t.tids.iter().rev()) {
+            note(ptrace::detach(*tid, 0), "detach of thread", *tid);
         }
+        failed.map_or(Ok(()), Err)
     }
 
     fn pages_restored(&self) -> u64 {

@@ -42,6 +42,7 @@
 
 mod addr;
 mod area;
+mod deputy;
 mod gadget;
 mod inject;
 pub mod list;
@@ -51,6 +52,7 @@ mod stop;
 
 pub use addr::RemoteAddr;
 pub use area::{Area, Placed};
+pub use deputy::Deputy;
 pub use gadget::GadgetCache;
 use gadget::Gadgets;
 pub use inject::{Injection, Thread, read_maps, read_status};

@@ -66,6 +66,15 @@ pub enum TraceError {
         /// Size of the area.
         size: usize,
     },
+    /// There is nobody to finish what crtool does should it be killed.
+    #[error("a deputy cannot be made: {what}")]
+    Deputy {
+        /// What failed.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
     /// Asked to end by a signal.
     #[error(transparent)]
     Interrupted(#[from] crate::interrupt::Interrupted),

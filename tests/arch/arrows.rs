@@ -6,10 +6,9 @@ use super::source::{Tree, bracketed, leading_word, line_of, words};
 
 /// From the top down; those of one layer stand side by side and may use each other one way. Names that are not
 /// there yet are places kept for them.
-const LAYERS: [&[&str]; 8] = [
+const LAYERS: [&[&str]; 7] = [
     &["main", "cli"],
     &["command"],
-    &["exit"],
     &["dump", "restore", "remote", "migrate"],
     &["files", "task", "mem", "cpuinfo", "ns", "cgroup", "net", "pages"],
     // What is asked for and what is told, as plain data, besides what knows one thing of the outside.
@@ -23,6 +22,7 @@ const LAYERS: [&[&str]; 8] = [
         "log",
         "finding",
         "action",
+        "exit",
         "interrupt",
         "pidfile",
     ],

@@ -1,8 +1,8 @@
 //! What goes wrong around dump and restore: killed, interrupted, out of time, out of space, damaged images. Whatever
 //! happens, the tree runs on as it was, or it is complete on the other side, and nothing is left over.
 //!
-//! One binary, three roles: the harness, the init of a pid namespace for one trial (`FAULTS_WORKER`), and the
-//! target (`FAULTS_TARGET`), a tree that checks itself all the time. Random moments come from a fixed seed;
+//! One binary, four roles: the harness, the init of a pid namespace for one trial (`FAULTS_WORKER`), the
+//! target (`FAULTS_TARGET`), a tree that checks itself all the time, and a debugger of the tool (`FAULTS_STEPPER`). Random moments come from a fixed seed;
 //! `FAULTS_SEED` takes another, `FAULTS_FACTOR` (say 10) makes all loops that much longer.
 
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
@@ -13,6 +13,7 @@ mod kills;
 mod reaper;
 mod refusals;
 mod site;
+mod steps;
 mod sys;
 mod target;
 
@@ -31,6 +32,8 @@ type Run = fn(&mut Site) -> Result<(), String>;
 const TRIALS: &[(&str, target::Kind, Run)] = &[
     ("dump_killed_at_random", target::Kind::Busy, kills::dump_of_running),
     ("dump_that_kills_killed_at_random", target::Kind::Busy, kills::dump_that_kills),
+    ("dump_killed_at_each_step_of_its_end", target::Kind::Family, steps::end_of_dump),
+    ("restore_killed_at_each_step_of_its_end", target::Kind::Family, steps::end_of_restore),
     ("restore_killed_at_random", target::Kind::Busy, kills::restore),
     ("dump_interrupted_by_sigint", target::Kind::Busy, refusals::sigint),
     ("dump_interrupted_by_sigterm", target::Kind::Busy, refusals::sigterm),
@@ -47,6 +50,9 @@ const TRIALS: &[(&str, target::Kind, Run)] = &[
 fn main() -> ExitCode {
     if let Some(kind) = env::var_os("FAULTS_TARGET") {
         return target::main(&kind.to_string_lossy());
+    }
+    if let Some(at) = env::var_os("FAULTS_STEPPER") {
+        return steps::main(&at.to_string_lossy());
     }
     if let Some(name) = env::var_os("FAULTS_WORKER") {
         return worker(&name.to_string_lossy());

@@ -92,10 +92,28 @@ impl Site {
 
     /// Starts the tool.
     pub fn begin(&self, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
+        self.begin_as(Command::new(&self.tool), words, images)
+    }
+
+    /// Starts the tool in the hands of a stepper, which kills it after the call `at` that it makes from the one on
+    /// that makes the file `from`.
+    pub fn begin_stepped(
+        &self,
+        from: &Path,
+        at: usize,
+        words: &[&str],
+        images: &Path,
+    ) -> Result<Tool<'_>, String> {
+        let mut command = Command::new(env::current_exe().map_err(|e| e.to_string())?);
+        command.env("FAULTS_STEPPER", at.to_string()).arg(from).arg(&self.tool);
+        self.begin_as(command, words, images)
+    }
+
+    fn begin_as(&self, mut command: Command, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
         let out = self.dir.join("tool.out");
         let file = fs::File::create(&out).map_err(|e| e.to_string())?;
         let log = self.dir.join("tool.log");
-        let child = Command::new(&self.tool)
+        let child = command
             .args(words)
             .arg("-D")
             .arg(images)

@@ -24,6 +24,8 @@ use crate::sys;
 pub enum Kind {
     /// Six threads and a child, all at work.
     Busy,
+    /// As `Busy`, and children that nothing ends but this target.
+    Family,
     /// As `Busy`, and a child that sits in a vfork and cannot be frozen.
     Stuck,
 }
@@ -32,6 +34,7 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Kind::Busy => "busy",
+            Kind::Family => "family",
             Kind::Stuck => "stuck",
         }
     }
@@ -39,6 +42,8 @@ impl Kind {
 
 /// Threads that count.
 pub const COUNTERS: usize = 6;
+/// Children of a family that nothing ends.
+pub const IDLE: usize = 3;
 /// Bytes of a counter's line.
 pub const LINE: usize = 24;
 
@@ -48,6 +53,9 @@ static WRONG: AtomicBool = AtomicBool::new(false);
 pub fn main(kind: &str) -> ExitCode {
     match kind {
         "echo" => echo(),
+        "idle" => loop {
+            thread::park();
+        },
         "vfork" => sys::stuck(),
         _ => return busy(kind),
     }
@@ -99,6 +107,14 @@ fn busy(kind: &str) -> ExitCode {
     spawn(3, Box::new(signals));
     spawn(4, Box::new(sleeps(alarm)));
     spawn(5, Box::new(memory()));
+    let mut idle = Vec::new();
+    if kind == "family" {
+        for _ in 0..IDLE {
+            let mut command = Command::new(&own);
+            command.env("FAULTS_TARGET", "idle").stdin(Stdio::null()).stdout(Stdio::null());
+            idle.push(command.spawn().expect("start an idle child"));
+        }
+    }
     if kind == "stuck" {
         let mut command = Command::new(own);
         command.env("FAULTS_TARGET", "vfork").stdin(Stdio::null()).stdout(Stdio::null());
@@ -107,6 +123,9 @@ fn busy(kind: &str) -> ExitCode {
     }
     sys::tick(7000);
     term.wait().expect("wait for SIGTERM");
+    for mut child in idle {
+        child.kill().and_then(|()| child.wait()).expect("end an idle child");
+    }
     if WRONG.load(Ordering::SeqCst) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 

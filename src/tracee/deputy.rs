@@ -1,0 +1,111 @@
+//! A deputy: a short-lived process that kills a tree should crtool be killed before it has dealt with all of it.
+//!
+//! A tree is killed, or let go, one thread at a time, and `kill -9` of crtool may come between any two. The
+//! deputy is a copy of crtool that executes nothing but a list. It sleeps on a pipe that only crtool holds at the
+//! other end: a byte tells it that there is nothing to do, the end of the pipe that crtool is gone. So the fate of a
+//! whole tree is decided by one system call: its clone when the tree is to die, its dismissal when the tree is to
+//! live. It does not see to it that nobody runs for a moment in between: that is EXITKILL's part.
+
+use std::{
+    fs::File,
+    io::Write as _,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use nix::{
+    fcntl::OFlag,
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
+    unistd::pipe2,
+};
+
+use super::{Area, List, Op, RemoteAddr, TraceError, Want};
+use crate::sys::{
+    clone::{CloneArgs, clone_into, reap},
+    mapping::{Access, Mapping, memfd},
+};
+
+/// Room in the shared memory besides one step for each process: the runner, the other steps.
+const ROOM: usize = 8 << 10;
+/// Generous for one step.
+const STEP: usize = 128;
+
+/// The deputy at its post.
+#[derive(Debug)]
+pub struct Deputy {
+    pid: i32,
+    word: Option<File>,
+}
+
+impl Deputy {
+    /// Makes the deputy. From its birth until its dismissal, these processes are killed in this order if crtool dies.
+    pub fn appoint(pids: &[i32]) -> Result<Self, TraceError> {
+        let failed = |what| move |source| TraceError::Deputy { what, source };
+        let (end, word) = pipe2(OFlag::O_CLOEXEC).map_err(failed("pipe"))?;
+        let len = (ROOM + pids.len() * STEP).next_multiple_of(4096);
+        let memory = memfd(c"crtool-deputy", len as u64).map_err(failed("memory"))?;
+        let map = Mapping::shared(memory.as_fd(), 0, len, Access::All, None).map_err(failed("memory"))?;
+        let at = RemoteAddr(map.addr() as u64);
+        let mut area = Area::new(map, at)?;
+
+        let mut quit = List::new("end of the deputy");
+        quit.call("exit_group", libc::SYS_exit_group, &[0u64.into()], Want::Any);
+        let quit = area.place(&quit)?.start;
+        let mut list = List::new("deputy");
+        // It keeps one descriptor: neither crtool's end of the pipe nor anything whose end others wait for.
+        list.call("dup2", libc::SYS_dup2, &[end.as_raw_fd().into(), 0u64.into()], Want::Zero);
+        list.call("close_range", libc::SYS_close_range, &[1u64.into(), u32::MAX.into()], Want::Zero);
+        let byte = list.space(1);
+        list.call("read", libc::SYS_read, &[0u64.into(), byte.into(), 1u64.into()], Want::Zero);
+        for pid in pids {
+            list.call("kill", libc::SYS_kill, &[(*pid).into(), libc::SIGKILL.into()], Want::Any);
+        }
+        list.op(Op::Jump(quit));
+        let start = area.place(&list)?.start;
+        let slot = area.slot()?;
+        area.arm(slot, start, quit)?;
+
+        // No signal handler of ours may run in it.
+        let mut old = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))
+            .map_err(failed("signal mask"))?;
+        // Without an exit signal nobody is told of its end but who waits for it: us, or init.
+        let made = clone_into(&CloneArgs::default(), area.runner().0, start.0, slot.0);
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None);
+        Ok(Self { pid: made.map_err(failed("clone"))?, word: Some(word.into()) })
+    }
+
+    /// Tells it that there is nothing left to do, without waiting for its end.
+    pub fn dismiss(&mut self) {
+        if let Some(mut word) = self.word.take() {
+            // The pipe is empty: this fails only when the deputy is gone.
+            let _ = word.write_all(b".");
+        }
+    }
+}
+
+impl Drop for Deputy {
+    /// Not dismissed, it does its work now. Waits for its end.
+    fn drop(&mut self) {
+        drop(self.word.take());
+        reap(self.pid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::process::ExitStatusExt as _, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn kills_unless_dismissed() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let mut deputy = Deputy::appoint(&[pid]).unwrap();
+        deputy.dismiss();
+        drop(deputy);
+        assert!(child.try_wait().unwrap().is_none());
+        drop(Deputy::appoint(&[pid]).unwrap());
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    }
+}
