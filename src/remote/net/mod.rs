@@ -3,7 +3,12 @@
 //! [`Stream`] moves bytes and knows nothing of frames. [`connect`] makes one, [`listen`] waits for one. A stream
 //! with TLS looks the same; only its interest in the socket is not that of its user: see [`Stream::interest`].
 
+pub mod connect;
+pub mod listen;
+pub mod resolve;
+
 use std::io::{self, IoSlice};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -28,6 +33,12 @@ const LOOK: Duration = Duration::from_millis(100);
 pub enum NetError {
     #[error("descriptor {fd} given with --ps-socket: {why}")]
     Given { fd: RawFd, why: &'static str },
+    #[error("address {name}: {why}")]
+    Resolve { name: String, why: String },
+    #[error("listen on {address}: {}{}", source.desc(), listen_hint(*source))]
+    Listen { address: SocketAddr, source: Errno },
+    #[error("connect to {peer}: {}{}", plainly(source), connect_hint(source))]
+    Connect { peer: String, source: io::Error },
     #[error("{what} {peer}: {}", plainly(source))]
     Io { what: &'static str, peer: String, source: io::Error },
     #[error("{peer}: the connection was closed")]
@@ -36,6 +47,37 @@ pub enum NetError {
     Silent { peer: String, patience: Duration },
     #[error(transparent)]
     Interrupted(#[from] interrupt::Interrupted),
+}
+
+/// What to do about an address that cannot be listened on.
+fn listen_hint(error: Errno) -> &'static str {
+    match error {
+        Errno::EADDRINUSE => "; is another image-cache running? --port chooses another port",
+        Errno::EADDRNOTAVAIL => "; --address is an address of this host, or left out for all of them",
+        Errno::EACCES => "; ports below 1024 are for root",
+        _ => "",
+    }
+}
+
+/// What to do about somebody who is not there.
+fn connect_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ECONNREFUSED) => "; is image-cache running there?",
+        Some(Errno::ETIMEDOUT | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => {
+            "; is the address right, and the port open in the firewall?"
+        }
+        _ => "",
+    }
+}
+
+impl NetError {
+    /// May it be different in a moment, with nobody doing anything about it here?
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } => source.raw_os_error().is_some(),
+            _ => false,
+        }
+    }
 }
 
 /// What an error says, without the number that std puts behind it.
@@ -66,22 +108,22 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A connection that was accepted or made. `silence` is the longest time the kernel goes on sending without
-    /// hearing from the other side.
-    pub fn new(fd: OwnedFd, peer: String, silence: Duration) -> io::Result<Self> {
+    /// A connection that was accepted or made. `timeout` is the longest silence that users of the stream bear.
+    pub fn new(fd: OwnedFd, peer: String, timeout: Duration) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         if matches!(family(&fd), Some(AddressFamily::Inet | AddressFamily::Inet6)) {
             setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
             setsockopt(&fd, sockopt::KeepAlive, &true)?;
-            let silence_ms = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
-            setsockopt(&fd, sockopt::TcpUserTimeout, &silence_ms)?;
+            // Twice: it also counts while the other side takes nothing, as a cache at its limit does.
+            let timeout_ms = u32::try_from(timeout.as_millis().saturating_mul(2)).unwrap_or(u32::MAX);
+            setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
         }
         Ok(Self { fd, peer })
     }
 
     /// The connection that the caller of this program handed over as descriptor `fd`.
-    pub fn given(fd: RawFd, silence: Duration) -> Result<Self, NetError> {
+    pub fn given(fd: RawFd, timeout: Duration) -> Result<Self, NetError> {
         let bad = |why| NetError::Given { fd, why };
         let owned = crate::sys::fd::dup(fd).map_err(|_| bad("it is not open"))?;
         match socket::getsockopt(&owned, sockopt::SockType) {
@@ -98,7 +140,7 @@ impl Stream {
         // The number itself is of no use any more, and would keep the connection open.
         drop(crate::sys::fd::adopt(fd));
         let peer = peer_of(&owned);
-        Self::new(owned, peer.clone(), silence).map_err(|source| NetError::Io {
+        Self::new(owned, peer.clone(), timeout).map_err(|source| NetError::Io {
             what: "connection to",
             peer,
             source,
@@ -299,16 +341,17 @@ pub(crate) fn peer_of(fd: &OwnedFd) -> String {
 }
 
 /// An address as people write it.
-pub(crate) fn shown(address: &SockaddrStorage) -> String {
-    if let Some(v4) = address.as_sockaddr_in() {
-        return v4.to_string();
+fn shown(address: &SockaddrStorage) -> String {
+    match std_address(address) {
+        Some(address) => SocketAddr::new(address.ip().to_canonical(), address.port()).to_string(),
+        None => "a local socket".to_owned(),
     }
-    let Some(v6) = address.as_sockaddr_in6() else { return "a local socket".to_owned() };
-    let v6 = std::net::SocketAddrV6::from(*v6);
-    match v6.ip().to_ipv4_mapped() {
-        Some(v4) => format!("{v4}:{}", v6.port()),
-        None => v6.to_string(),
-    }
+}
+
+/// As std has it; `None` for other families.
+fn std_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::from(*v4));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::from(*v6)))
 }
 
 #[cfg(test)]
