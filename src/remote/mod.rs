@@ -14,6 +14,7 @@
 //! runs on none.
 
 pub mod client;
+pub mod front;
 pub mod local;
 pub mod name;
 pub mod net;

@@ -9,6 +9,7 @@ pub mod cpuid;
 pub mod event;
 pub mod eventfd;
 pub mod fd;
+pub mod fork;
 pub mod fown;
 pub mod futex;
 pub mod handle;
