@@ -12,8 +12,11 @@
 #![allow(unreachable_pub)]
 
 mod measure;
+// Shared with the benchmark `remote`.
+#[allow(dead_code)]
 mod sys;
 mod table;
+#[allow(dead_code)]
 mod tool;
 mod workload;
 

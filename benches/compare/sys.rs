@@ -1,7 +1,7 @@
 //! The raw calls of the benchmark.
 #![allow(unsafe_code)]
 
-use std::{io, ptr};
+use std::{io, ptr, time::Duration};
 
 /// A child that ended.
 #[derive(Debug, Clone, Copy)]
@@ -10,6 +10,8 @@ pub struct Ended {
     pub status: i32,
     /// Largest resident size of it and of those it waited for, in KiB.
     pub peak_kib: u64,
+    /// Processor time of it and of those it waited for.
+    pub cpu: Duration,
 }
 
 /// Waits for any child.
@@ -22,7 +24,9 @@ pub fn wait_any() -> io::Result<Ended> {
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(Ended { pid, status, peak_kib: usage.ru_maxrss.try_into().unwrap_or(0) })
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
+    let cpu = Duration::from_secs_f64(seconds(usage.ru_utime) + seconds(usage.ru_stime));
+    Ok(Ended { pid, status, peak_kib: usage.ru_maxrss.try_into().unwrap_or(0), cpu })
 }
 
 /// One page after the other with permissions that differ from its neighbours', so that each is a mapping; every
@@ -62,4 +66,26 @@ pub fn mappings_are_intact(start: *const u64, count: usize) -> bool {
         // SAFETY: `start` comes from `mappings` with this count; all pages are readable.
         unsafe { start.add(number * 512).read() == number as u64 }
     })
+}
+
+/// The first `len` bytes of a file of at least that size, shared and writable, until the process ends.
+pub fn map_shared(file: &std::fs::File, len: usize) -> io::Result<&'static mut [u8]> {
+    use std::os::fd::AsRawFd as _;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let start =
+        unsafe { libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping is never taken down, and the caller alone knows the file.
+    Ok(unsafe { std::slice::from_raw_parts_mut(start.cast(), len) })
+}
+
+/// Moves up to `len` bytes from `from` to `to` (at `to_offset`, which advances, if it is a file); one of them is a pipe.
+pub fn splice(from: i32, to: i32, to_offset: Option<&mut i64>, len: usize) -> io::Result<usize> {
+    let offset = to_offset.map_or(ptr::null_mut(), ptr::from_mut);
+    // SAFETY: the only pointer is null or to a live variable.
+    let moved = unsafe { libc::splice(from, ptr::null_mut(), to, offset, len, libc::SPLICE_F_MOVE) };
+    usize::try_from(moved).map_err(|_| io::Error::last_os_error())
 }

@@ -25,6 +25,16 @@ pub struct Tool {
 pub struct Run {
     pub wall: Duration,
     pub peak_kib: u64,
+    pub cpu: Duration,
+}
+
+/// A tool at work.
+#[derive(Debug)]
+pub struct Started {
+    pub pid: i32,
+    begin: Instant,
+    what: String,
+    out: PathBuf,
 }
 
 /// A run that takes longer than this is stuck.
@@ -50,6 +60,11 @@ impl Tool {
 
     /// Runs it with `words`; anything but exit status 0 is an error unless `any_end`.
     pub fn run(&self, reaper: &Reaper, words: &[&str], out: &Path, any_end: bool) -> Result<Run, String> {
+        self.start(words, out)?.end(reaper, any_end)
+    }
+
+    /// Starts it with `words`; what it prints goes to `out`.
+    pub fn start(&self, words: &[&str], out: &Path) -> Result<Started, String> {
         let [program, first @ ..] = self.words.as_slice() else { return Err("no program".into()) };
         let file = File::create(out).map_err(|e| format!("{}: {e}", out.display()))?;
         let mut command = Command::new(program);
@@ -58,18 +73,25 @@ impl Tool {
         let begin = Instant::now();
         let child = command.spawn().map_err(|e| format!("start {}: {e}", self.name))?;
         let pid = child.id().cast_signed();
-        let Some((ended, at)) = reaper.wait(pid, LIMIT) else {
+        Ok(Started { pid, begin, what: format!("{} {}", self.name, words[0]), out: out.to_owned() })
+    }
+}
+
+impl Started {
+    /// Waits for its end; anything but exit status 0 is an error unless `any_end`.
+    pub fn end(self, reaper: &Reaper, any_end: bool) -> Result<Run, String> {
+        let Some((ended, at)) = reaper.wait(self.pid, LIMIT) else {
             // Init of the namespace takes it along when the benchmark ends.
-            return Err(format!("{} {} is stuck", self.name, words[0]));
+            return Err(format!("{} is stuck", self.what));
         };
         if ended.status != 0 && !any_end {
-            let said = std::fs::read(out).unwrap_or_default();
+            let said = std::fs::read(&self.out).unwrap_or_default();
             let said = String::from_utf8_lossy(&said);
             let last = said.lines().rfind(|l| l.contains("rror")).or(said.lines().last());
             let last = last.unwrap_or("").trim();
-            return Err(format!("{} {} failed (status {:#x}): {last}", self.name, words[0], ended.status));
+            return Err(format!("{} failed (status {:#x}): {last}", self.what, ended.status));
         }
-        Ok(Run { wall: at - begin, peak_kib: ended.peak_kib })
+        Ok(Run { wall: at - self.begin, peak_kib: ended.peak_kib, cpu: ended.cpu })
     }
 }
 
