@@ -1,7 +1,7 @@
 //! How dump and restore end, as a caller sees it: exit status, pid file, status descriptor, statistics, action
 //! scripts, who is whose parent, what a signal to crtool does.
 //!
-//! The workload is a shell that counts into a file and ends with status 7. Each trial has a directory of its
+//! The workload is a shell that counts into a file until it finds another, and ends with status 7. Each trial has a directory of its
 //! own; none runs without root.
 
 use std::{
@@ -64,9 +64,9 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&args, trials.collect()).exit_code()
 }
 
-/// Counts to 400, then ends with 7. First it closes what the harness may have left open.
+/// Counts until there is a file `end`, then ends with 7. First it closes what the harness may have left open.
 const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
-    for ((i = 0; i < 400; i++)); do echo $i >>count; sleep 0.02; done; exit 7";
+    for ((i = 0; ; i++)); do echo $i >>count; [ ! -e end ] || exit 7; sleep 0.02; done";
 
 /// A directory, and a workload that runs in it.
 struct Work {
@@ -113,6 +113,14 @@ impl Work {
         let before = self.count();
         thread::sleep(Duration::from_millis(120));
         assert_eq!(self.count(), before, "the workload still runs");
+    }
+
+    /// It is stopped, and does not count.
+    fn stopped(&self) {
+        let state = || self.stat().map(|(state, _)| state);
+        wait_for("the workload to be stopped", || state() == Some('T'));
+        self.rests();
+        assert_eq!(state(), Some('T'));
     }
 
     fn alive(&self) -> bool {
@@ -180,7 +188,7 @@ impl Drop for Work {
 }
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(90);
     while !done() {
         assert!(Instant::now() < end, "waited in vain for {what}");
         thread::sleep(Duration::from_millis(10));
@@ -226,7 +234,9 @@ fn detached(work: &Work) {
 
 fn attached_status(work: &Work) {
     work.saved();
-    let status: ExitStatus = attached(work).wait().expect("wait");
+    let mut child = attached(work);
+    fs::write(work.path("end"), "").expect("end");
+    let status: ExitStatus = child.wait().expect("wait");
     assert_eq!(status.code(), Some(7));
 }
 
@@ -248,7 +258,9 @@ fn attached_interrupted(work: &Work) {
 fn exec_cmd(work: &Work) {
     work.saved();
     let mut command = work.command(&["restore", "--exec-cmd"]);
-    let child = command.args(["--", "sh", "-c", "echo $$ >parent; sleep 1; exit 5"]).spawn();
+    let child = command
+        .args(["--", "sh", "-c", "echo $$ >parent; until [ -e over ]; do sleep 0.05; done; exit 5"])
+        .spawn();
     let mut child = child.expect("crtool starts");
     wait_for("the program", || {
         fs::read_to_string(work.path("parent")).is_ok_and(|text| text.ends_with('\n'))
@@ -256,6 +268,7 @@ fn exec_cmd(work: &Work) {
     let parent = fs::read_to_string(work.path("parent")).expect("parent");
     assert_eq!(parent.trim(), child.id().to_string());
     assert_eq!(work.stat().map(|(_, parent)| parent), Some(child.id().cast_signed()));
+    fs::write(work.path("over"), "").expect("over");
     assert_eq!(child.wait().expect("wait").code(), Some(5));
     work.moves();
 }
@@ -279,8 +292,7 @@ fn leave_running(work: &Work) {
 
 fn leave_stopped(work: &Work) {
     ok(&work.dump(&["-s"]));
-    work.rests();
-    assert_eq!(work.stat().map(|(state, _)| state), Some('T'));
+    work.stopped();
     work.signal(Signal::SIGCONT);
     let _ = kill_children(work.pid, Signal::SIGCONT);
     work.moves();
@@ -289,8 +301,7 @@ fn leave_stopped(work: &Work) {
 fn restore_stopped(work: &Work) {
     work.saved();
     ok(&work.crtool(&["restore", "-d", "-s"]));
-    work.rests();
-    assert_eq!(work.stat().map(|(state, _)| state), Some('T'));
+    work.stopped();
     work.signal(Signal::SIGCONT);
     let _ = kill_children(work.pid, Signal::SIGCONT);
     work.moves();

@@ -28,6 +28,19 @@ use crate::{
 const AREA_AT: u64 = 0x1000_0000_0000;
 const AREA_LEN: usize = 1 << 20;
 
+/// Waits until a child that is or will be `sleep` sleeps: its program is there, and all its memory.
+pub(crate) fn until_asleep(pid: i32) {
+    let sleeps = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_restart_syscall];
+    let asleep = || {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let call = read("syscall");
+        read("comm").trim() == "sleep" && sleeps.iter().any(|nr| call.starts_with(&format!("{nr} ")))
+    };
+    while !asleep() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Target {
     child: Child,
@@ -50,13 +63,7 @@ impl Target {
             .spawn()
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let sleeping = || {
-            let text = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
-            text.starts_with("230 ") || text.starts_with("35 ")
-        };
-        while !sleeping() {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until_asleep(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL | ptrace::O_SUSPEND_SECCOMP;
         ptrace::seize(pid, options).unwrap();
         ptrace::interrupt(pid).unwrap();

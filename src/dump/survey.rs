@@ -213,11 +213,12 @@ fn look(files: &mut FilesDump<'_>, pid: i32, agent: i32, id: u32, found: &mut Ve
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::net::UnixStream, process::Command, thread, time::Duration};
+    use std::{os::unix::net::UnixStream, process::Command};
 
     use nix::unistd::Pid;
 
     use super::*;
+    use crate::arch::target::until_asleep;
 
     fn survey(child: &std::process::Child, shell_job: bool) -> Vec<Finding> {
         let pid = Pid::from_raw(child.id().cast_signed());
@@ -230,13 +231,13 @@ mod tests {
     fn names_what_is_in_the_way() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut child = Command::new("setsid")
-            .args(["sleep", "100"])
+            .args(["sleep", "1000"])
             .stdin(std::os::fd::OwnedFd::from(theirs))
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        thread::sleep(Duration::from_millis(100));
+        until_asleep(child.id().cast_signed());
         let findings = survey(&child, false);
         let before = fs::read(format!("/proc/{}/status", child.id())).unwrap();
         let _ = child.kill();
@@ -251,8 +252,8 @@ mod tests {
 
     #[test]
     fn a_job_of_ours_needs_shell_job() {
-        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
-        thread::sleep(Duration::from_millis(50));
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        until_asleep(child.id().cast_signed());
         let [without, with] = [false, true].map(|shell_job| survey(&child, shell_job));
         let _ = child.kill();
         let _ = child.wait();

@@ -552,6 +552,7 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     use super::*;
+    use crate::arch::target::until_asleep;
 
     struct Sleeper(Child);
     impl Drop for Sleeper {
@@ -562,9 +563,10 @@ mod tests {
     }
 
     fn sleeper() -> Sleeper {
-        let child = Command::new("sleep").arg("60").stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(30));
-        Sleeper(child)
+        let child = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().unwrap();
+        let child = Sleeper(child);
+        until_asleep(child.0.id().cast_signed());
+        child
     }
 
     fn hold(tid: i32) -> Thread {
@@ -614,7 +616,7 @@ mod tests {
             run_once(tid);
         }
         assert_eq!(String::from_utf8(before).unwrap(), String::from_utf8(maps()).unwrap());
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        until_asleep(tid);
         // Still asleep, through the restart of the same call, with the same stack.
         let after = call();
         assert!(

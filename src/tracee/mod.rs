@@ -13,7 +13,9 @@
 //! # if !nix::unistd::geteuid().is_root() { return Ok(()); }
 //! # let mut child = std::process::Command::new("sleep").arg("60").current_dir("/usr").spawn()?;
 //! let pid = i32::try_from(child.id())?;
-//! # std::thread::sleep(std::time::Duration::from_millis(50));
+//! # while !std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("sleep") {
+//! #     std::thread::yield_now();
+//! # }
 //!
 //! // Running -> seized -> stopped. A thread that is dropped goes on as it was.
 //! let patient = || Ok(());

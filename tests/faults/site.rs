@@ -17,10 +17,10 @@ use nix::{
 use crate::reaper::{End, Reaper};
 use crate::target::{COUNTERS, Kind, LINE};
 
-/// A tool, or a target that gets ready, takes no longer.
-const LIMIT: Duration = Duration::from_secs(30);
-/// A tree that was let go counts again within this time.
-const WAKING: Duration = Duration::from_secs(10);
+/// Nothing takes longer, on the busiest of machines: whoever waits so long is stuck.
+pub const LIMIT: Duration = Duration::from_secs(120);
+/// The tree is seen as it is when so many looks in a row agree.
+const AGREEING: usize = 4;
 
 #[derive(Debug)]
 pub struct Site {
@@ -29,6 +29,45 @@ pub struct Site {
     pub reaper: Reaper,
     random: u64,
     tool: PathBuf,
+}
+
+/// The span of time in which a run of the tool is to be hit. It follows the speed of the machine: after each run it is
+/// told how it went.
+#[derive(Debug, Clone, Copy)]
+pub struct Aim {
+    from: Duration,
+    to: Duration,
+}
+
+impl Aim {
+    /// Anywhere in runs that take `usual`.
+    pub fn within(usual: Duration) -> Self {
+        Self { from: Duration::ZERO, to: usual + usual / 10 }
+    }
+
+    /// The second half of the span, and half of it beyond its end.
+    pub fn later(self) -> Self {
+        let span = self.to.saturating_sub(self.from);
+        Self { from: self.from + span / 2, to: self.to + span / 2 }
+    }
+
+    /// The run was over already, after `took`.
+    pub fn too_late(&mut self, took: Duration) {
+        self.to = took;
+        self.from = self.from.min(took / 2);
+    }
+
+    /// The run had not begun with what was to be hit.
+    pub fn too_early(&mut self, moment: Duration) {
+        self.from = moment / 2;
+        self.to = self.to.max(moment * 2);
+    }
+
+    /// A hit. Somewhat further out there may be others.
+    pub fn hit(&mut self) {
+        self.from -= self.from / 8;
+        self.to += self.to / 8;
+    }
 }
 
 /// A run of the tool that has ended.
@@ -59,7 +98,6 @@ impl Site {
             .map_err(|e| format!("start the target: {e}"))?;
         site.pid = child.id().cast_signed();
         site.works()?;
-        thread::sleep(Duration::from_millis(200));
         Ok(site)
     }
 
@@ -77,9 +115,10 @@ impl Site {
         (self.random >> 11) % limit.max(1)
     }
 
-    /// A random moment within a time.
-    pub fn moment(&mut self, within: Duration) -> Duration {
-        Duration::from_micros(self.random(u64::try_from(within.as_micros()).unwrap_or(u64::MAX)))
+    /// A random moment of a run. A machine may be ten times slower than a moment ago: see [`Aim`].
+    pub fn moment(&mut self, aim: &Aim) -> Duration {
+        let span = aim.to.saturating_sub(aim.from);
+        aim.from + Duration::from_micros(self.random(u64::try_from(span.as_micros()).unwrap_or(u64::MAX)))
     }
 
     /// A new empty directory.
@@ -161,7 +200,7 @@ impl Site {
     /// A dump that ends the target.
     pub fn dump_and_kill(&self, images: &Path) -> Result<(), String> {
         self.dump(&[], images)?.succeeded("dump")?;
-        match self.reaper.wait(self.pid, Duration::from_secs(2)) {
+        match self.reaper.wait(self.pid, LIMIT) {
             Some(End::Killed(libc::SIGKILL)) => self.nothing_left(),
             end => Err(format!("after its dump the target is {end:?}")),
         }
@@ -196,7 +235,7 @@ impl Site {
             {
                 return Err(format!("the target has ended: {end:?}"));
             }
-            if begin.elapsed() > WAKING {
+            if begin.elapsed() > LIMIT {
                 return Err(format!("the target stands still: {before:?}, then {now:?}\n{}", self.states()));
             }
             thread::sleep(Duration::from_micros(500));
@@ -208,6 +247,27 @@ impl Site {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the tool has stopped a thread of the root; false when it has not and is over.
+    pub fn until_traced(&self, tool: &Tool<'_>) -> bool {
+        let begin = Instant::now();
+        while begin.elapsed() < LIMIT {
+            if tasks(self.pid).iter().any(|task| !["", "0"].contains(&field(task, "TracerPid:").as_str())) {
+                return true;
+            }
+            if !Path::new(&format!("/proc/{}", tool.pid)).exists() {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// A short look: does any of its threads count? One that has just been let go may not have come to it.
+    pub fn counts(&self) -> bool {
+        let before = self.counters();
+        thread::sleep(Duration::from_millis(20));
+        Path::new(&format!("/proc/{}", self.pid)).exists() && self.counters() != before
     }
 
     fn counters(&self) -> Vec<u64> {
@@ -263,7 +323,7 @@ impl Site {
     pub fn nothing_left(&self) -> Result<(), String> {
         let begin = Instant::now();
         while !processes().is_empty() {
-            if begin.elapsed() > Duration::from_secs(3) {
+            if begin.elapsed() > LIMIT {
                 return Err(format!("something is left:\n{}", self.states()));
             }
             thread::sleep(Duration::from_millis(1));
@@ -312,18 +372,21 @@ impl Site {
         picture
     }
 
-    /// The tree as it is once it has settled: a target that has just started may not have come to rest yet.
-    pub fn picture(&self) -> BTreeMap<String, String> {
-        let mut picture = self.look();
-        for _ in 0..20 {
-            thread::sleep(Duration::from_millis(50));
+    /// The tree as it is once it has settled: each of its threads has gone round between one look and the next, and all
+    /// looks show the same. One alone may show a thread that has just begun, or that is held up in a signal handler.
+    pub fn picture(&self) -> Result<BTreeMap<String, String>, String> {
+        let begin = Instant::now();
+        let (mut picture, mut agreeing) = (self.look(), 1);
+        while agreeing < AGREEING {
+            self.works()?;
             let again = self.look();
-            if again == picture {
-                break;
+            agreeing = if again == picture { agreeing + 1 } else { 1 };
+            if begin.elapsed() > LIMIT {
+                return Err(format!("the tree does not settle:\n{}", differences(&picture, &again)));
             }
             picture = again;
         }
-        picture
+        Ok(picture)
     }
 
     /// The tree is exactly as it was, as soon as each of its threads has had its turn.
@@ -334,7 +397,7 @@ impl Site {
             if text.is_empty() {
                 return Ok(());
             }
-            if begin.elapsed() > Duration::from_secs(2) {
+            if begin.elapsed() > LIMIT {
                 return Err(format!("the tree has changed:\n{text}"));
             }
         }

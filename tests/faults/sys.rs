@@ -6,14 +6,17 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Signals that the handler has seen.
+/// How often the handler has seen SIGALRM.
+pub static TICKS: AtomicU64 = AtomicU64::new(0);
+/// How often it has seen any other signal.
 pub static HANDLED: AtomicU64 = AtomicU64::new(0);
 
-extern "C" fn handler(_: libc::c_int) {
-    HANDLED.fetch_add(1, Ordering::SeqCst);
+extern "C" fn handler(signal: libc::c_int) {
+    let count = if signal == libc::SIGALRM { &TICKS } else { &HANDLED };
+    count.fetch_add(1, Ordering::SeqCst);
 }
 
-/// Counts `signal` in [`HANDLED`]; with `restart`, interrupted calls go on.
+/// Counts `signal` in [`HANDLED`] or [`TICKS`]; with `restart`, interrupted calls go on.
 pub fn count_signal(signal: i32, restart: bool) {
     // SAFETY: a structure of numbers.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

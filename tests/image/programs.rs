@@ -73,16 +73,20 @@ signal.setitimer(signal.ITIMER_REAL, 5000, 7)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, 40])
 os.kill(os.getpid(), signal.SIGUSR1)
 signal.signal(signal.SIGUSR2, lambda *_: None)
-if os.fork() == 0:
+leader = os.fork()
+if leader == 0:
     os.setsid()
     if os.fork() == 0:
         time.sleep(1000)
     time.sleep(1000)
-if os.fork() == 0:
+dead = os.fork()
+if dead == 0:
     os._exit(3)
 for _ in range(3):
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-time.sleep(0.3)
+while not open(f"/proc/{leader}/task/{leader}/children").read():
+    time.sleep(0.01)
+os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)
 print("ready", flush=True)
 time.sleep(1000)
 "#,

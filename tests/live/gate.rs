@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::sys;
 
@@ -17,6 +17,9 @@ use crate::sys;
 pub const SKIPPED: u8 = 77;
 /// Exit status of a forked child whose checks failed.
 pub const CHILD_FAILED: i32 = 101;
+
+/// How long a target waits for what must come, however busy the machine.
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 /// The mark that a tree gets which goes on after `dump -R`.
 pub const ORIGINAL: &str = "original";
@@ -162,7 +165,8 @@ pub fn join(pid: i32) {
 pub fn until_in_call(pid: i32, tid: i32, number: i64) {
     let path = format!("/proc/{pid}/task/{tid}/syscall");
     let want = format!("{number} ");
-    for _ in 0..5000 {
+    let until = Instant::now() + PATIENCE;
+    while Instant::now() < until {
         if std::fs::read_to_string(&path).is_ok_and(|s| s.starts_with(&want)) {
             return;
         }
@@ -174,7 +178,8 @@ pub fn until_in_call(pid: i32, tid: i32, number: i64) {
 /// Waits until task `pid` is in `state`, as /proc/PID/stat calls it.
 #[track_caller]
 pub fn until_state(pid: i32, state: char) {
-    for _ in 0..5000 {
+    let until = Instant::now() + PATIENCE;
+    while Instant::now() < until {
         if sys::stat_field(pid, 3) == state.to_string() {
             return;
         }

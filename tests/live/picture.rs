@@ -295,6 +295,37 @@ impl Mapping {
     }
 }
 
+/// Which threads have been seen at rest: asleep, stopped, dead; or running for so long that it is what they do.
+#[derive(Debug, Default)]
+pub struct Rest {
+    seen: BTreeSet<i32>,
+    /// When a thread was first looked at, how long it had run, in nanoseconds.
+    first: BTreeMap<i32, u64>,
+}
+
+impl Rest {
+    /// Longer than it takes to get anywhere.
+    const SPINS: u64 = 30_000_000;
+
+    /// Looks once more; whether each thread of the tree below `root` has been at rest by now.
+    pub fn all(&mut self, root: i32) -> bool {
+        let pids = tree_below(root).into_iter().chain([root]);
+        let threads: Vec<(i32, i32)> = pids
+            .flat_map(|pid| numbers_in(&format!("/proc/{pid}/task")).into_iter().map(move |tid| (pid, tid)))
+            .collect();
+        for &(pid, tid) in &threads {
+            let dir = format!("/proc/{pid}/task/{tid}");
+            let schedstat = std::fs::read_to_string(format!("{dir}/schedstat")).unwrap_or_default();
+            let ran = schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+            let first = *self.first.entry(tid).or_insert(ran);
+            if thread_stat(&dir, 3) != "R" || ran > first + Self::SPINS {
+                self.seen.insert(tid);
+            }
+        }
+        threads.iter().all(|(_, tid)| self.seen.contains(tid))
+    }
+}
+
 /// The tasks below `root`, by parent; sorted.
 pub fn tree_below(root: i32) -> Vec<i32> {
     let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();

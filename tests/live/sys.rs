@@ -291,6 +291,12 @@ pub fn pipe(flags: i32) -> (i32, i32) {
     (fds[0], fds[1])
 }
 
+/// Waits until something can be read, without reading it.
+pub fn until_readable(fd: i32) {
+    let mut item = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    assert_eq!(sys!(SYS_poll, &raw mut item, 1, -1_i32), Ok(1), "poll of descriptor {fd}");
+}
+
 pub fn write(fd: i32, bytes: &[u8]) -> Result<usize, Errno> {
     sys!(SYS_write, fd, bytes.as_ptr(), bytes.len())
 }

@@ -26,7 +26,7 @@ pub struct Run {
 }
 
 /// A dump or restore that takes longer than this has failed.
-const LIMIT: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// The tool the suite judges.
 pub fn main_tool() -> Tool {
@@ -103,7 +103,7 @@ impl Tool {
         let ended = reaper.wait(pid, LIMIT);
         if ended.is_none() {
             crate::sys::kill(pid, libc::SIGKILL);
-            reaper.wait(pid, Duration::from_secs(5));
+            reaper.wait(pid, LIMIT);
         }
         let mut text = read_lossy(&out_path);
         text.push_str(&read_lossy(&images.join(log)));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::case::{Case, Expect, Site};
 use crate::gate;
 use crate::mode::Mode;
-use crate::picture::Picture;
+use crate::picture::{Picture, Rest};
 use crate::reaper::{Ended, Reaper};
 use crate::sys;
 use crate::tool::Run;
@@ -28,9 +28,9 @@ pub enum Outcome {
 }
 
 /// A whole trial that takes longer than this is stuck.
-const TRIAL_LIMIT: Duration = Duration::from_secs(150);
-/// A target has this long to set up, to answer, and to check itself.
-const STEP_LIMIT: Duration = Duration::from_secs(30);
+const TRIAL_LIMIT: Duration = Duration::from_secs(600);
+/// A target has this long to set up, to answer, to check itself, and to come to rest; on a busy machine too.
+const STEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the trial in a worker process and collects its verdict.
 pub fn launch(case: &Case, mode: Mode) -> Outcome {
@@ -204,7 +204,7 @@ impl Trial {
     }
 
     fn rounds(&mut self) -> Step {
-        let before = self.picture();
+        let before = self.settled_picture()?;
         for round in 0..self.mode.rounds() {
             let images = self.images(&format!("img{round}"))?;
             self.dump_and_kill(&images)?;
@@ -224,7 +224,7 @@ impl Trial {
     }
 
     fn running(&mut self) -> Step {
-        let before = self.picture();
+        let before = self.settled_picture()?;
         let images = self.images("img")?;
         let run = self.dump(&images, &["-R"]);
         ensure(run.succeeded(), || format!("dump -R failed: {}", run.tail()))?;
@@ -246,7 +246,7 @@ impl Trial {
     }
 
     fn refused(&mut self, text: &str) -> Step {
-        let before = self.picture();
+        let before = self.settled_picture()?;
         let images = self.images("img")?;
         let run = self.dump(&images, &[]);
         ensure(matches!(run.ended, Some(Ended::Exited(1..))), || {
@@ -292,6 +292,28 @@ impl Trial {
         if self.peer_takes_part() { picture.seen_by_criu() } else { picture }
     }
 
+    /// The tree before anything is done to it, when it has come to rest: a task that has just been started or has just left a
+    /// mark may not be where it waits.
+    fn settled_picture(&self) -> Step<Picture> {
+        if self.case.changing {
+            return Ok(self.picture());
+        }
+        let until = Instant::now() + STEP_LIMIT;
+        let mut rest = Rest::default();
+        let mut last = self.picture();
+        loop {
+            let all_rest = rest.all(self.root);
+            let now = self.picture();
+            let text = last.differences(&now, self.case.may_differ);
+            if all_rest && text.is_empty() {
+                return Ok(now);
+            }
+            ensure(Instant::now() < until, || format!("the target does not come to rest:\n{text}"))?;
+            last = now;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn peer_takes_part(&self) -> bool {
         self.mode.dumper().is_peer() || self.mode.restorer().is_peer()
     }
@@ -304,11 +326,9 @@ impl Trial {
         let mut differences = before.differences(&self.picture(), &may_differ);
         // A call that ended with EINTR is made again by the target, and shows its temporary mask only then; and
         // CRIU comes back before stopped tasks have stopped again.
-        for _ in 0..20 {
-            if differences.is_empty() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50));
+        let until = Instant::now() + STEP_LIMIT;
+        while !differences.is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
             differences = before.differences(&self.picture(), &may_differ);
         }
         ensure(differences.is_empty(), || format!("{when} the tree is not as it was:\n{differences}"))
@@ -330,7 +350,7 @@ impl Trial {
         let files = Saved::names(&self.work);
         let run = self.dump(images, &[]);
         ensure(run.succeeded(), || format!("dump failed: {}", run.tail()))?;
-        let ended = self.reaper.wait(self.root, Duration::from_secs(2));
+        let ended = self.reaper.wait(self.root, STEP_LIMIT);
         ensure(ended == Some(Ended::Killed(libc::SIGKILL)), || {
             format!("root task after the dump: {ended:?}")
         })?;
@@ -393,7 +413,7 @@ impl Trial {
 
     /// No task of the tree, and none of the tool, is left.
     fn nothing_left(&self) -> Step {
-        let until = Instant::now() + Duration::from_secs(3);
+        let until = Instant::now() + STEP_LIMIT;
         loop {
             let left = crate::picture::tree_below(sys::getpid());
             if left.is_empty() {

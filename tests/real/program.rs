@@ -1,7 +1,7 @@
 //! The programs: what they need, how they are started, and what is to become of them.
 //!
-//! A program runs in an empty directory of its own, makes the file `mid` when it is in the middle of its work, and writes
-//! `result`, which must be the same each time it runs.
+//! A program runs in an empty directory of its own, makes the file `mid` when it is in the middle of its work, waits with
+//! the rest for the file `end`, and writes `result`, which must be the same each time it runs.
 
 use std::{path::Path, process::Command};
 

@@ -63,7 +63,7 @@ fn write(fd: &OwnedFd, bytes: &[u8]) {
 fn read(fd: &OwnedFd, least: usize) -> Vec<u8> {
     let mut all = Vec::new();
     let mut piece = [0; 1000];
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while std::time::Instant::now() < until {
         let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::from(20u8)).unwrap();
@@ -133,7 +133,9 @@ fn content_in_lines() {
         let slave = slave(&master);
         write(&master, b"one\ntwo\nhal");
         // The echo comes by itself, a little later.
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        while crate::sys::pipe::readable_bytes(master.as_fd()).unwrap() < 13 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         write(&slave, b"out\n");
         let seen = b"one\r\ntwo\r\nhalout\r\n";
         let files = again(vec![master, slave]);

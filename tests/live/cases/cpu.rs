@@ -244,7 +244,7 @@ impl Robust {
     fn await_owner_death(memory: sys::Mapped) {
         let start = std::time::Instant::now();
         while memory.get::<u32>(Self::FUTEX) & libc::FUTEX_OWNER_DIED == 0 {
-            assert!(start.elapsed() < Duration::from_secs(5), "the owner's death was not told");
+            assert!(start.elapsed() < crate::gate::PATIENCE, "the owner's death was not told");
             sys::nap(Duration::from_micros(300));
         }
     }

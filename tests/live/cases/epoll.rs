@@ -206,7 +206,7 @@ fn epoll_of_many_kinds(gate: &Gate) {
     sys!(SYS_timerfd_settime, timer, 0, spec.as_ptr(), 0).expect("timerfd_settime");
     sys::kill(sys::getpid(), 44);
     std::fs::write("created", b"").expect("write");
-    sys::nap(std::time::Duration::from_millis(1));
+    sys::until_readable(timer);
     assert_eq!(ready(epoll), [(1, IN), (2, IN), (3, IN), (4, IN)]);
 }
 

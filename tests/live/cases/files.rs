@@ -354,7 +354,7 @@ fn file_async_pipe(gate: &Gate) {
     sys::fcntl(from, libc::F_SETFL, libc::O_ASYNC as usize).expect("F_SETFL");
     gate.ready();
     sys::write(to, b"x").expect("write");
-    let limit = sys::timespec(std::time::Duration::from_secs(5));
+    let limit = sys::timespec(crate::gate::PATIENCE);
     assert_eq!(sys!(SYS_rt_sigtimedwait, &raw const mask, 0, &raw const limit, 8), Ok(41));
 }
 

@@ -240,7 +240,7 @@ fn pending_at_stopped(gate: &Gate) {
         gate.wait();
         let start = Instant::now();
         while HANDLED.load(Ordering::SeqCst) == 0 {
-            assert!(start.elapsed() < Duration::from_secs(5), "the pending signal never came");
+            assert!(start.elapsed() < crate::gate::PATIENCE, "the pending signal never came");
             sys::nap(Duration::from_millis(1));
         }
         assert_eq!(HANDLED.load(Ordering::SeqCst), 1);

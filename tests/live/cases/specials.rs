@@ -123,7 +123,7 @@ fn left(fd: i32) -> (Duration, Duration) {
 fn check_left(fd: i32, value: Duration, interval: Duration) {
     let (now, every) = left(fd);
     assert_eq!(every, interval);
-    assert!(now <= value && now + Duration::from_secs(60) > value, "{now:?} left of {value:?}");
+    assert!(now <= value && now + Duration::from_secs(290) > value, "{now:?} left of {value:?}");
 }
 
 fn timerfd_clocks(gate: &Gate) {
@@ -137,7 +137,7 @@ fn timerfd_clocks(gate: &Gate) {
         check_left(fd, Duration::from_secs(1000 + n), Duration::ZERO);
         assert_eq!(number(fd), Err(libc::EAGAIN));
         arm(fd, Duration::from_millis(1), Duration::ZERO);
-        sys::nap(Duration::from_millis(3));
+        sys::until_readable(fd);
         assert_eq!(number(fd), Ok(1));
     }
 }
@@ -159,7 +159,7 @@ fn timerfd_ticks(gate: &Gate) {
     let mut ticks = 0;
     while ticks < 5 {
         ticks += number(fd).expect("read");
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < gate::PATIENCE);
     }
 }
 
@@ -167,10 +167,11 @@ fn timerfd_ticks(gate: &Gate) {
 fn timerfd_expired(gate: &Gate) {
     let fd = timerfd(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK);
     arm(fd, Duration::from_micros(100), Duration::from_micros(100));
+    sys::until_readable(fd);
     sys::nap(Duration::from_millis(10));
     let once = timerfd(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK);
     arm(once, Duration::from_micros(100), Duration::ZERO);
-    sys::nap(Duration::from_millis(2));
+    sys::until_readable(once);
     gate.ready();
     assert!(number(fd).expect("ticks before the dump") >= 90);
     assert_eq!(number(once), Ok(1));
@@ -196,11 +197,11 @@ fn timerfd_absolute(gate: &Gate) {
 
 fn timerfd_shared(gate: &Gate) {
     let fd = timerfd(libc::CLOCK_MONOTONIC, 0);
-    arm(fd, Duration::from_secs(100), Duration::ZERO);
+    arm(fd, Duration::from_secs(800), Duration::ZERO);
     let child = fork(|| {
         gate.mark("child");
         gate.wait();
-        check_left(fd, Duration::from_secs(100), Duration::ZERO);
+        check_left(fd, Duration::from_secs(800), Duration::ZERO);
         arm(fd, Duration::from_secs(5000), Duration::ZERO);
     });
     gate.await_mark("child");

@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::case::Case;
-use crate::gate::Gate;
+use crate::gate::{Gate, PATIENCE};
 use crate::sys::{self, Errno, gettid};
 
 pub const CASES: &[Case] = &[
     Case::new("itimer_real", itimer_real),
     Case::new("itimer_virtual", itimer_virtual),
     Case::new("itimer_prof", itimer_prof),
-    Case::new("itimer_ticks", itimer_ticks).may_differ(&["ShdPnd"]),
+    Case::new("itimer_ticks", itimer_ticks).may_differ(&["ShdPnd", "SigBlk"]),
     Case::new("itimer_one_shot", itimer_one_shot),
     Case::new("timer_ids_with_gaps", timer_ids_with_gaps).disturbed().fifty(),
     Case::new("timer_clocks", timer_clocks),
@@ -44,7 +44,7 @@ fn itimer_keeps(gate: &Gate, which: i32) {
     gate.ready();
     let (left, every) = itimer(which);
     assert_eq!(every, interval);
-    assert!(left <= Duration::from_secs(1001) && left > Duration::from_secs(940), "left: {left:?}");
+    assert!(left <= Duration::from_secs(1001) && left > Duration::from_secs(1000) - GONE, "left: {left:?}");
 }
 
 fn itimer_real(gate: &Gate) {
@@ -58,6 +58,9 @@ fn itimer_virtual(gate: &Gate) {
 fn itimer_prof(gate: &Gate) {
     itimer_keeps(gate, libc::ITIMER_PROF);
 }
+
+/// So much of the time of a timer may be gone at the end, on a busy machine.
+const GONE: Duration = Duration::from_secs(290);
 
 static TICKS: AtomicU64 = AtomicU64::new(0);
 static VALUE: AtomicU64 = AtomicU64::new(0);
@@ -75,7 +78,7 @@ extern "C" fn tick(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
 fn await_ticks(more: u64) {
     let (start, seen) = (Instant::now(), TICKS.load(Ordering::SeqCst));
     while TICKS.load(Ordering::SeqCst) < seen + more {
-        assert!(start.elapsed() < Duration::from_secs(5), "the timer does not tick any more");
+        assert!(start.elapsed() < PATIENCE, "the timer does not tick any more");
         sys::nap(Duration::from_millis(1));
     }
 }
@@ -97,7 +100,7 @@ fn itimer_one_shot(gate: &Gate) {
     gate.ready();
     let start = Instant::now();
     while TICKS.load(Ordering::SeqCst) == 0 {
-        assert!(start.elapsed() < Duration::from_secs(5), "the timer never fired");
+        assert!(start.elapsed() < PATIENCE, "the timer never fired");
         sys::nap(Duration::from_millis(1));
     }
     assert_eq!(itimer(libc::ITIMER_REAL), (Duration::ZERO, Duration::ZERO));
@@ -133,7 +136,7 @@ fn left(id: i32) -> Result<(Duration, Duration), Errno> {
 fn check_left(id: i32, value: Duration, interval: Duration) {
     let (now, every) = left(id).expect("timer_gettime");
     assert_eq!(every, interval, "interval of timer {id}");
-    assert!(now <= value && now + Duration::from_secs(60) > value, "timer {id}: {now:?} left of {value:?}");
+    assert!(now <= value && now + GONE > value, "timer {id}: {now:?} left of {value:?}");
 }
 
 fn timer_ids_with_gaps(gate: &Gate) {
@@ -230,18 +233,22 @@ fn timer_overrun(gate: &Gate) {
     sys::sigprocmask(libc::SIG_BLOCK, mask);
     let id = create(libc::CLOCK_MONOTONIC, &sigevent(44, libc::SIGEV_SIGNAL, 77, 0)).expect("timer_create");
     arm(id, Duration::from_micros(100), Duration::from_micros(100));
+    let mut pending = 0_u64;
+    while pending & mask == 0 {
+        sys!(SYS_rt_sigpending, &raw mut pending, 8).expect("rt_sigpending");
+    }
     sys::nap(Duration::from_millis(20));
     gate.ready();
     for _ in 0..5 {
         // signo errno, code pad, timer id and overrun, value
         let mut info = [0_u64; 16];
-        let limit = sys::timespec(Duration::from_secs(5));
+        let limit = sys::timespec(PATIENCE);
         let got = sys!(SYS_rt_sigtimedwait, &raw const mask, info.as_mut_ptr(), &raw const limit, 8);
         assert_eq!(got, Ok(44));
         assert_eq!((info[1] as i32, info[2] as i32, info[3]), (libc::SI_TIMER, id, 77));
     }
     sys::nap(Duration::from_millis(5));
-    let limit = sys::timespec(Duration::from_secs(5));
+    let limit = sys::timespec(PATIENCE);
     assert_eq!(sys!(SYS_rt_sigtimedwait, &raw const mask, 0, &raw const limit, 8), Ok(44));
     let overrun = sys!(SYS_timer_getoverrun, id).expect("timer_getoverrun");
     assert!(overrun >= 20, "overruns: {overrun}");

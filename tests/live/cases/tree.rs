@@ -652,7 +652,7 @@ fn tid_address(gate: &Gate) {
     gate.ready();
     let tid: i32 = word.get(0);
     if tid != 0 {
-        let limit = sys::timespec(Duration::from_secs(10));
+        let limit = sys::timespec(gate::PATIENCE);
         let woken = sys!(SYS_futex, word.at(0), libc::FUTEX_WAIT, tid, &raw const limit);
         assert!(matches!(woken, Ok(0) | Err(libc::EAGAIN)), "futex wait: {woken:?}");
     }

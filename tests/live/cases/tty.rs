@@ -138,6 +138,7 @@ fn pty_controlling(gate: &Gate) {
         assert_ne!(sys::stat_field(me, 7), "0", "controlling terminal");
         assert!(sys::open(c"/dev/tty", libc::O_RDWR).is_ok());
         join(member);
+        gate.mark("checked");
         // Ctrl-C from the terminal reaches the foreground.
         loop {
             sys::nap(std::time::Duration::from_secs(1));
@@ -146,7 +147,7 @@ fn pty_controlling(gate: &Gate) {
     sys::close(slave);
     gate.await_mark("child");
     gate.ready();
-    sys::nap(std::time::Duration::from_millis(5));
+    gate.await_mark("checked");
     sys::write(master, b"\x03").expect("write");
     assert_eq!(sys::waitpid(child, 0), Ok((child, libc::SIGINT)));
 }

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Step, Stop, Trial, ensure, whereabouts};
+use super::{STEP_LIMIT, Step, Stop, Trial, ensure, whereabouts};
 use crate::picture::{Picture, tree_below};
 use crate::sys;
 
@@ -13,13 +13,13 @@ const MOMENTS: u32 = 16;
 impl Trial {
     /// `dump -s` leaves every task stopped and nothing else changed; SIGCONT sets it going.
     pub(super) fn left_stopped(&mut self) -> Step {
-        let before = self.picture();
+        let before = self.settled_picture()?;
         let images = self.images("img")?;
         let run = self.dump(&images, &["-s"]);
         ensure(run.succeeded(), || format!("dump -s failed: {}", run.tail()))?;
         let tree: Vec<i32> = [self.root].into_iter().chain(tree_below(self.root)).collect();
         for &pid in &tree {
-            let until = Instant::now() + Duration::from_millis(500);
+            let until = Instant::now() + STEP_LIMIT;
             while !matches!(sys::stat_field(pid, 3).as_str(), "T" | "Z") {
                 ensure(Instant::now() < until, || {
                     format!("after dump -s it is not stopped: {}", whereabouts(pid))
@@ -40,7 +40,7 @@ impl Trial {
     /// Dumps, then restores, each disturbed by a signal at many moments; after all of them the
     /// tree still goes through an undisturbed dump and restore, and passes.
     pub(super) fn disturbed(&mut self, signals: &[i32]) -> Step {
-        let before = self.picture();
+        let before = self.settled_picture()?;
         let images = self.images("first")?;
         let start = Instant::now();
         let run = self.dump(&images, &["-R"]);
@@ -80,7 +80,7 @@ impl Trial {
                 for pid in [self.root].into_iter().chain(tree_below(self.root)) {
                     sys::kill(pid, libc::SIGKILL);
                 }
-                self.reaper.wait(self.root, Duration::from_secs(2));
+                self.reaper.wait(self.root, STEP_LIMIT);
             }
             self.nothing_left()?;
             self.reaper.forget(self.root);
@@ -92,7 +92,7 @@ impl Trial {
 
     /// Waits until the tree is as it was; tracees take a moment to go on after their tracer's death.
     fn settle(&self, before: &Picture, when: &str, lenient: &[&str]) -> Step {
-        let until = Instant::now() + Duration::from_secs(2);
+        let until = Instant::now() + STEP_LIMIT;
         loop {
             match self.compare_but(before, when, lenient) {
                 Ok(()) => return Ok(()),
@@ -108,7 +108,7 @@ impl Trial {
 
     /// Whether the whole tree is there; an error if only a part of it is.
     fn all_or_nothing(&self, before: &Picture, when: &str, lenient: &[&str]) -> Step<bool> {
-        let until = Instant::now() + Duration::from_secs(2);
+        let until = Instant::now() + STEP_LIMIT;
         loop {
             if tree_below(sys::getpid()).is_empty() {
                 return Ok(false);

@@ -26,8 +26,9 @@ public class Main {
                 }
             }, 8L * i, TimeUnit.MILLISECONDS);
         }
+        while (!new File("end").exists()) Thread.sleep(10);
         pool.shutdown();
-        if (!pool.awaitTermination(60, TimeUnit.SECONDS)) throw new Exception("not done");
+        if (!pool.awaitTermination(600, TimeUnit.SECONDS)) throw new Exception("not done");
         try (var out = new FileWriter("result")) { out.write(results.toString()); }
     }
 }

@@ -24,13 +24,16 @@ async def main():
     seen = {}
     begin = time.monotonic()
     while not all(task.done() for task in tickers) or not queue.empty():
-        name, number = await aio.wait_for(queue.get(), 30)
+        name, number = await aio.wait_for(queue.get(), 600)
         assert number == seen.get(name, -1) + 1, (name, number)
         seen[name] = number
         if name == "t0" and number == 60:
             open("mid", "w").close()
+    while not os.path.exists("end"):
+        await aio.sleep(0.01)
     os.write(writing, b"x")
-    await aio.sleep(0.01)
+    while not ends:
+        await aio.sleep(0.01)
     assert ends == [b"x"] and time.monotonic() > begin
     lines.append(repr(sorted(seen.items())))
 

@@ -21,6 +21,7 @@ for my $number (1 .. 120) {
 	$text .= "$number," x 50;
 	if ($number == 20) { open my $mid, '>', 'mid' or die }
 }
+sleep 0.01 until -e 'end';
 die 'no ticks' unless $ticks > 10;
 my $matches = () = $text =~ /(\d+),(?=\1)/g;
 open my $out, '>', 'result' or die;

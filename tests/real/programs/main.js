@@ -12,9 +12,11 @@ const timer = setInterval(async () => {
     if (error) throw error;
     lines[n] = key.toString('hex');
     if (n === 40) fs.writeFileSync('mid', '');
-    if (Object.keys(lines).length === 300) {
-      clearInterval(timer);
-      fs.writeFileSync('result', lines.join('\n'));
-    }
   });
 }, 8);
+const last = setInterval(() => {
+  if (Object.keys(lines).length < 300 || !fs.existsSync('end')) return;
+  clearInterval(timer);
+  clearInterval(last);
+  fs.writeFileSync('result', lines.join('\n'));
+}, 10);

@@ -1,5 +1,5 @@
 """A transaction that is open, with its locks and its journal."""
-import sqlite3, time
+import os, sqlite3, time
 
 base = sqlite3.connect("base.db", isolation_level=None)
 base.execute("create table numbers (n integer primary key, text)")
@@ -9,6 +9,8 @@ for number in range(400):
     time.sleep(0.004)
     if number == 60:
         open("mid", "w").close()
+while not os.path.exists("end"):
+    time.sleep(0.01)
 try:
     sqlite3.connect("base.db", timeout=0).execute("select count(*) from numbers")
     outside = "another connection got in"

@@ -1,5 +1,5 @@
 """A parent that talks with children through pipes."""
-import subprocess, sys, time
+import os, subprocess, sys, time
 
 CHILD = """
 import sys
@@ -22,6 +22,8 @@ for number in range(250):
     time.sleep(0.005)
     if number == 30:
         open("mid", "w").close()
+while not os.path.exists("end"):
+    time.sleep(0.01)
 for child in children:
     child.stdin.close()
     lines.append(str(child.wait()))

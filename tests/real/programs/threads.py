@@ -1,5 +1,5 @@
 """Threads, a queue between them, and a lock."""
-import hashlib, queue, threading, time
+import hashlib, os, queue, threading, time
 
 work, done, lock = queue.Queue(maxsize=8), {}, threading.Lock()
 
@@ -19,6 +19,8 @@ for item in range(1200):
     work.put(item)
     if item == 100:
         open("mid", "w").close()
+while not os.path.exists("end"):
+    time.sleep(0.01)
 for _ in threads:
     work.put(None)
 for thread in threads:
