@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::net::Stream;
+use super::super::net::{Stream, connect::Target};
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
 use super::super::{Failure, host};
@@ -87,26 +87,15 @@ fn lost(peer: &str, e: &io::Error) -> Failure {
     Failure::new(code, format!("connection to {peer}: {e}"))
 }
 
-fn connect(net: &NetSettings, until: Instant) -> io::Result<Stream> {
-    use std::net::ToSocketAddrs;
-    let host = net.address.as_deref().unwrap_or("localhost");
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for address in (host, net.port).to_socket_addrs()? {
-        match std::net::TcpStream::connect_timeout(&address, until.saturating_duration_since(Instant::now()))
-        {
-            Ok(stream) => return Stream::new(stream.into(), address.to_string(), net.timeout),
-            Err(e) => last = e,
-        }
-    }
-    Err(last)
-}
-
 impl Shared {
     /// Connects and agrees on a version.
     fn connect(net: &NetSettings) -> Result<Self, Failure> {
         let failed = |e: &dyn std::fmt::Display| Failure::new(FailCode::FailLost, e.to_string());
         let until = Instant::now() + net.timeout;
-        let stream = connect(net, until).map_err(|e| failed(&e))?;
+        let stream = match net.ps_socket {
+            Some(fd) => Stream::given(fd, net.timeout)?,
+            None => Stream::connect(Target::new(net)?, until, true)?,
+        };
         let peer = stream.peer().to_owned();
         let fd = stream.fd().try_clone_to_owned().map_err(|e| failed(&e))?;
         let now = Instant::now();
