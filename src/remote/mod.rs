@@ -5,6 +5,7 @@
 //!  dump --remote --address ─────────────TCP──▶ image-cache
 //! ```
 //!
+//! - [`cache`]: the daemon at the destination.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
 //! - [`poll`]: waiting for many descriptors at once.
@@ -13,6 +14,7 @@
 //! the tree is gone there; whoever dies, the tree runs on one side at most, and its images are kept while it
 //! runs on none.
 
+pub mod cache;
 pub mod client;
 pub mod front;
 pub mod local;

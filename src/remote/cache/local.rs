@@ -1,0 +1,451 @@
+//! Commands of this host: restores that take a snapshot, operators who look and drop.
+//!
+//! A request that cannot be answered yet waits, and the client is not read meanwhile; so one answer at most is
+//! owed to each, and a client that reads nothing costs no more than that. A restore that goes away gives its
+//! snapshot back, unless its tree may run: see [`Watch`].
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::super::local::{self, Packet};
+use super::super::pb::snapshot_info::State;
+use super::super::pb::{self, FailCode, local_reply, local_request};
+use super::super::poll::Interest;
+use super::super::{Failure, name};
+use super::shelf::Shelf;
+use super::snapshot::{Found, Reader};
+
+/// Bytes of names in one packet of a list; the rest of a packet is room for what surrounds them.
+const PAGE: usize = 64 << 10;
+/// Requests taken from one client before others have their turn.
+const TURN: usize = 64;
+/// How long a root that lives on is watched after its restore has died: it may have been told to die too.
+const LAST_LOOK: Duration = Duration::from_secs(2);
+
+/// A request that waits for its answer.
+#[derive(Debug)]
+enum Pending {
+    Get { get: pb::Get, until: Option<Instant>, seen: Option<u64>, doubt: Option<Instant> },
+    Read(pb::ReadImage),
+    Starting,
+}
+
+/// One connection of a command.
+#[derive(Debug)]
+pub(super) struct Client {
+    id: u64,
+    pid: i32,
+    socket: OwnedFd,
+    /// The process itself, to see its end.
+    process: Option<OwnedFd>,
+    taken: Option<u64>,
+    root: Option<OwnedFd>,
+    pending: Option<Pending>,
+    out: VecDeque<(pb::LocalReply, Option<OwnedFd>)>,
+    /// It asked for something once.
+    spoke: bool,
+    gone: bool,
+    timeout: Duration,
+    watches: Vec<Watch>,
+    watched: Interest,
+}
+
+/// What a request leads to at once.
+type Answer = Result<Option<(local_reply::What, Option<OwnedFd>)>, Failure>;
+
+fn answer(what: local_reply::What) -> Answer {
+    Ok(Some((what, None)))
+}
+
+fn done() -> Answer {
+    answer(local_reply::What::Done(pb::Empty {}))
+}
+
+fn wrong(text: &str) -> Failure {
+    Failure::new(FailCode::FailProtocol, text)
+}
+
+impl Client {
+    /// A process of a user who may enter.
+    pub(super) fn new(id: u64, pid: i32, socket: OwnedFd, timeout: Duration) -> Self {
+        Self {
+            id,
+            pid,
+            socket,
+            process: crate::sys::pidfd::open(pid, 0).ok(),
+            taken: None,
+            root: None,
+            pending: None,
+            out: VecDeque::new(),
+            spoke: false,
+            gone: false,
+            timeout,
+            watches: Vec::new(),
+            watched: Interest::READ,
+        }
+    }
+
+    /// Its socket.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// What it is watched for.
+    pub(super) fn interest(&self) -> Interest {
+        let idle = self.pending.is_none() && self.out.is_empty();
+        Interest { read: idle, write: !self.out.is_empty(), edge: false }
+    }
+
+    /// What it is watched for as yet; reading, at first.
+    pub(super) fn watched(&self) -> Interest {
+        self.watched
+    }
+
+    /// It is watched for something else now.
+    pub(super) fn set_watched(&mut self, watched: Interest) {
+        self.watched = watched;
+    }
+
+    /// Whether it has never asked for anything.
+    pub(super) fn is_silent(&self) -> bool {
+        !self.spoke
+    }
+
+    /// Whether it went away.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// When [`Self::retry`] has something to say at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match &self.pending {
+            Some(Pending::Get { until, doubt, .. }) => [*until, *doubt].into_iter().flatten().min(),
+            _ => None,
+        }
+    }
+
+    /// Trees that have to be watched from now on.
+    pub(super) fn take_watches(&mut self) -> Vec<Watch> {
+        std::mem::take(&mut self.watches)
+    }
+
+    /// Something happened to the socket.
+    pub(super) fn ready(&mut self, shelf: &mut Shelf, daemon: &str) {
+        self.write();
+        for _ in 0..TURN {
+            if self.pending.is_some() || !self.out.is_empty() {
+                // Nothing is asked for now, so this is the end; what was said before still counts.
+                if !self.hung_up() {
+                    return;
+                }
+                self.pending = None;
+                self.out.clear();
+            }
+            match local::receive::<pb::LocalRequest>(self.socket.as_fd()) {
+                Ok(Some(packet)) => self.request(shelf, packet, daemon),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(None) => return self.leave(shelf),
+                Err(e) if e.raw_os_error() == Some(libc::EBADMSG) => {
+                    self.push(Err(wrong("this is no request")));
+                    self.write();
+                    return self.leave(shelf);
+                }
+                Err(_) => return self.leave(shelf),
+            }
+        }
+    }
+
+    fn hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        let end = PollFlags::POLLHUP | PollFlags::POLLERR;
+        poll(&mut fds, PollTimeout::ZERO).is_ok()
+            && fds.first().and_then(PollFd::revents).is_some_and(|came| came.intersects(end))
+    }
+
+    fn push(&mut self, reply: Answer) {
+        let (what, fd) = match reply {
+            Ok(Some(reply)) => reply,
+            Ok(None) => return,
+            Err(failure) => (local_reply::What::Failed(failure.into()), None),
+        };
+        self.out.push_back((pb::LocalReply { what: Some(what) }, fd));
+    }
+
+    fn write(&mut self) {
+        while let Some((reply, fd)) = self.out.front() {
+            let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+            match local::send(self.socket.as_fd(), reply, &fds) {
+                Ok(()) => {
+                    self.out.pop_front();
+                }
+                // Also when too many descriptors are on their way.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                // Its end is seen by reading.
+                Err(_) => self.out.clear(),
+            }
+        }
+    }
+
+    fn request(&mut self, shelf: &mut Shelf, packet: Packet<pb::LocalRequest>, daemon: &str) {
+        use local_request::What;
+        self.spoke = true;
+        let Packet { message, fds } = packet;
+        let reply = match message.what {
+            Some(What::Get(get)) => self.get(shelf, get),
+            Some(What::ListImages(list)) => self.list(shelf, &list),
+            Some(What::ReadImage(read)) => {
+                self.pending = Some(Pending::Read(read));
+                Ok(None)
+            }
+            Some(What::Starting(_)) => self.starting(fds),
+            Some(What::Ran(ran)) => match self.taken.take() {
+                Some(id) => {
+                    self.root = None;
+                    shelf.ran(id, ran.pid);
+                    done()
+                }
+                None => Err(wrong("nothing was being restored")),
+            },
+            Some(What::GiveUp(abort)) => {
+                self.release(shelf, &abort.reason);
+                done()
+            }
+            Some(What::Status(_)) => {
+                shelf.measure();
+                self.status(shelf, daemon);
+                Ok(None)
+            }
+            Some(What::Drop(drop)) => shelf.drop_by_hand(&drop.name, drop.force).and_then(|()| done()),
+            Some(What::Release(release)) => shelf.release(&release.name).and_then(|()| done()),
+            Some(_) => Err(wrong("this is image-cache; that is asked of image-proxy")),
+            None => Err(wrong("this is no request that image-cache knows")),
+        };
+        self.push(reply);
+        self.retry(shelf, Instant::now());
+    }
+
+    fn get(&mut self, shelf: &Shelf, get: pb::Get) -> Answer {
+        name::check_snapshot(&get.name)?;
+        if let Some(other) = self.taken.and_then(|id| shelf.get(id)) {
+            return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
+        }
+        let until = Instant::now().checked_add(Duration::from_millis(get.wait_ms));
+        self.pending = Some(Pending::Get { get, until, seen: None, doubt: None });
+        Ok(None)
+    }
+
+    fn list(&self, shelf: &Shelf, list: &pb::ListImages) -> Answer {
+        let found = self.own(shelf).and_then(|id| {
+            let images = shelf.generation(id, list.generation).and_then(|s| s.images.as_ref());
+            images.ok_or_else(|| chain_ends(list.generation))
+        });
+        answer(local_reply::What::Images(found?.list(&list.after, PAGE)))
+    }
+
+    fn own(&self, shelf: &Shelf) -> Result<u64, Failure> {
+        let id = self.taken.ok_or_else(|| wrong("no snapshot was asked for"))?;
+        match shelf.get(id) {
+            Some(snapshot) if snapshot.is_live() => Ok(id),
+            Some(snapshot) => Err(snapshot.failure()),
+            None => Err(Failure::new(FailCode::FailNotFound, "the snapshot is gone")),
+        }
+    }
+
+    fn starting(&mut self, mut fds: Vec<OwnedFd>) -> Answer {
+        let root = fds.pop().filter(|fd| pid_of(fd.as_fd()).is_some());
+        self.root = Some(root.ok_or_else(|| wrong("a pidfd of the root has to come with it"))?);
+        self.pending = Some(Pending::Starting);
+        Ok(None)
+    }
+
+    fn status(&mut self, shelf: &Shelf, daemon: &str) {
+        let mut page = pb::Snapshots { daemon: daemon.to_owned(), ..pb::Snapshots::default() };
+        let mut room = PAGE;
+        for snapshot in shelf.all() {
+            let info = snapshot.info();
+            let len = prost::Message::encoded_len(&info) + 8;
+            if len > room && !page.snapshots.is_empty() {
+                page.more = true;
+                let full = std::mem::take(&mut page);
+                self.push(answer(local_reply::What::Snapshots(full)));
+                room = PAGE;
+            }
+            room = room.saturating_sub(len);
+            page.snapshots.push(info);
+        }
+        self.push(answer(local_reply::What::Snapshots(page)));
+    }
+
+    /// Answers what waits, if it can be answered now.
+    pub(super) fn retry(&mut self, shelf: &mut Shelf, now: Instant) {
+        let reply = match self.pending.take() {
+            None => Ok(None),
+            Some(Pending::Get { get, until, mut seen, mut doubt }) => {
+                let reader = Reader { client: self.id, pid: self.pid };
+                match shelf.take(&get.name, &mut seen, get.early, reader) {
+                    Ok(Some(id)) => {
+                        self.taken = Some(id);
+                        let info = shelf.get(id).map(super::snapshot::Snapshot::info);
+                        answer(local_reply::What::Snapshot(info.unwrap_or_default()))
+                    }
+                    Err(failure) => Err(failure),
+                    Ok(None) => {
+                        let in_doubt =
+                            seen.and_then(|id| shelf.get(id)).is_some_and(|s| s.state == State::InDoubt);
+                        doubt = if in_doubt { doubt.or(now.checked_add(self.timeout)) } else { None };
+                        // What has begun to arrive is waited for to its end.
+                        let until = if seen.is_some() { doubt } else { until };
+                        if until.is_some_and(|until| now >= until) {
+                            Err(shelf.not_found(&get.name, Duration::from_millis(get.wait_ms)))
+                        } else {
+                            self.pending = Some(Pending::Get { get, until, seen, doubt });
+                            Ok(None)
+                        }
+                    }
+                }
+            }
+            Some(Pending::Read(read)) => self.read(shelf, read),
+            Some(Pending::Starting) => match self.own(shelf).and_then(|id| shelf.starting(id)) {
+                Ok(true) => done(),
+                Ok(false) => {
+                    self.pending = Some(Pending::Starting);
+                    Ok(None)
+                }
+                Err(failure) => {
+                    self.root = None;
+                    Err(failure)
+                }
+            },
+        };
+        self.push(reply);
+        self.write();
+    }
+
+    fn read(&mut self, shelf: &mut Shelf, read: pb::ReadImage) -> Answer {
+        name::check_image(&read.name)?;
+        let id = self.own(shelf)?;
+        if read.consume
+            && read.generation == 0
+            && let Some(Found::Image(info, fd)) = shelf.consume(id, &read.name)?
+        {
+            return Ok(Some((local_reply::What::Image(info), Some(fd))));
+        }
+        let snapshot = shelf.generation(id, read.generation).ok_or_else(|| chain_ends(read.generation))?;
+        let images = snapshot.images.as_ref().ok_or_else(|| snapshot.failure())?;
+        match images.read(&read.name)? {
+            Found::Image(info, fd) => Ok(Some((local_reply::What::Image(info), Some(fd)))),
+            Found::NotYet if snapshot.state == State::Receiving => {
+                self.pending = Some(Pending::Read(read));
+                Ok(None)
+            }
+            Found::NotYet => {
+                let text = format!("snapshot {} has no image {}", snapshot.begin.name, read.name);
+                Err(Failure::new(FailCode::FailNotFound, text))
+            }
+        }
+    }
+
+    /// Gives back what it has.
+    fn release(&mut self, shelf: &mut Shelf, why: &str) {
+        let Some(id) = self.taken.take() else { return };
+        let starting = shelf.get(id).is_some_and(|s| s.state == State::Starting);
+        match self.root.take() {
+            Some(root) if starting => {
+                shelf.orphan(id);
+                let process = self.process.as_ref().and_then(|fd| fd.try_clone().ok());
+                self.watches.push(Watch::new(id, root, process, why));
+            }
+            _ => shelf.let_go(id, why),
+        }
+    }
+
+    /// It is gone.
+    pub(super) fn leave(&mut self, shelf: &mut Shelf) {
+        self.gone = true;
+        self.pending = None;
+        let why = format!("its restore (pid {}) ended without a word", self.pid);
+        self.release(shelf, &why);
+    }
+}
+
+fn chain_ends(generation: u32) -> Failure {
+    Failure::new(FailCode::FailNotFound, format!("the snapshot has no parent number {generation}"))
+}
+
+/// The process that a pidfd stands for; `None` if it is no pidfd or the process has been reaped.
+fn pid_of(fd: BorrowedFd<'_>) -> Option<i32> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+}
+
+fn is_dead(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+/// Whether a SIGKILL waits for it.
+fn is_dying(pid: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let mut masks = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    masks.any(|mask| mask & (1 << (libc::SIGKILL - 1)) != 0)
+}
+
+/// A tree whose restore went away between "starting" and "ran". Once the restore is dead, its tree either dies
+/// with it within moments or runs.
+#[derive(Debug)]
+pub(super) struct Watch {
+    id: u64,
+    pid: i32,
+    root: OwnedFd,
+    restore: Option<OwnedFd>,
+    until: Option<Instant>,
+    why: String,
+}
+
+impl Watch {
+    fn new(id: u64, root: OwnedFd, restore: Option<OwnedFd>, why: &str) -> Self {
+        let pid = pid_of(root.as_fd()).unwrap_or(-1);
+        Self { id, pid, root, restore, until: None, why: why.to_owned() }
+    }
+
+    /// What to watch for its end.
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.root.as_fd()).chain(self.restore.iter().map(AsFd::as_fd))
+    }
+
+    /// When to look again at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.until
+    }
+
+    /// Looks; true when it is known what became of the tree.
+    pub(super) fn look(&mut self, shelf: &mut Shelf, now: Instant) -> bool {
+        if is_dead(&self.root) {
+            shelf.let_go(self.id, &format!("{}; the tree is gone", self.why));
+            return true;
+        }
+        if self.restore.as_ref().is_some_and(is_dead) {
+            self.restore = None;
+        }
+        if self.restore.is_some() {
+            return false;
+        }
+        let until = *self.until.get_or_insert(now + LAST_LOOK);
+        if now < until {
+            return false;
+        }
+        if is_dying(self.pid) {
+            self.until = Some(now + LAST_LOOK / 10);
+            return false;
+        }
+        shelf.ran(self.id, self.pid);
+        true
+    }
+}

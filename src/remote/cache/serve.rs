@@ -1,0 +1,465 @@
+//! The one thread: sockets to the parts that know what they mean, and time.
+//!
+//! Nothing here blocks. A connection is read until it has nothing more or has had its turn; one whose snapshot
+//! waits for memory is not read at all, and is told by Pings that it is not forgotten.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use super::super::net::Stream;
+use super::super::pb::FailCode;
+use super::super::poll::{Interest, Poll};
+use super::super::wire::{self, Kind};
+use super::super::{Failure, local, pb};
+use super::local::{Client, Watch};
+use super::shelf::Shelf;
+use super::source::{Fed, Source};
+
+/// Bytes taken from a connection at once: what fits into a cache of the CPU beside what else it needs.
+const BUFFER: usize = 512 << 10;
+/// How often one connection is read before others have their turn.
+const TURN: usize = 8;
+/// Most bytes of answers that a connection leaves unread.
+const MAX_OUT: usize = 1 << 20;
+/// Most connections that have not said who they are.
+const MAX_STRANGERS: usize = 64;
+/// Most commands that have asked for nothing.
+const MAX_SILENT: usize = 256;
+/// Most commands at once.
+const MAX_CLIENTS: usize = 4096;
+/// How often to look whether a restore has made room.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long the reason of a refusal may take to arrive.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// A connection from a source, and its socket.
+#[derive(Debug)]
+struct Line {
+    stream: Stream,
+    source: Source,
+    watched: Interest,
+    /// Bytes that came and are not taken yet.
+    rest: Vec<u8>,
+    held: Option<Held>,
+    heard: Instant,
+    said: Instant,
+    /// It was refused; read until then for the sake of the reason.
+    ending: Option<Instant>,
+    said_last: bool,
+    ended: bool,
+    /// Ended with images on their way.
+    torn: bool,
+}
+
+/// Why a connection is not read.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    snapshot: u64,
+    since: Instant,
+}
+
+/// The cache.
+#[derive(Debug)]
+pub struct Cache {
+    poll: Poll,
+    shelf: Shelf,
+    seen: u64,
+    lines: BTreeMap<u64, Line>,
+    clients: BTreeMap<u64, Client>,
+    watches: BTreeMap<u64, Watch>,
+    last: u64,
+    timeout: Duration,
+    buffer: Vec<u8>,
+    /// What a list says about this cache.
+    place: String,
+    /// A connection was lost before all its snapshots were settled.
+    torn: bool,
+}
+
+impl Cache {
+    /// One without any socket. `timeout` is the longest silence of a source.
+    pub fn new(max_memory: Option<u64>, timeout: Duration, place: String) -> io::Result<Self> {
+        Ok(Self {
+            poll: Poll::new()?,
+            shelf: Shelf::new(max_memory),
+            seen: 0,
+            lines: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            watches: BTreeMap::new(),
+            // Tokens below are the caller's.
+            last: 1 << 32,
+            timeout,
+            buffer: vec![0; BUFFER],
+            place,
+            torn: false,
+        })
+    }
+
+    /// Connections from sources.
+    pub fn lines(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Whether snapshots wait or arrive.
+    pub fn has_live(&self) -> bool {
+        self.shelf.has_live()
+    }
+
+    /// Whether a connection was lost before all its snapshots were settled.
+    pub fn is_torn(&self) -> bool {
+        self.torn
+    }
+
+    fn token(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    /// A source has connected.
+    pub fn add_source(&mut self, stream: Stream) -> io::Result<()> {
+        let strangers: Vec<u64> =
+            self.lines.iter().filter(|(_, line)| !line.source.is_known()).map(|(token, _)| *token).collect();
+        if strangers.len() >= MAX_STRANGERS
+            && let Some(oldest) = strangers.first()
+        {
+            self.lines.remove(oldest);
+        }
+        let token = self.token();
+        let watched = Interest::READ.and(stream.interest());
+        self.poll.add(stream.fd(), token, watched)?;
+        tracing::debug!("connection from {}", stream.peer());
+        let now = Instant::now();
+        let line = Line {
+            stream,
+            source: Source::new(token, self.timeout),
+            watched,
+            rest: Vec::new(),
+            held: None,
+            heard: now,
+            said: now,
+            ending: None,
+            said_last: false,
+            ended: false,
+            torn: false,
+        };
+        self.lines.insert(token, line);
+        Ok(())
+    }
+
+    /// A command has connected: process `pid`, of a user who may enter.
+    pub fn add_client(&mut self, socket: OwnedFd, pid: i32) -> io::Result<()> {
+        let silent: Vec<u64> =
+            self.clients.iter().filter(|(_, client)| client.is_silent()).map(|(token, _)| *token).collect();
+        if silent.len() >= MAX_SILENT
+            && let Some(oldest) = silent.first()
+        {
+            self.clients.remove(oldest);
+        }
+        if self.clients.len() >= MAX_CLIENTS {
+            let failed =
+                Failure::new(FailCode::FailBusy, "too many commands talk to this image-cache").into();
+            let reply = pb::LocalReply { what: Some(pb::local_reply::What::Failed(failed)) };
+            return local::send(socket.as_fd(), &reply, &[]);
+        }
+        let token = self.token();
+        self.poll.add(socket.as_fd(), token, Interest::READ)?;
+        self.clients.insert(token, Client::new(token, pid, socket, self.timeout));
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let mut text = format!("image-cache, pid {}, {}", std::process::id(), self.place);
+        text += &format!("; {} connections; {} MiB in use", self.lines.len(), mib(self.shelf.used()));
+        if let Some(max) = self.shelf.max() {
+            text += &format!(" of {} (--max-memory)", mib(max));
+        }
+        text
+    }
+
+    /// Waits for something to happen, until `until` at the latest, and does what is to be done. The tokens of the
+    /// caller's own descriptors that are ready.
+    pub fn turn(&mut self, until: Option<Instant>) -> io::Result<Vec<u64>> {
+        let events = self.poll.wait(self.deadline().into_iter().chain(until).min())?;
+        let now = Instant::now();
+        let mut others = Vec::new();
+        let busy: Vec<u64> =
+            self.lines.iter().filter(|(_, line)| line.stream.pending()).map(|(token, _)| *token).collect();
+        let told: Vec<u64> = events.iter().map(|event| event.token).collect();
+        for token in busy.into_iter().filter(|token| !told.contains(token)) {
+            self.read(token, now);
+        }
+        for event in events {
+            if self.lines.contains_key(&event.token) {
+                if event.readable {
+                    self.read(event.token, now);
+                }
+            } else if self.clients.contains_key(&event.token) {
+                let daemon = self.describe();
+                if let Some(client) = self.clients.get_mut(&event.token) {
+                    client.ready(&mut self.shelf, &daemon);
+                }
+            } else if event.token < 1 << 32 {
+                others.push(event.token);
+            }
+        }
+        self.settle(now);
+        Ok(others)
+    }
+
+    /// When something has to be done though nothing happens.
+    fn deadline(&self) -> Option<Instant> {
+        let lines = self.lines.values().flat_map(|line| {
+            let busy = line.stream.pending() && line.held.is_none();
+            let silent = match line.held {
+                None => line.heard + line.source.silence(),
+                Some(held) => (held.since + self.timeout).min(line.said + self.timeout / 3),
+            };
+            let look = (line.held.is_some() && self.shelf.is_consumed()).then(|| Instant::now() + LOOK);
+            [line.ending, Some(silent), busy.then_some(line.heard), look]
+        });
+        let clients = self.clients.values().map(Client::deadline);
+        let watches = self.watches.values().map(Watch::deadline);
+        lines.chain(clients).chain(watches).flatten().min()
+    }
+
+    /// Reads a connection.
+    fn read(&mut self, token: u64, now: Instant) {
+        let Some(line) = self.lines.get_mut(&token) else { return };
+        if let Some(held) = line.held.take() {
+            // Not asked to be told of bytes: the other side is gone, and the snapshot can never be complete.
+            let text = "the connection was lost while it waited for memory";
+            self.shelf.fail(held.snapshot, Failure::new(FailCode::FailLost, text));
+            line.take_rest(&mut self.shelf, now);
+        }
+        for _ in 0..TURN {
+            if line.held.is_some() {
+                break;
+            }
+            match line.stream.read(&mut self.buffer) {
+                Ok(0) => {
+                    line.end(&mut self.shelf, "it was closed there");
+                    break;
+                }
+                Ok(count) => {
+                    line.heard = now;
+                    let mut input = self.buffer.get(..count).unwrap_or_default();
+                    line.feed(&mut self.shelf, &mut input, now);
+                    line.rest.extend_from_slice(input);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => {
+                    line.end(&mut self.shelf, &e.to_string());
+                    break;
+                }
+            }
+        }
+    }
+
+    /// What follows from what has happened: answers, time-outs, ends.
+    fn settle(&mut self, now: Instant) {
+        for (token, line) in &mut self.lines {
+            line.look_at_time(*token, &mut self.shelf, now, self.timeout);
+        }
+        if self.lines.values().any(|line| line.held.is_some()) {
+            self.shelf.measure();
+        }
+        self.retry(now);
+        for (owner, letter) in self.shelf.take_letters() {
+            if let Some(line) = self.lines.get_mut(&owner.source) {
+                line.source.out().extend(letter);
+            }
+        }
+        let mut over = Vec::new();
+        for (token, line) in &mut self.lines {
+            line.write(&mut self.shelf, now);
+            if line.ended {
+                self.torn |= line.torn;
+                over.push(*token);
+                continue;
+            }
+            let want = line.interest();
+            if want != line.watched && self.poll.modify(line.stream.fd(), *token, want).is_ok() {
+                line.watched = want;
+            }
+        }
+        for token in over {
+            self.lines.remove(&token);
+        }
+        self.settle_clients(now);
+    }
+
+    /// Lets those try again who wait for something that may have come, as long as that changes anything.
+    fn retry(&mut self, now: Instant) {
+        loop {
+            let changes = self.shelf.changes();
+            let changed = changes != self.seen;
+            self.seen = changes;
+            for client in self.clients.values_mut() {
+                if changed || client.deadline().is_some_and(|until| now >= until) {
+                    client.retry(&mut self.shelf, now);
+                }
+            }
+            let shelf = &mut self.shelf;
+            self.watches.retain(|_, watch| !watch.look(shelf, now));
+            if changed {
+                for line in self.lines.values_mut().filter(|line| line.held.is_some()) {
+                    line.take_rest(&mut self.shelf, now);
+                }
+            }
+            if self.shelf.changes() == self.seen {
+                return;
+            }
+        }
+    }
+
+    fn settle_clients(&mut self, now: Instant) {
+        let mut watches = Vec::new();
+        for (token, client) in &mut self.clients {
+            watches.extend(client.take_watches());
+            let want = client.interest();
+            if want != client.watched() && self.poll.modify(client.fd(), *token, want).is_ok() {
+                client.set_watched(want);
+            }
+        }
+        self.clients.retain(|_, client| !client.is_gone());
+        for mut watch in watches {
+            if watch.look(&mut self.shelf, now) {
+                continue;
+            }
+            let token = self.token();
+            for fd in watch.fds() {
+                // Without it the end is seen later, at the next turn.
+                let _ = self.poll.add(fd, token, Interest::READ);
+            }
+            self.watches.insert(token, watch);
+        }
+    }
+
+    /// Watches a descriptor of the caller's for reading, as `token` below 2^32.
+    pub fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.poll.add(fd, token, Interest::READ)
+    }
+}
+
+impl Line {
+    fn interest(&self) -> Interest {
+        let read = Interest { read: self.held.is_none(), ..Interest::NONE };
+        let write = Interest { write: !self.source.has_said_all(), ..Interest::NONE };
+        read.and(write).and(self.stream.interest())
+    }
+
+    /// Hands bytes on; what is left in `input` has to wait.
+    fn feed(&mut self, shelf: &mut Shelf, input: &mut &[u8], now: Instant) {
+        match self.source.feed(shelf, input) {
+            Ok(Fed::All) => *input = &[],
+            Ok(Fed::Held(snapshot)) => {
+                if let Some(s) = shelf.get(snapshot) {
+                    tracing::warn!("snapshot {} waits for memory", s.begin.name);
+                }
+                self.held = Some(Held { snapshot, since: now });
+            }
+            Err(failure) => {
+                tracing::warn!("connection from {} is given up: {failure}", self.stream.peer());
+                *input = &[];
+                self.torn |= self.source.is_busy(shelf);
+                self.source.refuse(shelf, &failure);
+                self.ending = Some(now + LAST_WORD);
+            }
+        }
+    }
+
+    /// Tries again with what had to wait.
+    fn take_rest(&mut self, shelf: &mut Shelf, now: Instant) {
+        let since = self.held.take().map(|held| held.since);
+        let rest = std::mem::take(&mut self.rest);
+        let mut input = &rest[..];
+        self.feed(shelf, &mut input, now);
+        self.rest = input.to_vec();
+        match (&mut self.held, since) {
+            // Still the same wait.
+            (Some(held), Some(since)) => held.since = since,
+            _ => self.heard = now,
+        }
+    }
+
+    fn look_at_time(&mut self, token: u64, shelf: &mut Shelf, now: Instant, timeout: Duration) {
+        if let Some(held) = self.held {
+            if now >= held.since + timeout {
+                let failure = shelf.does_not_fit(held.snapshot);
+                shelf.fail(held.snapshot, failure);
+                self.take_rest(shelf, now);
+            } else if now >= self.said + timeout / 3 {
+                self.source.out().extend(wire::bare(Kind::Ping, 0, 0, 0));
+            }
+            return;
+        }
+        if self.ending.is_some_and(|until| now >= until) {
+            self.ended = true;
+        } else if now >= self.heard + self.source.silence() {
+            let why = format!("nothing was heard from it for {} s", self.source.silence().as_secs_f32());
+            if !self.source.is_known() {
+                tracing::warn!("connection {token} from {} said nothing", self.stream.peer());
+            }
+            self.end(shelf, &why);
+        }
+    }
+
+    /// The connection is gone.
+    fn end(&mut self, shelf: &mut Shelf, why: &str) {
+        let (peer, host) = (self.stream.peer(), self.source.host());
+        self.torn |= self.source.is_busy(shelf);
+        if self.torn || !(self.source.is_between() || self.source.is_over()) {
+            tracing::warn!("the connection to {host} ({peer}) was lost: {why}");
+        } else {
+            tracing::debug!("the connection to {host} ({peer}) has ended: {why}");
+        }
+        shelf.lost(self.source.id(), why);
+        self.ended = true;
+    }
+
+    /// Sends what waits.
+    fn write(&mut self, shelf: &mut Shelf, now: Instant) {
+        if self.ended {
+            return;
+        }
+        match push(&mut self.stream, self.source.out()) {
+            Ok(0) => {}
+            Ok(_) => self.said = now,
+            Err(e) => {
+                // What came before the end is still to be read; the end itself is seen there.
+                tracing::debug!("nothing can be sent to {}: {e}", self.stream.peer());
+                self.source.out().clear();
+            }
+        }
+        if self.source.out().len() > MAX_OUT {
+            self.end(shelf, "it does not read what it is told");
+        } else if self.ending.is_some() && self.source.out().is_empty() && !self.said_last {
+            self.said_last = true;
+            // The reason has gone out; the other side closes when it has read it.
+            let _ = self.stream.end();
+        }
+    }
+}
+
+/// Sends as much as is taken now; how much that was.
+fn push(stream: &mut Stream, out: &mut Vec<u8>) -> io::Result<usize> {
+    let mut sent = 0;
+    let result = loop {
+        let rest = out.get(sent..).unwrap_or_default();
+        if rest.is_empty() {
+            break stream.flush().map(|_| ());
+        }
+        match stream.write(rest) {
+            Ok(count) => sent += count,
+            Err(e) => break Err(e),
+        }
+    };
+    out.drain(..sent);
+    match result {
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
+        _ => Ok(sent),
+    }
+}

@@ -1,0 +1,779 @@
+//! All snapshots of a cache: their names, their lives, the memory they take.
+//!
+//! ```text
+//!               Commit          Confirm         Get            starting         ran
+//!  RECEIVING ──────────▶ PREPARED ──────▶ READY ────▶ RESTORING ───────▶ STARTING ──▶ RESTORED
+//!      │ lost, damaged,     │ lost         ▲  ▲ ▲ restore gave up │ tree died  │
+//!      ▼ does not fit       ▼     release  │  │ └─────────────────┘            │
+//!    FAILED              IN_DOUBT ─────────┘  └───────────────────────────────┘
+//! ```
+//!
+//! The rule behind it: the images are kept as long as the tree may run nowhere else, and can be restored only once
+//! it is known not to run at the source. This module decides; it reads and writes no sockets. What it has to tell
+//! a source waits in [`Shelf::take_letters`].
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::super::pb::snapshot_info::State;
+use super::super::pb::{self, FailCode, resume};
+use super::super::wire::{self, Kind};
+use super::super::{Failure, name};
+use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
+
+/// Most records of snapshots that have ended.
+const HISTORY: usize = 1000;
+/// Longest name of a task or host kept, in bytes.
+const LABEL: usize = 256;
+/// How many other names a refusal tells.
+const NAMES: usize = 8;
+
+/// Whether something fits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// It does.
+    Yes,
+    /// It may, when others have gone.
+    Later,
+}
+
+/// All snapshots.
+#[derive(Debug, Default)]
+pub(super) struct Shelf {
+    snapshots: BTreeMap<u64, Snapshot>,
+    last: u64,
+    max: Option<u64>,
+    used: u64,
+    changes: u64,
+    letters: Vec<(Owner, Vec<u8>)>,
+}
+
+/// A state, for people.
+pub(super) fn word(state: State) -> &'static str {
+    match state {
+        State::Unknown => "unknown",
+        State::Receiving => "arriving",
+        State::Prepared => "complete, not yet confirmed",
+        State::Ready => "ready",
+        State::InDoubt => "in doubt",
+        State::Restoring => "being restored",
+        State::Starting => "starting",
+        State::Restored => "restored",
+        State::Failed => "failed",
+        State::Dropped => "dropped",
+    }
+}
+
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
+}
+
+/// What somebody else calls a task or a host, fit for a line.
+fn label(text: &str) -> String {
+    let mut label: String = text.chars().filter(|c| !c.is_control()).collect();
+    if let Some((end, _)) = label.char_indices().find(|(at, c)| at + c.len_utf8() > LABEL) {
+        label.truncate(end);
+    }
+    label
+}
+
+impl Shelf {
+    /// An empty one that holds at most `max` bytes.
+    pub(super) fn new(max: Option<u64>) -> Self {
+        Self { max, ..Self::default() }
+    }
+
+    /// Bytes of memory that all images take.
+    pub(super) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// The limit to that.
+    pub(super) fn max(&self) -> Option<u64> {
+        self.max
+    }
+
+    /// Changes whenever somebody who waits may have got what they wait for.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// Frames for sources, in order.
+    pub(super) fn take_letters(&mut self) -> Vec<(Owner, Vec<u8>)> {
+        std::mem::take(&mut self.letters)
+    }
+
+    /// One snapshot, also one that has ended.
+    pub(super) fn get(&self, id: u64) -> Option<&Snapshot> {
+        self.snapshots.get(&id)
+    }
+
+    /// All of them, oldest first.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Snapshot> {
+        self.snapshots.values()
+    }
+
+    fn live<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (u64, &'a Snapshot)> {
+        let of_name = move |s: &&Snapshot| s.is_live() && s.begin.name == name;
+        self.snapshots.iter().map(|(id, s)| (*id, s)).filter(move |(_, s)| of_name(s))
+    }
+
+    /// The one a name stands for: what can be restored before what cannot be yet.
+    fn named(&self, name: &str) -> Option<u64> {
+        let rank = |state| match state {
+            State::Ready => 0,
+            State::Restoring | State::Starting => 1,
+            State::InDoubt => 2,
+            _ => 3,
+        };
+        self.live(name).min_by_key(|(_, s)| rank(s.state)).map(|(id, _)| id)
+    }
+
+    fn tell<M: prost::Message>(&mut self, id: u64, kind: Kind, message: &M) {
+        if let Some(owner) = self.snapshots.get(&id).and_then(|s| s.owner) {
+            self.letters.push((owner, wire::frame(kind, owner.stream, 0, message)));
+        }
+    }
+
+    fn enter(&mut self, id: u64, state: State, text: impl Into<String>) {
+        self.changes += 1;
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.state = state;
+            snapshot.since = seconds();
+            snapshot.text = text.into();
+        }
+    }
+
+    /// Works on images and keeps count of the memory.
+    fn on_images<T>(
+        &mut self,
+        id: u64,
+        work: impl FnOnce(&mut Images) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let Some(images) = self.snapshots.get_mut(&id).and_then(|s| s.images.as_mut()) else {
+            return Err(Failure::new(FailCode::FailInternal, "the images are gone"));
+        };
+        let before = images.charged();
+        let result = work(images);
+        self.used = (self.used + images.charged()).saturating_sub(before);
+        result
+    }
+
+    // ---- What a source says.
+
+    /// A snapshot begins.
+    pub(super) fn begin(&mut self, owner: Owner, mut begin: pb::SnapshotBegin) -> Result<u64, Failure> {
+        name::check_snapshot(&begin.name)?;
+        (begin.comm, begin.host) = (label(&begin.comm), label(&begin.host));
+        for (_, old) in self.live(&begin.name) {
+            let may_wait = matches!(old.state, State::Ready | State::InDoubt);
+            if may_wait && old.survives {
+                continue;
+            }
+            let advice = match old.state {
+                State::Ready => "restore it, drop it (image-cache drop), or use another name (-D)",
+                State::InDoubt => {
+                    "see whether its tree runs at the source: if so image-cache drop, if not image-cache release"
+                }
+                _ => "wait for it, or use another name (-D)",
+            };
+            let text = format!(
+                "the cache has a snapshot {} of task {} ({}) at {} already: {}; {advice}",
+                begin.name,
+                old.begin.pid,
+                old.begin.comm,
+                old.begin.host,
+                word(old.state),
+            );
+            return Err(Failure::new(FailCode::FailExists, text));
+        }
+        let mut parent = None;
+        if !begin.parent.is_empty() {
+            name::check_snapshot(&begin.parent)?;
+            parent = self.live(&begin.parent).find(|(_, s)| s.state == State::Ready).map(|(id, _)| id);
+            let Some(found) = parent.and_then(|id| self.snapshots.get_mut(&id)) else {
+                let text = format!(
+                    "snapshot {}: its parent {} is not in the cache; make a dump without a parent",
+                    begin.name, begin.parent
+                );
+                return Err(Failure::new(FailCode::FailParent, text));
+            };
+            found.children += 1;
+        }
+        self.last += 1;
+        tracing::info!(
+            "snapshot {} of task {} ({}) at {} begins to arrive",
+            begin.name,
+            begin.pid,
+            begin.comm,
+            begin.host
+        );
+        let survives = begin.source_survives;
+        let snapshot = Snapshot {
+            begin,
+            state: State::Receiving,
+            since: seconds(),
+            began: Instant::now(),
+            text: String::new(),
+            code: FailCode::FailUnknown,
+            images: Some(Images::default()),
+            size: 0,
+            count: 0,
+            owner: Some(owner),
+            reader: None,
+            parent,
+            children: 0,
+            survives,
+            freed: false,
+            replaced: false,
+            restored_pid: 0,
+        };
+        self.snapshots.insert(self.last, snapshot);
+        self.changes += 1;
+        Ok(self.last)
+    }
+
+    /// Whether so many bytes more fit. An error says that they never will.
+    fn room(&self, id: u64, cost: u64) -> Result<Room, Failure> {
+        let Some(max) = self.max.filter(|max| self.used + cost > *max) else { return Ok(Room::Yes) };
+        let mut needed = Vec::new();
+        let mut next = Some(id);
+        while let Some(id) = next {
+            needed.push(id);
+            next = self.snapshots.get(&id).and_then(|s| s.parent);
+        }
+        let kept: u64 = needed.iter().filter_map(|id| self.snapshots.get(id)).map(Snapshot::charged).sum();
+        let others = self.snapshots.iter().any(|(id, s)| !needed.contains(id) && s.charged() > 0);
+        if others && kept + cost <= max { Ok(Room::Later) } else { Err(self.does_not_fit(id)) }
+    }
+
+    /// Why a snapshot is given up at the limit.
+    pub(super) fn does_not_fit(&self, id: u64) -> Failure {
+        let (name, so_far) = match self.snapshots.get(&id) {
+            Some(s) => (&s.begin.name[..], mib(s.charged())),
+            None => ("", 0),
+        };
+        let text = format!(
+            "snapshot {name} does not fit: it has {so_far} MiB so far, the cache holds {} of {} MiB \
+             (--max-memory); restore or drop another snapshot",
+            mib(self.used),
+            mib(self.max.unwrap_or(self.used)),
+        );
+        Failure::new(FailCode::FailMemory, text)
+    }
+
+    /// Whether one more image fits.
+    pub(super) fn room_for_image(&self, id: u64) -> Result<Room, Failure> {
+        self.room(id, IMAGE_COST)
+    }
+
+    /// Whether a frame of bytes or zeros fits.
+    pub(super) fn room_for(&self, id: u64, image: u32, raw: u32, zeros: bool) -> Result<Room, Failure> {
+        match self.images(id) {
+            Some(images) => self.room(id, images.cost(image, raw, zeros)?),
+            None => Ok(Room::Yes),
+        }
+    }
+
+    /// Images of a snapshot that are still there.
+    pub(super) fn images(&self, id: u64) -> Option<&Images> {
+        self.snapshots.get(&id)?.images.as_ref()
+    }
+
+    /// An image begins.
+    pub(super) fn image_begin(&mut self, id: u64, image: u32, begin: pb::ImageBegin) -> Result<(), Failure> {
+        self.on_images(id, |images| images.begin(image, begin))
+    }
+
+    /// Bytes of an image.
+    pub(super) fn append(&mut self, id: u64, image: u32, bytes: &[u8]) -> Result<(), Failure> {
+        self.on_images(id, |images| images.append(image, bytes))
+    }
+
+    /// A frame of bytes has come whole.
+    pub(super) fn appended(&mut self, id: u64, header: &wire::Header, crc: u32) -> Result<(), Failure> {
+        self.on_images(id, |images| images.appended(header.image, header.raw, crc, header.crc))
+    }
+
+    /// Zeros of an image.
+    pub(super) fn zeros(&mut self, id: u64, header: &wire::Header) -> Result<(), Failure> {
+        self.on_images(id, |images| images.zeros(header.image, header.raw, header.crc))
+    }
+
+    /// An image has ended.
+    pub(super) fn image_end(&mut self, id: u64, image: u32, end: &pb::ImageEnd) -> Result<(), Failure> {
+        self.on_images(id, |images| images.end(image, end))?;
+        if self.snapshots.get(&id).is_some_and(|s| s.reader.is_some()) {
+            self.changes += 1;
+        }
+        Ok(())
+    }
+
+    /// All images have come: checks that and answers.
+    pub(super) fn commit(&mut self, id: u64, commit: &pb::Commit) -> Result<(), Failure> {
+        self.on_images(id, |images| images.check(commit))?;
+        let Some(snapshot) = self.snapshots.get(&id) else { return Ok(()) };
+        let bytes = snapshot.images.as_ref().map_or(0, Images::size);
+        let took = snapshot.began.elapsed().as_secs_f64();
+        tracing::info!(
+            "snapshot {} is complete: {} images, {bytes} bytes in {took:.3} s, {:.0} MB/s",
+            snapshot.begin.name,
+            commit.images.len(),
+            bytes as f64 / took.max(1e-6) / 1e6,
+        );
+        self.enter(id, State::Prepared, "");
+        self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
+        Ok(())
+    }
+
+    /// The source has let the tree go, or keeps it on purpose: the snapshot can be restored.
+    pub(super) fn confirm(&mut self, id: u64, survives: bool) {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        snapshot.survives = survives;
+        let (name, early) = (snapshot.begin.name.clone(), snapshot.reader);
+        let older: Vec<(u64, State)> =
+            self.live(&name).filter(|(old, _)| *old < id).map(|(old, s)| (old, s.state)).collect();
+        for (old, state) in older {
+            if let Some(old) = self.snapshots.get_mut(&old) {
+                old.replaced = true;
+            }
+            if matches!(state, State::Ready | State::InDoubt) {
+                self.end_replaced(old);
+            }
+        }
+        match early {
+            Some(reader) => self.enter(id, State::Restoring, format!("by pid {}", reader.pid)),
+            None => self.enter(id, State::Ready, ""),
+        }
+        tracing::info!("snapshot {name} is ready to be restored");
+    }
+
+    fn end_replaced(&mut self, id: u64) {
+        let text = "replaced by a newer snapshot of that name";
+        self.end(id, State::Dropped, Failure::new(FailCode::FailReplaced, text));
+    }
+
+    /// The source takes it back.
+    pub(super) fn abort(&mut self, id: u64, reason: &str) {
+        let reason = label(reason);
+        let text = if reason.is_empty() { "the source gave up".to_owned() } else { reason };
+        self.forget_owner(id);
+        self.fail(id, Failure::new(FailCode::FailAborted, text));
+    }
+
+    /// What comes of it goes to nobody.
+    fn forget_owner(&mut self, id: u64) {
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.owner = None;
+        }
+    }
+
+    /// It cannot be used; the source hears why.
+    pub(super) fn fail(&mut self, id: u64, failure: Failure) {
+        self.tell(id, Kind::Failed, &pb::Failed::from(failure.clone()));
+        self.forget_owner(id);
+        self.end(id, State::Failed, failure);
+    }
+
+    /// A connection is gone, and `why`.
+    pub(super) fn lost(&mut self, source: u64, why: &str) {
+        let theirs = |s: &Snapshot| s.owner.is_some_and(|owner| owner.source == source);
+        let ids: Vec<(u64, State)> =
+            self.snapshots.iter().filter(|(_, s)| theirs(s)).map(|(id, s)| (*id, s.state)).collect();
+        for (id, state) in ids {
+            self.forget_owner(id);
+            match state {
+                State::Receiving => {
+                    let text =
+                        format!("the connection to the source was lost before all images had come: {why}");
+                    self.end(id, State::Failed, Failure::new(FailCode::FailLost, text));
+                }
+                State::Prepared => {
+                    let text =
+                        format!("the source vanished before it confirmed that its tree is gone: {why}");
+                    self.enter(id, State::InDoubt, text);
+                    if let Some(snapshot) = self.snapshots.get(&id) {
+                        tracing::warn!("{}", in_doubt(snapshot).text);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What became of a snapshot whose connection broke; the answer goes to `owner`.
+    pub(super) fn resume(&mut self, owner: Owner, resume: &pb::Resume) {
+        let same = |s: &Snapshot| resume.id != 0 && s.begin.id == resume.id && s.begin.name == resume.name;
+        let found = self.snapshots.iter().rev().find(|(_, s)| same(s)).map(|(id, s)| (*id, s.state));
+        let refuse = |shelf: &mut Self, failure: Failure| {
+            let failed = pb::Failed::from(failure);
+            shelf.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
+        };
+        let Some((id, state)) = found else {
+            let text = format!("the cache knows no snapshot {} of that dump", label(&resume.name));
+            return refuse(self, Failure::new(FailCode::FailNotFound, text));
+        };
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        match (state, &resume.verdict) {
+            (State::Receiving, _) | (_, None) => {
+                let text = format!("snapshot {} cannot be resumed: {}", snapshot.begin.name, word(state));
+                return refuse(self, Failure::new(FailCode::FailProtocol, text));
+            }
+            (State::Failed, _) => {
+                let failure = snapshot.failure();
+                return refuse(self, failure);
+            }
+            _ => snapshot.owner = Some(owner),
+        }
+        match (state, &resume.verdict) {
+            (State::Restored | State::Dropped | State::Unknown, _) => {
+                let restored = pb::Restored {
+                    ok: state == State::Restored,
+                    pid: snapshot.restored_pid,
+                    text: snapshot.text.clone(),
+                };
+                self.tell(id, Kind::Restored, &restored);
+                return;
+            }
+            (State::Prepared | State::InDoubt, Some(resume::Verdict::Abort(abort))) => {
+                self.abort(id, &abort.reason);
+                return refuse(self, Failure::new(FailCode::FailAborted, "the source gave up"));
+            }
+            (State::Prepared | State::InDoubt, Some(resume::Verdict::Confirm(confirm))) => {
+                self.confirm(id, confirm.survives);
+            }
+            _ => {}
+        }
+        let bytes = self.images(id).map_or(0, Images::size);
+        self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
+    }
+
+    // ---- How it ends.
+
+    /// A snapshot has come to an end: what it takes is freed, unless others need it.
+    fn end(&mut self, id: u64, state: State, why: Failure) {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        snapshot.code = why.code;
+        snapshot.reader = None;
+        let name = snapshot.begin.name.clone();
+        if state == State::Failed {
+            tracing::error!("snapshot {name} is lost to the cache: {}", why.text);
+        } else {
+            tracing::info!("snapshot {name} has ended: {}: {}", word(state), why.text);
+        }
+        self.enter(id, state, why.text);
+        if state == State::Dropped {
+            let text = self.snapshots.get(&id).map(|s| s.text.clone()).unwrap_or_default();
+            self.tell(id, Kind::Restored, &pb::Restored { ok: false, pid: 0, text });
+        }
+        self.settle(id, state == State::Restored);
+        self.trim();
+    }
+
+    /// Frees the images of one that has ended and that no other needs, and its parents' as far as they were
+    /// there for it alone.
+    fn settle(&mut self, id: u64, mut restored: bool) {
+        let mut next = Some(id);
+        while let Some(id) = next.take() {
+            let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+            if snapshot.is_live() {
+                // The tree went on from it to the child that runs now.
+                if !(restored
+                    && snapshot.state == State::Ready
+                    && snapshot.survives
+                    && snapshot.children == 0)
+                {
+                    return;
+                }
+                self.enter(id, State::Dropped, "a snapshot that builds on it was restored");
+            }
+            let Some(snapshot) = self.snapshots.get_mut(&id).filter(|s| s.children == 0) else { return };
+            if let Some(images) = snapshot.images.take() {
+                (snapshot.size, snapshot.count) = (images.size(), images.count());
+                self.used = self.used.saturating_sub(images.charged());
+                self.changes += 1;
+            }
+            restored |= snapshot.state == State::Restored;
+            let parent = snapshot.parent.take();
+            if let Some(parent) = parent.and_then(|parent| self.snapshots.get_mut(&parent)) {
+                parent.children = parent.children.saturating_sub(1);
+            }
+            next = parent;
+        }
+    }
+
+    fn trim(&mut self) {
+        let over = |s: &Snapshot| !s.is_live() && s.images.is_none();
+        let ended = self.snapshots.values().filter(|s| over(s)).count();
+        for _ in HISTORY..ended {
+            let oldest = self.snapshots.iter().find(|(_, s)| over(s)).map(|(id, _)| *id);
+            oldest.and_then(|id| self.snapshots.remove(&id));
+        }
+    }
+
+    // ---- What a restore says.
+
+    /// Gives the snapshot of that name to a restore. `None`: it is not there yet. `seen` remembers the one that is
+    /// waited for, so that its end is told.
+    pub(super) fn take(
+        &mut self,
+        name: &str,
+        seen: &mut Option<u64>,
+        early: bool,
+        reader: Reader,
+    ) -> Result<Option<u64>, Failure> {
+        if let Some(ended) = seen.and_then(|id| self.snapshots.get(&id)).filter(|s| !s.is_live()) {
+            let mut failure = ended.failure();
+            failure.text = format!("snapshot {name} {}: {}", word(ended.state), failure.text);
+            if ended.state == State::Restored {
+                failure = Failure::new(FailCode::FailBusy, failure.text);
+            }
+            return Err(failure);
+        }
+        let Some(id) = self.named(name) else { return Ok(None) };
+        let waited = seen.replace(id).is_some();
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return Ok(None) };
+        if let Some(first) = snapshot.reader {
+            let text = format!("snapshot {name} is being restored by another restore, pid {}", first.pid);
+            return Err(Failure::new(FailCode::FailBusy, text));
+        }
+        match snapshot.state {
+            State::Ready => {
+                snapshot.reader = Some(reader);
+                tracing::info!("snapshot {name} is being restored by pid {}", reader.pid);
+                self.enter(id, State::Restoring, format!("by pid {}", reader.pid));
+                Ok(Some(id))
+            }
+            State::Receiving | State::Prepared if early => {
+                snapshot.reader = Some(reader);
+                tracing::info!("snapshot {name} is read by pid {} as it arrives", reader.pid);
+                Ok(Some(id))
+            }
+            // Whoever waits already goes on: the source may still come back.
+            State::InDoubt if waited => Ok(None),
+            State::InDoubt => Err(in_doubt(snapshot)),
+            State::Starting => {
+                let text =
+                    format!("snapshot {name} was restored; what became of its tree is found out just now");
+                Err(Failure::new(FailCode::FailBusy, text))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Why a name is not to be had, after waiting.
+    pub(super) fn not_found(&self, name: &str, waited: Duration) -> Failure {
+        let found = self.named(name).and_then(|id| self.snapshots.get(&id));
+        if let Some(snapshot) = found.filter(|s| s.state == State::InDoubt) {
+            return in_doubt(snapshot);
+        }
+        let mut text = format!("no snapshot {name} has come");
+        if !waited.is_zero() {
+            text += &format!(" in {} s", waited.as_secs_f64());
+        }
+        if let Some(last) = self.snapshots.values().rev().find(|s| s.begin.name == name) {
+            text += &format!("; the last one of that name: {}", word(last.state));
+            if !last.text.is_empty() {
+                text += &format!(" ({})", last.text);
+            }
+        }
+        let others: Vec<&Snapshot> = self.snapshots.values().filter(|s| s.is_live()).collect();
+        if others.is_empty() {
+            text += "; the cache is empty";
+        } else {
+            let shown: Vec<String> =
+                others.iter().take(NAMES).map(|s| format!("{} ({})", s.begin.name, word(s.state))).collect();
+            text += &format!("; there is {}", shown.join(", "));
+            if others.len() > NAMES {
+                text += &format!(" and {} more", others.len() - NAMES);
+            }
+        }
+        Failure::new(FailCode::FailNotFound, text)
+    }
+
+    /// The snapshot itself, or one up its chain of parents.
+    pub(super) fn generation(&self, id: u64, generation: u32) -> Option<&Snapshot> {
+        let mut snapshot = self.snapshots.get(&id)?;
+        for _ in 0..generation {
+            snapshot = self.snapshots.get(&snapshot.parent?)?;
+        }
+        Some(snapshot)
+    }
+
+    /// An image for a restore that punches holes where it has read, if that may be: not before the source has
+    /// confirmed, and not if others need it. It is read only then.
+    pub(super) fn consume(&mut self, id: u64, name: &str) -> Result<Option<Found>, Failure> {
+        if self.snapshots.get(&id).is_none_or(|s| s.state != State::Restoring || s.children > 0) {
+            return Ok(None);
+        }
+        let (found, itself) = self.on_images(id, |images| images.consume(name))?;
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.freed |= itself;
+        }
+        Ok(Some(found))
+    }
+
+    /// Whether memory becomes free without a word, as a restore reads.
+    pub(super) fn is_consumed(&self) -> bool {
+        self.snapshots.values().any(|s| s.freed && s.images.is_some())
+    }
+
+    /// Looks how much has become free.
+    pub(super) fn measure(&mut self) {
+        let before = self.used;
+        let consumed = self.snapshots.iter().filter(|(_, s)| s.freed && s.images.is_some());
+        let ids: Vec<u64> = consumed.map(|(id, _)| *id).collect();
+        for id in ids {
+            // It fails only where there are no images.
+            let _ = self.on_images(id, |images| {
+                images.measure();
+                Ok(())
+            });
+        }
+        if self.used != before {
+            self.changes += 1;
+        }
+    }
+
+    /// The restore is about to let the tree go. `false`: the source has not confirmed yet.
+    pub(super) fn starting(&mut self, id: u64) -> Result<bool, Failure> {
+        let Some(snapshot) = self.snapshots.get(&id) else { return Ok(false) };
+        match snapshot.state {
+            State::Restoring => {
+                self.enter(id, State::Starting, "the tree is being let go");
+                Ok(true)
+            }
+            State::Starting => Ok(true),
+            State::Receiving | State::Prepared => Ok(false),
+            State::InDoubt => Err(in_doubt(snapshot)),
+            _ => Err(snapshot.failure()),
+        }
+    }
+
+    /// The tree runs here.
+    pub(super) fn ran(&mut self, id: u64, pid: i32) {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        if !matches!(snapshot.state, State::Restoring | State::Starting) {
+            return;
+        }
+        snapshot.restored_pid = pid;
+        let text = format!("runs as pid {pid}");
+        self.tell(id, Kind::Restored, &pb::Restored { ok: true, pid, text: text.clone() });
+        self.end(id, State::Restored, Failure::new(FailCode::FailUnknown, text));
+    }
+
+    /// The restore did not succeed, and why: the snapshot can be restored again, if it is whole.
+    pub(super) fn let_go(&mut self, id: u64, why: &str) {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        snapshot.reader = None;
+        self.changes += 1;
+        if !matches!(snapshot.state, State::Restoring | State::Starting) {
+            return;
+        }
+        let name = snapshot.begin.name.clone();
+        let why = label(why);
+        if snapshot.freed {
+            let text = format!(
+                "its restore failed after bytes had been freed as they were read (--free-as-read): {why}"
+            );
+            self.tell(id, Kind::Restored, &pb::Restored { ok: false, pid: 0, text: text.clone() });
+            self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
+        } else if snapshot.replaced {
+            self.end_replaced(id);
+        } else {
+            tracing::warn!("the restore of snapshot {name} failed, it can be restored again: {why}");
+            self.enter(id, State::Ready, format!("a restore failed: {why}"));
+        }
+    }
+
+    /// The restore has it no more, but its tree may run: until that is known nobody else gets it.
+    pub(super) fn orphan(&mut self, id: u64) {
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.reader = None;
+        }
+    }
+
+    // ---- What an operator says.
+
+    fn asked(&self, name: &str) -> Result<(u64, &Snapshot), Failure> {
+        name::check_snapshot(name)?;
+        let found = self.named(name).and_then(|id| Some((id, self.snapshots.get(&id)?)));
+        found.ok_or_else(|| self.not_found(name, Duration::ZERO))
+    }
+
+    /// Frees a snapshot by hand.
+    pub(super) fn drop_by_hand(&mut self, name: &str, force: bool) -> Result<(), Failure> {
+        let (id, snapshot) = self.asked(name)?;
+        let refuse = |code, text: &str| Err(Failure::new(code, format!("snapshot {name} {text}")));
+        let pid = snapshot.reader.map_or(0, |reader| reader.pid);
+        match snapshot.state {
+            _ if snapshot.children > 0 => {
+                return refuse(
+                    FailCode::FailParent,
+                    "is needed by snapshots that build on it; drop them first",
+                );
+            }
+            State::Starting => return refuse(FailCode::FailBusy, "is being let go just now; ask again"),
+            State::Restoring if !force => {
+                let text = format!("is being restored by pid {pid}; --force drops it all the same");
+                return refuse(FailCode::FailBusy, &text);
+            }
+            State::Prepared if !force => {
+                return refuse(
+                    FailCode::FailBusy,
+                    "is being handed over by its source just now; ask again, or drop it with --force",
+                );
+            }
+            State::Ready if !force && !snapshot.survives => {
+                return refuse(
+                    FailCode::FailExists,
+                    "is all there is of its tree, which is gone at the source; --force drops it all the same",
+                );
+            }
+            State::Receiving | State::Prepared => {
+                self.fail(id, Failure::new(FailCode::FailAborted, "dropped by hand at the cache"));
+            }
+            _ => {
+                self.end(id, State::Dropped, Failure::new(FailCode::FailAborted, "dropped by hand"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Its source is known to be gone.
+    pub(super) fn release(&mut self, name: &str) -> Result<(), Failure> {
+        let (id, snapshot) = self.asked(name)?;
+        match snapshot.state {
+            State::InDoubt => {
+                let survives = snapshot.survives;
+                self.confirm(id, survives);
+                Ok(())
+            }
+            State::Ready => Ok(()),
+            state => {
+                let text = format!("snapshot {name} is not in doubt: {}", word(state));
+                Err(Failure::new(FailCode::FailBusy, text))
+            }
+        }
+    }
+
+    /// Whether a snapshot waits to be restored, or arrives.
+    pub(super) fn has_live(&self) -> bool {
+        self.snapshots.values().any(Snapshot::is_live)
+    }
+}
+
+/// Why a snapshot in doubt is not to be had, and what to do.
+fn in_doubt(snapshot: &Snapshot) -> Failure {
+    let pb::SnapshotBegin { name, pid, comm, host, .. } = &snapshot.begin;
+    let text = format!(
+        "snapshot {name} is in doubt: {}. See whether task {pid} ({comm}) runs at {host}: if it does, \
+         image-cache drop {name}; if not, image-cache release {name}",
+        snapshot.text
+    );
+    Failure::new(FailCode::FailInDoubt, text)
+}

@@ -1,0 +1,350 @@
+//! One snapshot: its images as they arrive, and the check that they are all there.
+//!
+//! What happens to it as a whole (its states, its name, its memory) is decided in `shelf`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use super::super::pb::snapshot_info::State;
+use super::super::pb::{self, FailCode};
+use super::super::wire::{self, MAX_IMAGES, Sum};
+use super::super::{Failure, name};
+use super::memory::Bytes;
+
+/// What an image is charged beyond its bytes: names and tables take memory too.
+pub(super) const IMAGE_COST: u64 = 512;
+
+/// An image.
+#[derive(Debug)]
+struct Image {
+    name: String,
+    bytes: Bytes,
+    /// Of the frames that have come whole.
+    sum: Sum,
+    complete: bool,
+}
+
+/// The images of a snapshot.
+#[derive(Debug, Default)]
+pub(super) struct Images {
+    all: HashMap<u32, Image>,
+    names: BTreeMap<String, u32>,
+    /// Those whose bytes go as they are read.
+    consumed: BTreeSet<u32>,
+    open: usize,
+    charged: u64,
+    size: u64,
+}
+
+/// What a request for an image finds.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// A descriptor, and what is known about it.
+    Image(pb::ImageInfo, OwnedFd),
+    /// It has begun and not ended, or not begun.
+    NotYet,
+}
+
+fn wrong(text: String) -> Failure {
+    Failure::new(FailCode::FailProtocol, text)
+}
+
+fn unstored(name: &str, e: &io::Error) -> Failure {
+    let (code, hint) = match e.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => (FailCode::FailInternal, ": raise its limit (ulimit -n)"),
+        Some(libc::ENOSPC | libc::ENOMEM) => (FailCode::FailMemory, ": the host has no memory left"),
+        _ => (FailCode::FailInternal, ""),
+    };
+    Failure::new(code, format!("image {name} cannot be kept: {e}{hint}"))
+}
+
+fn not_handed_out(name: &str, e: &io::Error) -> Failure {
+    Failure::new(FailCode::FailInternal, format!("image {name} cannot be handed out: {e}"))
+}
+
+impl Images {
+    /// Bytes of memory they take.
+    pub(super) fn charged(&self) -> u64 {
+        self.charged
+    }
+
+    /// Bytes of images that have come.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// How many.
+    pub(super) fn count(&self) -> usize {
+        self.all.len()
+    }
+
+    /// How many have begun and not ended.
+    pub(super) fn open(&self) -> usize {
+        self.open
+    }
+
+    /// Longest list of images that a commit may bring now, in bytes.
+    pub(super) fn longest_commit(&self) -> u64 {
+        // Tag and length, and three fields of at most 1 + 10 bytes.
+        64 + self.all.len() as u64 * 40
+    }
+
+    /// Bytes of memory that a frame for the image will take.
+    pub(super) fn cost(&self, image: u32, raw: u32, zeros: bool) -> Result<u64, Failure> {
+        let bytes = match self.all.get(&image) {
+            Some(Image { bytes, complete: false, .. }) => bytes,
+            Some(Image { name, .. }) => return Err(wrong(format!("bytes for image {name} after its end"))),
+            None => return Err(wrong(format!("bytes for image number {image}, which has not begun"))),
+        };
+        Ok(if zeros { bytes.cost_of_zeros(raw) } else { bytes.cost(raw) })
+    }
+
+    /// A new one.
+    pub(super) fn begin(&mut self, image: u32, begin: pb::ImageBegin) -> Result<(), Failure> {
+        name::check_image(&begin.name)?;
+        if self.all.contains_key(&image) {
+            return Err(wrong(format!("image {}: number {image} begins twice", begin.name)));
+        }
+        if self.names.contains_key(&begin.name) {
+            return Err(wrong(format!("image {} begins twice", begin.name)));
+        }
+        if self.all.len() >= MAX_IMAGES as usize {
+            return Err(wrong(format!("more than {MAX_IMAGES} images")));
+        }
+        self.names.insert(begin.name.clone(), image);
+        let new = Image { name: begin.name, bytes: Bytes::new(), sum: Sum::default(), complete: false };
+        self.all.insert(image, new);
+        self.open += 1;
+        self.charged += IMAGE_COST;
+        Ok(())
+    }
+
+    fn arriving(&mut self, image: u32) -> Result<&mut Image, Failure> {
+        match self.all.get_mut(&image) {
+            Some(found) if !found.complete => Ok(found),
+            Some(found) => Err(wrong(format!("image {} has ended already", found.name))),
+            None => Err(wrong(format!("image number {image} has not begun"))),
+        }
+    }
+
+    fn grow(&mut self, image: u32, with: impl FnOnce(&mut Bytes) -> io::Result<()>) -> Result<(), Failure> {
+        let found = self.arriving(image)?;
+        let before = (found.bytes.size(), found.bytes.charged());
+        let done = with(&mut found.bytes).map_err(|e| unstored(&found.name, &e));
+        let after = (found.bytes.size(), found.bytes.charged());
+        self.size += after.0 - before.0;
+        self.charged = (self.charged + after.1).saturating_sub(before.1);
+        done
+    }
+
+    /// Bytes of a frame, which may be checked later.
+    pub(super) fn append(&mut self, image: u32, bytes: &[u8]) -> Result<(), Failure> {
+        self.grow(image, |place| place.append(bytes))
+    }
+
+    /// All bytes of a frame have come, and are `raw` bytes of that CRC32C.
+    pub(super) fn appended(&mut self, image: u32, raw: u32, crc: u32, sent: u32) -> Result<(), Failure> {
+        let found = self.arriving(image)?;
+        if crc != sent {
+            let text = format!("image {} was damaged on its way: wrong checksum", found.name);
+            return Err(Failure::new(FailCode::FailChecksum, text));
+        }
+        found.sum.push(raw, crc);
+        Ok(())
+    }
+
+    /// Zeros that did not travel.
+    pub(super) fn zeros(&mut self, image: u32, raw: u32, sent: u32) -> Result<(), Failure> {
+        self.grow(image, |place| place.append_zeros(raw))?;
+        self.appended(image, raw, wire::crc_of_zeros(raw), sent)
+    }
+
+    /// All of it has come.
+    pub(super) fn end(&mut self, image: u32, end: &pb::ImageEnd) -> Result<(), Failure> {
+        self.grow(image, Bytes::end)?;
+        let found = self.arriving(image)?;
+        if found.sum.size != end.size {
+            let text =
+                format!("image {} has {} bytes, {} were announced", found.name, found.sum.size, end.size);
+            return Err(Failure::new(FailCode::FailShort, text));
+        }
+        if found.sum.crc != end.crc32c {
+            let text = format!("image {} was damaged on its way: wrong checksum of the whole", found.name);
+            return Err(Failure::new(FailCode::FailChecksum, text));
+        }
+        found.complete = true;
+        self.open -= 1;
+        Ok(())
+    }
+
+    /// Whether the list names exactly what has come.
+    pub(super) fn check(&self, commit: &pb::Commit) -> Result<(), Failure> {
+        let short = |text| Err(Failure::new(FailCode::FailShort, text));
+        if let Some(open) = self.all.values().find(|image| !image.complete) {
+            return short(format!("image {} has not ended", open.name));
+        }
+        if commit.images.len() != self.all.len() {
+            let (came, listed) = (self.all.len(), commit.images.len());
+            return short(format!("{came} images have come, {listed} were announced"));
+        }
+        let mut seen = std::collections::HashSet::new();
+        for listed in &commit.images {
+            let Some(found) = self.all.get(&listed.image).filter(|_| seen.insert(listed.image)) else {
+                return short(format!("image number {} did not come", listed.image));
+            };
+            if found.sum != (Sum { size: listed.size, crc: listed.crc32c }) {
+                return short(format!("image {} is not what was announced", found.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Infos of those after `after`, as many as fit into about `room` bytes, and whether there are more.
+    pub(super) fn list(&self, after: &str, room: usize) -> pb::Images {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let mut page = pb::Images::default();
+        let mut taken = 0;
+        for (name, image) in self.names.range::<str, _>((Excluded(after), Unbounded)) {
+            taken += name.len() + 24;
+            if taken > room {
+                page.more = true;
+                break;
+            }
+            page.images.extend(self.all.get(image).map(Image::info));
+        }
+        page
+    }
+
+    /// One for a reader.
+    pub(super) fn read(&self, name: &str) -> Result<Found, Failure> {
+        let Some(image) = self.names.get(name).and_then(|image| self.all.get(image)) else {
+            return Ok(Found::NotYet);
+        };
+        if !image.complete {
+            return Ok(Found::NotYet);
+        }
+        let fd = image.bytes.reader().map_err(|e| not_handed_out(name, &e))?;
+        Ok(Found::Image(image.info(), fd))
+    }
+
+    /// As [`Self::read`], for a reader that punches holes where it has read. `true`: from now on what is there
+    /// cannot be restored again.
+    pub(super) fn consume(&mut self, name: &str) -> Result<(Found, bool), Failure> {
+        let Some(image) = self.names.get(name).and_then(|image| self.all.get(image)) else {
+            return Ok((Found::NotYet, false));
+        };
+        if !image.complete {
+            return Ok((Found::NotYet, false));
+        }
+        let (fd, itself) = image.bytes.consumer().map_err(|e| not_handed_out(name, &e))?;
+        let found = Found::Image(image.info(), fd);
+        if itself {
+            self.consumed.extend(self.names.get(name));
+        }
+        Ok((found, itself))
+    }
+
+    /// Looks how much is left of those that are being consumed.
+    pub(super) fn measure(&mut self) {
+        for image in &self.consumed {
+            let freed = self.all.get_mut(image).map_or(0, |image| image.bytes.measure());
+            self.charged = self.charged.saturating_sub(freed);
+        }
+    }
+}
+
+impl Image {
+    fn info(&self) -> pb::ImageInfo {
+        pb::ImageInfo { name: self.name.clone(), size: self.bytes.size(), complete: self.complete }
+    }
+}
+
+/// Where what becomes of a snapshot is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Owner {
+    /// The connection.
+    pub(super) source: u64,
+    /// The stream on it.
+    pub(super) stream: u32,
+}
+
+/// A restore that has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reader {
+    pub(super) client: u64,
+    pub(super) pid: i32,
+}
+
+/// One snapshot.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub(super) begin: pb::SnapshotBegin,
+    pub(super) state: State,
+    /// Seconds since 1970.
+    pub(super) since: u64,
+    pub(super) began: Instant,
+    /// What there is to say, and of which kind if it is a failure.
+    pub(super) text: String,
+    pub(super) code: FailCode,
+    /// `None` once they are freed.
+    pub(super) images: Option<Images>,
+    /// What lists show of freed ones.
+    pub(super) size: u64,
+    pub(super) count: usize,
+    /// Who brought it, as long as that connection lives.
+    pub(super) owner: Option<Owner>,
+    pub(super) reader: Option<Reader>,
+    pub(super) parent: Option<u64>,
+    /// Snapshots whose images are of no use without this one's.
+    pub(super) children: usize,
+    /// The tree runs at the source in any case.
+    pub(super) survives: bool,
+    /// Not all its bytes are there any more.
+    pub(super) freed: bool,
+    /// A newer one has the name.
+    pub(super) replaced: bool,
+    pub(super) restored_pid: i32,
+}
+
+impl Snapshot {
+    /// Whether something can still become of it.
+    pub(super) fn is_live(&self) -> bool {
+        !matches!(self.state, State::Restored | State::Failed | State::Dropped | State::Unknown)
+    }
+
+    /// Bytes of memory it takes.
+    pub(super) fn charged(&self) -> u64 {
+        self.images.as_ref().map_or(0, Images::charged)
+    }
+
+    /// Why it is not to be had.
+    pub(super) fn failure(&self) -> Failure {
+        Failure::new(self.code, self.text.clone())
+    }
+
+    /// As lists show it.
+    pub(super) fn info(&self) -> pb::SnapshotInfo {
+        let (bytes, images) = match &self.images {
+            Some(images) => (images.size(), images.count()),
+            None => (self.size, self.count),
+        };
+        pb::SnapshotInfo {
+            name: self.begin.name.clone(),
+            state: self.state.into(),
+            pid: self.begin.pid,
+            comm: self.begin.comm.clone(),
+            host: self.begin.host.clone(),
+            bytes,
+            images: u32::try_from(images).unwrap_or(u32::MAX),
+            created: self.begin.created,
+            since: self.since,
+            text: self.text.clone(),
+            parent: self.begin.parent.clone(),
+            restored_pid: self.restored_pid,
+            source_survives: self.survives,
+            resident: self.charged(),
+        }
+    }
+}

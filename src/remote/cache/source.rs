@@ -1,0 +1,414 @@
+//! One connection from a source: which frame may follow which, and what each does.
+//!
+//! A frame that is damaged, out of place or does not fit spoils its own snapshot only; the others on the
+//! connection go on. Where it is not known any more where the next frame begins, the connection is given up.
+//! Frames of a snapshot that has ended are thrown away: the source may not know yet. This module moves no bytes
+//! over sockets: it is fed, and what it says waits in [`Source::out`].
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use super::super::pb::snapshot_info::State;
+use super::super::pb::{self, FailCode};
+use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAGIC, MAX_DATA};
+use super::super::{Failure, host};
+use super::decode::{Decoder, Item, Last, Take};
+use super::shelf::{Room, Shelf};
+use super::snapshot::{Images, Owner};
+
+/// Most snapshots on their way at once on one connection.
+pub(super) const MAX_STREAMS: usize = 64;
+/// Most images that have begun and not ended on one connection.
+pub(super) const MAX_OPEN: usize = 4096;
+/// How many streams that have ended are remembered: what still comes for them is no fault.
+const REMEMBERED: usize = 1024;
+/// Longest time-out of the other side that is respected.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+
+/// How far a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// So many bytes of the magic have come.
+    Magic(usize),
+    Hello,
+    Open,
+    /// Nothing counts any more.
+    Over,
+}
+
+/// What became of bytes that were fed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fed {
+    /// All taken.
+    All,
+    /// This snapshot needs memory first.
+    Held(u64),
+}
+
+/// The snapshots of a connection by their streams.
+#[derive(Debug, Default)]
+struct Streams {
+    source: u64,
+    active: BTreeMap<u32, u64>,
+    over: VecDeque<u32>,
+}
+
+impl Streams {
+    fn end(&mut self, stream: u32) {
+        self.active.remove(&stream);
+        if !self.over.contains(&stream) {
+            self.over.push_back(stream);
+        }
+        if self.over.len() > REMEMBERED {
+            self.over.pop_front();
+        }
+    }
+
+    /// The snapshot that images on this stream belong to.
+    fn receiving(&mut self, shelf: &Shelf, stream: u32) -> Option<u64> {
+        let id = *self.active.get(&stream)?;
+        let state = shelf.get(id).map(|s| s.state);
+        if state.is_none_or(|state| !matches!(state, State::Receiving | State::Prepared)) {
+            // It ended for a reason of ours.
+            self.end(stream);
+        }
+        (state == Some(State::Receiving)).then_some(id)
+    }
+
+    fn fail(&mut self, shelf: &mut Shelf, stream: u32, failure: Failure) {
+        if let Some(id) = self.receiving(shelf, stream) {
+            shelf.fail(id, failure);
+            self.end(stream);
+        }
+    }
+
+    fn open_images(&self, shelf: &Shelf) -> usize {
+        self.active.values().filter_map(|id| shelf.images(*id)).map(Images::open).sum()
+    }
+
+    /// What to do with the payload of a frame, now that its header is there.
+    fn judge(&mut self, shelf: &mut Shelf, out: &mut Vec<u8>, header: &Header) -> Result<Take, Failure> {
+        match header.kind {
+            Kind::SnapshotBegin | Kind::Resume | Kind::Ping | Kind::Pong => return Ok(Take::Whole),
+            Kind::Hello | Kind::Prepared | Kind::Failed | Kind::Restored => {
+                let text = format!("{:?} frame from a source", header.kind);
+                return Err(Failure::new(FailCode::FailProtocol, text));
+            }
+            _ => {}
+        }
+        let stream = header.stream;
+        if !self.active.contains_key(&stream) && !self.over.contains(&stream) {
+            let text = format!("{:?} frame for stream {stream}, which has not begun", header.kind);
+            let failed = pb::Failed::from(Failure::new(FailCode::FailProtocol, text));
+            out.extend(wire::frame(Kind::Failed, stream, 0, &failed));
+            self.end(stream);
+        }
+        if matches!(header.kind, Kind::Confirm | Kind::Abort) {
+            return Ok(if self.active.contains_key(&stream) { Take::Whole } else { Take::Skip });
+        }
+        let Some(id) = self.receiving(shelf, stream) else { return Ok(Take::Skip) };
+        let (raw, image) = (header.raw, header.image);
+        let room = match header.kind {
+            Kind::ImageBegin if self.open_images(shelf) >= MAX_OPEN => Err(Failure::new(
+                FailCode::FailProtocol,
+                format!("more than {MAX_OPEN} images begun and not ended"),
+            )),
+            Kind::ImageBegin => shelf.room_for_image(id),
+            Kind::Data => shelf.room_for(id, image, raw, false),
+            Kind::Zero => shelf.room_for(id, image, raw, true),
+            Kind::Commit if u64::from(header.len) > shelf.images(id).map_or(0, Images::longest_commit) => {
+                let text = "the list of images is longer than what has come";
+                Err(Failure::new(FailCode::FailProtocol, text))
+            }
+            _ => Ok(Room::Yes),
+        };
+        Ok(match room {
+            Ok(Room::Yes) if header.kind == Kind::Data && header.flags & LZ4 == 0 => Take::Parts,
+            Ok(Room::Yes) => Take::Whole,
+            Ok(Room::Later) => Take::Later,
+            Err(failure) => {
+                self.fail(shelf, stream, failure);
+                Take::Skip
+            }
+        })
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Source {
+    stage: Stage,
+    decoder: Decoder,
+    streams: Streams,
+    /// CRC32C of what has come of the frame that is on its way.
+    crc: u32,
+    out: Vec<u8>,
+    timeout: Duration,
+    silence: Duration,
+    host: String,
+}
+
+impl Source {
+    /// A connection that was accepted just now, as number `id`.
+    pub(super) fn new(id: u64, timeout: Duration) -> Self {
+        Self {
+            stage: Stage::Magic(0),
+            decoder: Decoder::default(),
+            streams: Streams { source: id, ..Streams::default() },
+            crc: 0,
+            out: Vec::new(),
+            timeout,
+            silence: timeout,
+            host: String::new(),
+        }
+    }
+
+    /// Frames that wait to be sent.
+    pub(super) fn out(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
+    /// Its number.
+    pub(super) fn id(&self) -> u64 {
+        self.streams.source
+    }
+
+    /// Whether nothing waits to be sent.
+    pub(super) fn has_said_all(&self) -> bool {
+        self.out.is_empty()
+    }
+
+    /// Whether the other side has said who it is.
+    pub(super) fn is_known(&self) -> bool {
+        self.stage == Stage::Open
+    }
+
+    /// Whether nothing counts any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.stage == Stage::Over
+    }
+
+    /// Name of the host, as it says.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// How long it may say nothing.
+    pub(super) fn silence(&self) -> Duration {
+        self.silence
+    }
+
+    /// Whether a snapshot of this connection is neither confirmed nor ended.
+    pub(super) fn is_busy(&self, shelf: &Shelf) -> bool {
+        let states = self.streams.active.values().filter_map(|id| shelf.get(*id)).map(|s| s.state);
+        states.into_iter().any(|state| matches!(state, State::Receiving | State::Prepared))
+    }
+
+    /// Whether the last byte ended a frame.
+    pub(super) fn is_between(&self) -> bool {
+        self.decoder.is_between()
+    }
+
+    /// Takes bytes that came. An error is final: [`Self::refuse`] tells it to the other side.
+    pub(super) fn feed(&mut self, shelf: &mut Shelf, input: &mut &[u8]) -> Result<Fed, Failure> {
+        while let Stage::Magic(have) = self.stage {
+            let Some((first, rest)) = input.split_first() else { return Ok(Fed::All) };
+            if MAGIC.get(have) != Some(first) {
+                self.stage = Stage::Over;
+                return Err(Failure::new(FailCode::FailProtocol, "this is no crtool"));
+            }
+            *input = rest;
+            let have = have + 1;
+            self.stage = if have == MAGIC.len() { Stage::Hello } else { Stage::Magic(have) };
+        }
+        loop {
+            if self.stage == Stage::Over {
+                *input = &[];
+                return Ok(Fed::All);
+            }
+            let Self { decoder, streams, out, stage, .. } = self;
+            let stage = *stage;
+            let judge = |header: &Header| match stage {
+                Stage::Open => streams.judge(shelf, out, header),
+                _ if header.kind == Kind::Hello => Ok(Take::Whole),
+                _ => {
+                    Err(Failure::new(FailCode::FailProtocol, format!("{:?} frame before Hello", header.kind)))
+                }
+            };
+            match decoder.next(input, judge)? {
+                None => return Ok(Fed::All),
+                Some(Item::Later) => {
+                    // Only frames of images wait.
+                    let Some(id) = self.awaited(shelf) else { return Ok(Fed::All) };
+                    return Ok(Fed::Held(id));
+                }
+                Some(Item::Part(header, bytes, last)) => self.part(shelf, &header, bytes, last),
+                Some(Item::Frame(header, payload)) if stage == Stage::Hello => {
+                    self.hello(&header, &payload)?
+                }
+                Some(Item::Frame(header, payload)) => self.frame(shelf, &header, &payload)?,
+            }
+        }
+    }
+
+    /// The snapshot of the frame that was left for later.
+    fn awaited(&mut self, shelf: &Shelf) -> Option<u64> {
+        let stream = self.decoder.head().ok()?.stream;
+        self.streams.receiving(shelf, stream)
+    }
+
+    fn hello(&mut self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+        let hello: pb::Hello = wire::message(header, payload)?;
+        self.out.extend(MAGIC);
+        if hello.version == 0 {
+            let text = format!("no common version of the protocol: this cache speaks 1 to {}", wire::VERSION);
+            return Err(Failure::new(FailCode::FailVersion, text));
+        }
+        let answer = pb::Hello {
+            version: hello.version.min(wire::VERSION),
+            features: FEATURE_LZ4,
+            software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
+            host: host(),
+            timeout_ms: u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX),
+        };
+        self.out.extend(wire::frame(Kind::Hello, 0, 0, &answer));
+        // It says something every third of its own time-out.
+        let theirs = Duration::from_millis(hello.timeout_ms.into()).min(LONGEST_SILENCE);
+        self.silence = self.timeout.max(theirs);
+        self.host = hello.host.chars().filter(|c| !c.is_control()).take(64).collect();
+        self.stage = Stage::Open;
+        Ok(())
+    }
+
+    fn part(&mut self, shelf: &mut Shelf, header: &Header, bytes: &[u8], last: Last) {
+        if let Some(id) = self.streams.receiving(shelf, header.stream) {
+            self.crc = crc32c::crc32c_append(self.crc, bytes);
+            let mut done = shelf.append(id, header.image, bytes);
+            if last == Last::Yes {
+                done = done.and_then(|()| shelf.appended(id, header, self.crc));
+            }
+            if let Err(failure) = done {
+                self.streams.fail(shelf, header.stream, failure);
+            }
+        }
+        if last == Last::Yes {
+            self.crc = 0;
+        }
+    }
+
+    fn frame(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+        let stream = header.stream;
+        match header.kind {
+            Kind::Ping => self.out.extend(wire::bare(Kind::Pong, 0, 0, 0)),
+            Kind::Pong => {}
+            Kind::SnapshotBegin | Kind::Resume => {
+                let begun = if header.kind == Kind::Resume {
+                    wire::message(header, payload).map(|resume| {
+                        shelf.resume(Owner { source: self.streams.source, stream }, &resume);
+                        None
+                    })
+                } else {
+                    self.begin(shelf, header, payload).map(Some)
+                };
+                match begun {
+                    Ok(Some(id)) => {
+                        self.streams.over.retain(|over| *over != stream);
+                        self.streams.active.insert(stream, id);
+                    }
+                    Ok(None) => self.streams.end(stream),
+                    Err(failure) => {
+                        tracing::warn!("a snapshot was refused: {failure}");
+                        self.out.extend(wire::frame(Kind::Failed, stream, 0, &pb::Failed::from(failure)));
+                        self.streams.end(stream);
+                    }
+                }
+            }
+            Kind::Confirm | Kind::Abort => self.verdict(shelf, header, payload),
+            _ => {
+                if let Some(id) = self.streams.receiving(shelf, stream)
+                    && let Err(failure) = of_images(shelf, id, header, payload)
+                {
+                    self.streams.fail(shelf, stream, failure);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<u64, Failure> {
+        let stream = header.stream;
+        let begin: pb::SnapshotBegin = wire::message(header, payload)?;
+        if self.streams.active.contains_key(&stream) {
+            let failure = Failure::new(FailCode::FailProtocol, format!("stream {stream} begins twice"));
+            self.streams.fail(shelf, stream, failure.clone());
+            return Err(failure);
+        }
+        if self.streams.active.len() >= MAX_STREAMS {
+            let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
+            return Err(Failure::new(FailCode::FailProtocol, text));
+        }
+        shelf.begin(Owner { source: self.streams.source, stream }, begin)
+    }
+
+    fn verdict(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) {
+        let stream = header.stream;
+        let owner = Owner { source: self.streams.source, stream };
+        let Some(id) = self.streams.active.get(&stream).copied() else { return };
+        // A snapshot that was resumed elsewhere listens there.
+        let Some(state) = shelf.get(id).filter(|s| s.owner == Some(owner)).map(|s| s.state) else {
+            return self.streams.end(stream);
+        };
+        if header.kind == Kind::Abort {
+            let reason = wire::message::<pb::Abort>(header, payload).map(|abort| abort.reason);
+            shelf.abort(id, &reason.unwrap_or_default());
+            return self.streams.end(stream);
+        }
+        match (wire::message::<pb::Confirm>(header, payload), state) {
+            (Ok(confirm), State::Prepared) => {
+                shelf.confirm(id, confirm.survives);
+                self.streams.end(stream);
+            }
+            (Err(failure), State::Receiving) => self.streams.fail(shelf, stream, failure),
+            (Ok(_), State::Receiving) => {
+                let text = "confirmed before all images had come";
+                self.streams.fail(shelf, stream, Failure::new(FailCode::FailProtocol, text));
+            }
+            // Damaged, but what else can it have been? Nothing is lost by asking: it stays in doubt.
+            (_, _) => tracing::warn!("a confirmation was damaged on its way"),
+        }
+    }
+
+    /// Says why the connection is given up, to all whose images were on their way.
+    pub(super) fn refuse(&mut self, shelf: &mut Shelf, failure: &Failure) {
+        let silent = matches!(self.stage, Stage::Magic(_)) || self.stage == Stage::Over;
+        self.stage = Stage::Over;
+        let streams: Vec<u32> = self.streams.active.keys().copied().collect();
+        if streams.is_empty() && !silent {
+            self.out.extend(wire::frame(Kind::Failed, 0, 0, &pb::Failed::from(failure.clone())));
+        }
+        for stream in streams {
+            self.streams.fail(shelf, stream, failure.clone());
+        }
+    }
+}
+
+/// What carries images.
+fn of_images(shelf: &mut Shelf, id: u64, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    match header.kind {
+        Kind::ImageBegin => shelf.image_begin(id, header.image, wire::message(header, payload)?),
+        Kind::ImageEnd => shelf.image_end(id, header.image, &wire::message(header, payload)?),
+        Kind::Zero => shelf.zeros(id, header),
+        Kind::Commit => shelf.commit(id, &wire::message(header, payload)?),
+        // The only data that is taken whole.
+        _ => {
+            let mut raw = vec![0; header.raw.min(MAX_DATA) as usize];
+            match lz4_flex::block::decompress_into(payload, &mut raw) {
+                Ok(len) if len == raw.len() => {
+                    shelf.append(id, header.image, &raw)?;
+                    shelf.appended(id, header, crc32c::crc32c(&raw))
+                }
+                _ => Err(Failure::new(FailCode::FailChecksum, "compressed bytes were damaged on their way")),
+            }
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! What becomes of snapshots.
+
+use super::*;
+
+#[test]
+fn the_whole_way() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let pages = noise(3_000_000, 1);
+    let zeros = vec![0; 5_000_000];
+    let script = small(3, "a").parts(
+        "pages-1.img",
+        &[Part::Data(&pages), Part::Zeros(5_000_000), Part::Lz4(&zeros[..900_000]), Part::Data(b"end")],
+    );
+    bench.send(&mut peer, &script.clone().commit());
+    let whole = [&pages[..], &zeros, &zeros[..900_000], b"end"].concat();
+    let prepared = bench.prepared(&mut peer, 3);
+    assert_eq!(prepared.bytes, 9 + whole.len() as u64);
+    assert_eq!(bench.state("a"), State::Prepared);
+
+    let restore = bench.command();
+    restore.say(get("a"));
+    bench.no_answer(&restore);
+    bench.send(&mut peer, &confirm(3));
+    let (local_reply::What::Snapshot(info), _) = bench.answer(&restore) else { panic!() };
+    assert_eq!((info.pid, info.comm.as_str(), info.host.as_str()), (77, "counter", "there"));
+    assert_eq!((info.images, info.bytes), (3, prepared.bytes));
+    let list = pb::ListImages { after: String::new(), generation: 0 };
+    let (local_reply::What::Images(images), _) = bench.ask(&restore, local_request::What::ListImages(list))
+    else {
+        panic!()
+    };
+    let names: Vec<_> = images.images.iter().map(|image| (image.name.as_str(), image.complete)).collect();
+    assert_eq!(names, [("empty.img", true), ("inventory.img", true), ("pages-1.img", true)]);
+    assert!(bench.read(&restore, "pages-1.img") == whole);
+    assert_eq!(bench.read(&restore, "inventory.img"), b"inventory");
+    assert_eq!(bench.read(&restore, "empty.img"), b"");
+    assert!(bench.info("a").resident > 3_000_000);
+
+    let root = Root::new();
+    starting(&mut bench, &restore, &root);
+    assert_eq!(bench.state("a"), State::Starting);
+    bench.done(&restore, ran(root.pid()));
+    let restored = bench.restored(&mut peer, 3);
+    assert_eq!((restored.ok, restored.pid), (true, root.pid()));
+    let info = bench.info("a");
+    assert_eq!((info.state(), info.restored_pid, info.resident), (State::Restored, root.pid(), 0));
+    assert_eq!((info.images, info.bytes), (3, prepared.bytes));
+    assert!(!bench.cache.has_live());
+}
+
+#[test]
+fn finished_right_after_the_last_image() {
+    let mut bench = Bench::new();
+    for n in 0..300 {
+        let mut peer = bench.source();
+        let name = format!("s{n}");
+        let body = noise(1000 + n * 331, n as u32);
+        let script = Script::new(1, &name).image("a.img", &body).image("last.img", b"");
+        bench.prepare(&mut peer, script);
+        bench.send(&mut peer, &confirm(1));
+        drop(peer);
+        let restore = bench.take(&name);
+        assert!(bench.read(&restore, "a.img") == body);
+        bench.done(&restore, ran(1));
+    }
+}
+
+#[test]
+fn a_lost_connection_in_every_state() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let script = small(1, "a");
+    bench.send(&mut peer, &script.frames);
+    drop(peer);
+    let info = bench.wait_state("a", State::Failed);
+    assert!(info.text.contains("before all images had come"), "{}", info.text);
+    assert_eq!(info.resident, 0);
+
+    // In doubt: the tree is there and is not to be had.
+    let mut peer = bench.source();
+    bench.prepare(&mut peer, small(1, "a"));
+    drop(peer);
+    let info = bench.wait_state("a", State::InDoubt);
+    assert!(info.resident > 0);
+    let restore = bench.command();
+    let refused = bench.refused(&restore, get("a"));
+    assert_eq!(code(&refused), FailCode::FailInDoubt);
+    assert!(refused.text.contains("image-cache drop a") && refused.text.contains("image-cache release a"));
+    let mut second = bench.source();
+    bench.send(&mut second, &small(1, "a").frames);
+    assert_eq!(code(&bench.failed(&mut second, 1)), FailCode::FailExists);
+    bench.done(&restore, release("a"));
+    assert_eq!(bench.state("a"), State::Ready);
+    bench.done(&restore, release("a"));
+
+    // Ready: nothing happens to it.
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "b"));
+    drop(peer);
+    bench.run();
+    assert_eq!(bench.state("b"), State::Ready);
+
+    // Being restored: neither.
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "c"));
+    let restore = bench.take("c");
+    drop(peer);
+    bench.run();
+    assert_eq!(bench.read(&restore, "inventory.img"), b"inventory");
+    bench.done(&restore, ran(5));
+    assert_eq!(bench.state("c"), State::Restored);
+}
+
+#[test]
+fn a_snapshot_in_doubt_can_be_dropped() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.prepare(&mut peer, small(1, "a"));
+    drop(peer);
+    bench.wait_state("a", State::InDoubt);
+    let operator = bench.command();
+    bench.done(&operator, drop_it("a", false));
+    let info = bench.info("a");
+    assert_eq!((info.state(), info.resident), (State::Dropped, 0));
+    assert_eq!(code(&bench.refused(&operator, drop_it("a", false))), FailCode::FailNotFound);
+    assert_eq!(code(&bench.refused(&operator, release("a"))), FailCode::FailNotFound);
+}
+
+#[test]
+fn the_source_takes_it_back() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.send(&mut peer, &small(1, "a").frames);
+    bench.send(&mut peer, &abort(1));
+    assert_eq!(bench.state("a"), State::Failed);
+    assert_eq!(bench.info("a").text, "changed its mind");
+    // Also after it was complete; the number of a stream can be used again.
+    bench.prepare(&mut peer, small(1, "a"));
+    bench.send(&mut peer, &abort(1));
+    assert_eq!(bench.state("a"), State::Failed);
+    // Too late: it is ready.
+    bench.bring(&mut peer, small(1, "a"));
+    bench.send(&mut peer, &abort(1));
+    assert_eq!(bench.state("a"), State::Ready);
+}
+
+#[test]
+fn the_same_name_again() {
+    let mut bench = Bench::new();
+    let (mut first, mut second) = (bench.source(), bench.source());
+    let mut exists = |bench: &mut Bench, what: &str| {
+        bench.send(&mut second, &small(9, "a").frames);
+        let failed = bench.failed(&mut second, 9);
+        assert_eq!(code(&failed), FailCode::FailExists, "{what}");
+        assert!(failed.text.contains(what), "{failed}");
+    };
+    let script = small(1, "a");
+    bench.send(&mut first, &script.frames);
+    exists(&mut bench, "arriving");
+    let commit = pb::Commit { images: script.images };
+    bench.send(&mut first, &wire::frame(Kind::Commit, 1, 0, &commit));
+    bench.prepared(&mut first, 1);
+    exists(&mut bench, "not yet confirmed");
+    bench.send(&mut first, &confirm(1));
+    exists(&mut bench, "ready");
+    let restore = bench.take("a");
+    exists(&mut bench, "being restored");
+    let root = Root::new();
+    starting(&mut bench, &restore, &root);
+    exists(&mut bench, "starting");
+    bench.done(&restore, ran(root.pid()));
+    // What has ended blocks nothing.
+    bench.bring(&mut second, small(10, "a"));
+    assert_eq!(bench.state("a"), State::Ready);
+}
+
+#[test]
+fn a_newer_one_replaces_what_its_source_survived() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.prepare(&mut peer, Script::new(1, "a").image("x.img", b"old"));
+    bench.send(&mut peer, &survive(1));
+    let newer = Script::new(2, "a").image("x.img", b"new");
+    bench.send(&mut peer, &newer.frames);
+    // The old one is there as long as the new one is not.
+    let restore = bench.take("a");
+    assert_eq!(bench.read(&restore, "x.img"), b"old");
+    drop(restore);
+    bench.run();
+    let commit = pb::Commit { images: newer.images };
+    bench.send(&mut peer, &wire::frame(Kind::Commit, 2, 0, &commit));
+    bench.prepared(&mut peer, 2);
+    bench.send(&mut peer, &survive(2));
+    let replaced = bench.restored(&mut peer, 1);
+    assert!(!replaced.ok && replaced.text.contains("newer"), "{replaced:?}");
+    let restore = bench.take("a");
+    assert_eq!(bench.read(&restore, "x.img"), b"new");
+    // An even newer one comes while that is being restored; the restore fails then.
+    bench.send(&mut peer, &small(3, "a").frames);
+    assert_eq!(code(&bench.failed(&mut peer, 3)), FailCode::FailExists);
+}
+
+#[test]
+fn dropped_by_hand() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let operator = bench.command();
+    // Arriving: the tree runs on at the source.
+    bench.send(&mut peer, &small(1, "a").frames);
+    bench.done(&operator, drop_it("a", false));
+    assert_eq!(code(&bench.failed(&mut peer, 1)), FailCode::FailAborted);
+    // Handed over just now.
+    bench.prepare(&mut peer, small(2, "b"));
+    assert_eq!(code(&bench.refused(&operator, drop_it("b", false))), FailCode::FailBusy);
+    // All there is.
+    bench.send(&mut peer, &confirm(2));
+    let refused = bench.refused(&operator, drop_it("b", false));
+    assert!(refused.text.contains("--force"), "{refused}");
+    let restore = bench.take("b");
+    assert_eq!(code(&bench.refused(&operator, drop_it("b", false))), FailCode::FailBusy);
+    bench.done(&restore, give_up());
+    bench.done(&operator, drop_it("b", true));
+    let told = bench.restored(&mut peer, 2);
+    assert_eq!((told.ok, told.text.as_str()), (false, "dropped by hand"));
+    assert_eq!(bench.info("b").resident, 0);
+    // The tree runs on at the source.
+    bench.prepare(&mut peer, small(3, "c"));
+    bench.send(&mut peer, &survive(3));
+    bench.done(&operator, drop_it("c", false));
+    assert_eq!(bench.state("c"), State::Dropped);
+    assert!(!bench.restored(&mut peer, 3).ok);
+    // A restore has it: its next request is told.
+    bench.bring(&mut peer, small(4, "d"));
+    let restore = bench.take("d");
+    bench.done(&operator, drop_it("d", true));
+    let refused = bench.refused(&restore, read("inventory.img", 0));
+    assert_eq!(refused.text, "dropped by hand");
+    assert_eq!(code(&bench.refused(&operator, drop_it("nothing", true))), FailCode::FailNotFound);
+}
+
+#[test]
+fn a_restore_that_ends_early_gives_the_snapshot_back() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "a"));
+    let restore = bench.take("a");
+    bench.done(&restore, give_up());
+    let info = bench.info("a");
+    assert_eq!(info.state(), State::Ready);
+    assert!(info.text.contains("no memory"), "{}", info.text);
+    let restore = bench.take("a");
+    drop(restore);
+    bench.wait_state("a", State::Ready);
+    let restore = bench.take("a");
+    assert_eq!(bench.read(&restore, "inventory.img"), b"inventory");
+    bench.no_frame(&mut peer);
+}
+
+#[test]
+fn a_restore_that_dies_as_it_lets_the_tree_go() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    // The restore is this process, and lives; the tree dies.
+    bench.bring(&mut peer, small(1, "a"));
+    let restore = bench.take("a");
+    let mut root = Root::new();
+    starting(&mut bench, &restore, &root);
+    drop(restore);
+    bench.run();
+    let other = bench.command();
+    assert_eq!(code(&bench.refused(&other, get("a"))), FailCode::FailBusy);
+    root.kill();
+    bench.wait_state("a", State::Ready);
+
+    // It gives up, and so does the tree.
+    let restore = bench.take("a");
+    let mut root = Root::new();
+    starting(&mut bench, &restore, &root);
+    bench.done(&restore, give_up());
+    root.kill();
+    bench.wait_state("a", State::Ready);
+
+    // The restore is dead and the tree lives on.
+    let mut process = Root::new();
+    let (ours, theirs) = seqpacket();
+    bench.cache.add_client(theirs, process.pid()).unwrap();
+    let restore = Command { socket: ours };
+    assert!(matches!(bench.ask(&restore, get("a")).0, local_reply::What::Snapshot(_)));
+    let root = Root::new();
+    starting(&mut bench, &restore, &root);
+    process.kill();
+    drop(restore);
+    let info = bench.wait_state("a", State::Restored);
+    assert_eq!(info.restored_pid, root.pid());
+    let told = bench.restored(&mut peer, 1);
+    assert_eq!((told.ok, told.pid), (true, root.pid()));
+}
+
+#[test]
+fn the_last_words_of_a_restore_count() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "a"));
+    let restore = bench.take("a");
+    let root = Root::new();
+    restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+    restore.say(ran(root.pid()));
+    drop(restore);
+    bench.wait_state("a", State::Restored);
+    assert!(bench.restored(&mut peer, 1).ok);
+}
+
+#[test]
+fn a_restore_must_show_its_root() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "a"));
+    let restore = bench.take("a");
+    let refused = bench.refused(&restore, local_request::What::Starting(pb::Empty {}));
+    assert_eq!(code(&refused), FailCode::FailProtocol);
+    let (no_pidfd, _) = seqpacket();
+    restore.say_with(local_request::What::Starting(pb::Empty {}), &[&no_pidfd]);
+    assert!(matches!(bench.answer(&restore).0, local_reply::What::Failed(_)));
+    assert_eq!(bench.state("a"), State::Restoring);
+}
+
+fn resume(stream: u32, name: &str, id: u64, verdict: pb::resume::Verdict) -> Vec<u8> {
+    let resume = pb::Resume { name: name.to_owned(), id, verdict: Some(verdict) };
+    wire::frame(Kind::Resume, stream, 0, &resume)
+}
+
+fn yes() -> pb::resume::Verdict {
+    pb::resume::Verdict::Confirm(pb::Confirm { survives: false })
+}
+
+fn no() -> pb::resume::Verdict {
+    pb::resume::Verdict::Abort(pb::Abort { reason: "it runs on".to_owned() })
+}
+
+#[test]
+fn a_broken_connection_is_resumed() {
+    let mut bench = Bench::new();
+    let mut old = bench.source();
+    bench.prepare(&mut old, small(1, "a"));
+    // Another dump of that name, or one that never resumes, is another snapshot.
+    let mut new = bench.source();
+    for id in [0, 1] {
+        bench.send(&mut new, &resume(5, "a", id, yes()));
+        assert_eq!(code(&bench.failed(&mut new, 5)), FailCode::FailNotFound);
+    }
+    // The old connection is not yet known to be dead.
+    bench.send(&mut new, &resume(5, "a", 4711, yes()));
+    bench.prepared(&mut new, 5);
+    assert_eq!(bench.state("a"), State::Ready);
+    bench.send(&mut old, &abort(1));
+    assert_eq!(bench.state("a"), State::Ready);
+    drop(old);
+    bench.run();
+    bench.send(&mut new, &resume(6, "a", 4711, no()));
+    bench.prepared(&mut new, 6);
+    assert_eq!(bench.state("a"), State::Ready);
+    let restore = bench.take("a");
+    bench.done(&restore, ran(9));
+    assert!(bench.restored(&mut new, 6).ok);
+    bench.send(&mut new, &resume(7, "a", 4711, yes()));
+    assert!(bench.restored(&mut new, 7).ok);
+
+    // In doubt.
+    for (verdict, state) in [(yes(), State::Ready), (no(), State::Failed)] {
+        let mut old = bench.source();
+        let name = format!("{state:?}");
+        bench.prepare(&mut old, small(1, &name));
+        drop(old);
+        bench.wait_state(&name, State::InDoubt);
+        bench.send(&mut new, &resume(8, &name, 4711, verdict.clone()));
+        if state == State::Ready {
+            bench.prepared(&mut new, 8);
+        } else {
+            assert_eq!(code(&bench.failed(&mut new, 8)), FailCode::FailAborted);
+        }
+        assert_eq!(bench.state(&name), state);
+    }
+    // While it arrives there is nothing to resume.
+    bench.send(&mut new, &small(9, "c").frames);
+    bench.send(&mut new, &resume(10, "c", 4711, yes()));
+    assert_eq!(code(&bench.failed(&mut new, 10)), FailCode::FailProtocol);
+    assert_eq!(bench.state("c"), State::Receiving);
+}
+
+#[test]
+fn a_waiting_restore_outlives_the_doubt() {
+    let mut bench = Bench::new();
+    let mut old = bench.source();
+    bench.prepare(&mut old, small(1, "a"));
+    let restore = bench.command();
+    restore.say(get_within("a", 1));
+    bench.run();
+    drop(old);
+    bench.wait_state("a", State::InDoubt);
+    bench.no_answer(&restore);
+    let mut new = bench.source();
+    bench.send(&mut new, &resume(1, "a", 4711, yes()));
+    assert!(matches!(bench.answer(&restore).0, local_reply::What::Snapshot(_)));
+
+    let mut bench = Bench::with(None, Duration::from_millis(300));
+    let mut old = bench.source();
+    bench.prepare(&mut old, small(1, "a"));
+    let restore = bench.command();
+    restore.say(get_within("a", 1));
+    bench.run();
+    drop(old);
+    let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+    assert_eq!(failed.code(), FailCode::FailInDoubt);
+}
+
+#[test]
+fn the_history_is_short() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    for n in 0..1100 {
+        bench.bring(&mut peer, small(1, &format!("s{n}")));
+        let restore = bench.take(&format!("s{n}"));
+        bench.done(&restore, ran(1));
+        bench.restored(&mut peer, 1);
+    }
+    let (all, daemon) = bench.status();
+    assert_eq!(all.len(), 1000);
+    assert_eq!(all.last().unwrap().name, "s1099");
+    assert!(daemon.contains("0 MiB in use"), "{daemon}");
+}
+
+#[test]
+fn chains_of_parents() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let child = |name: &str, parent: &str| {
+        let begin = pb::SnapshotBegin { parent: parent.to_owned(), ..begin(name) };
+        Script::from(1, &begin).image("x.img", name.as_bytes()).image(&format!("only-{name}.img"), b"1")
+    };
+    bench.send(&mut peer, &child("b", "a").frames);
+    assert_eq!(code(&bench.failed(&mut peer, 1)), FailCode::FailParent);
+    for (name, parent) in [("a", ""), ("b", "a"), ("c", "b")] {
+        bench.prepare(&mut peer, child(name, parent));
+        let last = if name == "c" { confirm(1) } else { survive(1) };
+        bench.send(&mut peer, &last);
+    }
+    let operator = bench.command();
+    assert_eq!(code(&bench.refused(&operator, drop_it("a", true))), FailCode::FailParent);
+    let restore = bench.take("c");
+    // At random, again and again.
+    for n in [2_u32, 0, 1, 1, 0, 2, 2, 0] {
+        let name = ["c", "b", "a"][n as usize];
+        assert_eq!(contents(&bench.open(&restore, "x.img", n)), name.as_bytes());
+        let list = pb::ListImages { after: "only".to_owned(), generation: n };
+        let (local_reply::What::Images(page), _) = bench.ask(&restore, local_request::What::ListImages(list))
+        else {
+            panic!()
+        };
+        let names: Vec<_> = page.images.iter().map(|image| image.name.clone()).collect();
+        assert_eq!(names, [format!("only-{name}.img"), "x.img".to_owned()]);
+    }
+    let list = pb::ListImages { after: String::new(), generation: 3 };
+    assert_eq!(code(&bench.refused(&restore, local_request::What::ListImages(list))), FailCode::FailNotFound);
+    assert_eq!(code(&bench.refused(&restore, read("x.img", 3))), FailCode::FailNotFound);
+    bench.done(&restore, ran(1));
+    for name in ["a", "b", "c"] {
+        assert_eq!(bench.info(name).resident, 0, "{name}");
+    }
+    assert_eq!((bench.state("a"), bench.state("b")), (State::Dropped, State::Dropped));
+}
+
+#[test]
+fn a_parent_is_kept_for_its_child() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.prepare(&mut peer, small(1, "a"));
+    bench.send(&mut peer, &survive(1));
+    let begin = pb::SnapshotBegin { parent: "a".to_owned(), ..begin("b") };
+    bench.bring(&mut peer, Script::from(2, &begin).image("x.img", b"x"));
+    // The parent runs somewhere; its child can be restored all the same.
+    let restore = bench.take("a");
+    bench.done(&restore, ran(1));
+    let info = bench.info("a");
+    assert_eq!(info.state(), State::Restored);
+    assert!(info.resident > 0);
+    bench.restored(&mut peer, 1);
+    let late = pb::SnapshotBegin { parent: "a".to_owned(), ..super::begin("c") };
+    bench.send(&mut peer, &Script::from(3, &late).frames);
+    assert_eq!(code(&bench.failed(&mut peer, 3)), FailCode::FailParent);
+    let restore = bench.take("b");
+    assert_eq!(contents(&bench.open(&restore, "inventory.img", 1)), b"inventory");
+    bench.done(&restore, ran(2));
+    assert!(bench.restored(&mut peer, 2).ok);
+    assert_eq!(bench.info("a").resident, 0);
+    // A child that fails leaves its parent as it was.
+    bench.prepare(&mut peer, small(1, "d"));
+    bench.send(&mut peer, &survive(1));
+    let begin = pb::SnapshotBegin { parent: "d".to_owned(), ..super::begin("e") };
+    bench.send(&mut peer, &Script::from(2, &begin).frames);
+    bench.send(&mut peer, &abort(2));
+    assert_eq!(bench.state("d"), State::Ready);
+    let operator = bench.command();
+    bench.done(&operator, drop_it("d", false));
+}
