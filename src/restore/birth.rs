@@ -39,7 +39,7 @@ pub(super) struct Puppet {
     pub(super) pid: i32,
     /// Index of the task, `None` for a helper.
     pub(super) task: Option<usize>,
-    /// Who is its parent, `None` for the root.
+    /// Who is its parent, `None` for a child of crtool.
     pub(super) parent: Option<usize>,
     pub(super) steps: Vec<Step>,
     /// Group to join once all puppets are there.
@@ -50,9 +50,23 @@ pub(super) struct Puppet {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Births {
     pub(super) puppets: Vec<Puppet>,
+    /// The one that crtool makes itself: the root, or its midwife.
+    pub(super) first: usize,
 }
 
 impl Births {
+    /// Puts a helper with this pid between crtool and the root. It ends like all helpers, long before the tree runs: then
+    /// the root is a child of whoever adopts orphans, and the end of crtool is nothing to it.
+    pub(super) fn add_midwife(&mut self, pid: i32) {
+        let midwife = self.puppets.len();
+        if let Some(root) = self.puppets.first_mut() {
+            root.parent = Some(midwife);
+        }
+        let steps = vec![Step::Make(0)];
+        self.puppets.push(Puppet { pid, task: None, parent: None, steps, join_group: None });
+        self.first = midwife;
+    }
+
     /// The puppet that makes puppet `index`.
     pub(super) fn maker(&self, index: usize) -> Option<usize> {
         let makes = |step: &Step| matches!(step, Step::Make(c) | Step::MakeSibling(c) if *c == index);
@@ -221,7 +235,7 @@ pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
         siblings.sort_unstable();
         puppet.steps.extend(siblings.into_iter().map(Step::MakeSibling));
     }
-    Ok(Births { puppets })
+    Ok(Births { puppets, first: 0 })
 }
 
 /// Whether `needed` is a session that nobody above `index` can hand down.
@@ -250,6 +264,15 @@ mod tests {
         let births = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
         assert_eq!(births.puppets[0].steps, [Step::Setsid, Step::Make(1)]);
         assert_eq!(births.puppets[1].join_group, Some(10));
+    }
+
+    #[test]
+    fn midwife() {
+        let mut births = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
+        assert_eq!((births.first, births.maker(0)), (0, None));
+        births.add_midwife(7);
+        assert_eq!((births.first, births.maker(0), births.maker(1)), (2, Some(2), Some(0)));
+        assert_eq!(births.puppets[2].steps, [Step::Make(0)]);
     }
 
     #[test]

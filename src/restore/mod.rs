@@ -98,7 +98,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     interrupt::check()?;
 
     let forking = Instant::now();
-    let root = cast.make_root(settings)?;
+    let root = cast.make_first(settings)?;
     cast.stage.settle()?;
     cast.fillers.check(&cast.stage.area)?;
     cast.form_groups()?;
@@ -170,7 +170,25 @@ fn plan_births(images: &Images, settings: &RestoreSettings) -> Result<Births> {
             sid: if Some(t.sid) == foreign_session { ours.0 } else { t.sid },
         })
         .collect();
-    birth::plan(&wanted, ours)
+    let mut births = birth::plan(&wanted, ours)?;
+    // Its parent-death signal must not be the end of crtool.
+    let asks = |core: &&pb::CoreEntry| {
+        core.thread_core.as_ref().is_some_and(|c| c.pdeath_sig.is_some_and(|signal| signal != 0))
+    };
+    if settings.detached && !settings.sibling && root.cores.iter().any(|core| asks(&core)) {
+        births.add_midwife(free_pid(images).context("no pid is free")?);
+    }
+    Ok(births)
+}
+
+/// A pid that nobody has or is going to have: one that was given out not long ago, as the kernel does not take it
+/// again soon.
+fn free_pid(images: &Images) -> Option<i32> {
+    let own = std::process::id().cast_signed();
+    let wanted: HashSet<i32> =
+        images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid])).collect();
+    let nobody = |pid: i32| crate::sys::task::kill(pid, 0) == Err(Errno::ESRCH);
+    (2..own).rev().chain(own..i32::from(i16::MAX)).find(|pid| !wanted.contains(pid) && nobody(*pid))
 }
 
 /// Everything that takes part.
@@ -188,7 +206,7 @@ struct Cast<'i> {
     /// Slots of all puppets' leaders.
     slots: Vec<RemoteAddr>,
     go: RemoteAddr,
-    root_list: Placed,
+    first_list: Placed,
     supervisor: task::Supervisor,
     seccomp: task::seccomp::Plan,
 }
@@ -242,24 +260,27 @@ impl<'i> Cast<'i> {
             slots.push(area.slot()?);
         }
         let mut stage = Stage::new(area);
-        let mut root_list = None;
+        let mut first_list = None;
         let own_vdso = vdso::Own::read()?;
         let mut fillers = Fillers::new(images.tasks.iter().flat_map(|t| &t.tids).copied());
         let mut made = Vec::with_capacity(births.puppets.len());
         for (index, puppet) in births.puppets.iter().enumerate() {
             let label = match puppet.task {
                 Some(_) => format!("task {}", puppet.pid),
+                None if index == births.first => format!("helper {} (the root's midwife)", puppet.pid),
                 None => format!("helper {} (for a dead leader)", puppet.pid),
             };
             let mut list = List::new(format!("birth of {}", puppet.pid));
-            if index == 0 {
-                plan_root(&mut list, go);
+            if index == births.first {
+                plan_first(&mut list, go);
             }
             let at = (stage.area.start().0, stage.area.len() as u64);
             let task = puppet.task.and_then(|t| images.tasks.get(t));
             let shares = shares_memory(&births, images, index)?;
             made.push(match task.and_then(|t| t.mm.as_ref()) {
                 Some(_) if shares => Made::default(),
+                // What it makes is to have what crtool would have given it.
+                None if index == births.first => Made::default(),
                 None => {
                     memory::plan_clear(&mut list, at, &[]);
                     Made::default()
@@ -299,12 +320,12 @@ impl<'i> Cast<'i> {
             log_list(&list);
             let placed = stage.area.place(&list)?;
             stage.area.arm(slots[index], placed.start, on_fail)?;
-            if index == 0 {
-                root_list = Some(placed.clone());
+            if index == births.first {
+                first_list = Some(placed.clone());
             }
             stage.expect(puppet.pid, true, label, slots[index], placed);
         }
-        let root_list = root_list.context("no root")?;
+        let first_list = first_list.context("no root")?;
         let supervisor = task::Supervisor::probe()?;
         let filters: pb::SeccompEntry =
             crate::image::TypedStore::read_one(store, ImageKind::Seccomp, None)?.unwrap_or_default();
@@ -323,7 +344,7 @@ impl<'i> Cast<'i> {
             on_fail,
             slots,
             go,
-            root_list,
+            first_list,
             supervisor,
             seccomp,
         })
@@ -337,12 +358,13 @@ impl<'i> Cast<'i> {
         self.births.puppets.get(index)?.task.and_then(|t| self.images.tasks.get(t))
     }
 
-    /// Clones the root and takes it under ptrace before it does anything.
-    fn make_root(&mut self, settings: &RestoreSettings) -> Result<Pid> {
-        let root = self.images.tasks.first().context("no root")?;
-        let set_tid = [root.pid];
+    /// Clones the first puppet and takes it under ptrace before it does anything. Tells the root's pid.
+    fn make_first(&mut self, settings: &RestoreSettings) -> Result<Pid> {
+        let root = self.images.tasks.first().context("no root")?.pid;
+        let first = self.births.puppets.get(self.births.first).context("no first puppet")?.pid;
+        let slot = *self.slots.get(self.births.first).context("no slot")?;
+        let set_tid = [first];
         let sibling = settings.detached && settings.sibling;
-        self.supervisor.orphan = (settings.detached && !sibling).then_some(root.pid);
         let args = CloneArgs {
             flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
             exit_signal: if sibling { 0 } else { libc::SIGCHLD as u64 },
@@ -354,16 +376,16 @@ impl<'i> Cast<'i> {
         let mut old = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
         let runner = self.stage.area.runner().0;
-        let made = clone_into(&args, runner, self.root_list.start.0, self.slots[0].0);
+        let made = clone_into(&args, runner, self.first_list.start.0, slot.0);
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
-        let pid = made.map_err(|e| taken(root.pid, e))?;
+        let pid = made.map_err(|e| taken(first, e))?;
         self.stage.running(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
             .or_else(|_| ptrace::seize(pid, options))
             .context("seize of the restored root")?;
         self.stage.area.post(self.go, 1)?;
-        Ok(Pid::from_raw(pid))
+        Ok(Pid::from_raw(root))
     }
 
     /// Everybody exists: join groups; let zombies and helpers end.
@@ -580,8 +602,8 @@ impl<'i> Cast<'i> {
     }
 }
 
-/// What the root does before anything else: hold until it is traced, shed what it has from us.
-fn plan_root(list: &mut List, go: RemoteAddr) {
+/// What the first puppet does before anything else: hold until it is traced, shed what it has from us.
+fn plan_first(list: &mut List, go: RemoteAddr) {
     list.call(
         "prctl(PR_SET_PDEATHSIG)",
         libc::SYS_prctl,

@@ -1,7 +1,7 @@
 //! The signal a task gets when its parent ends.
 //!
-//! The root of a tree restored with `-d` would get it as soon as crtool ends, and mostly die of it. Its true
-//! parent is whoever adopts it then, so the signal is left out, with a warning.
+//! The root of a tree restored with `-d` would get it as soon as crtool ends, and mostly die of it: the restore sees
+//! to it that crtool is not its parent.
 
 use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
@@ -21,16 +21,6 @@ pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
     if signal > 64 {
         return Err(TaskError::image(format!("parent-death signal {signal}")));
     }
-    let signal = match plan.supervisor.orphan {
-        Some(pid) if pid == plan.pid && signal != 0 => {
-            tracing::warn!(
-                "thread {}: parent-death signal {signal} is left out: it would come now",
-                plan.tid
-            );
-            0
-        }
-        _ => signal,
-    };
     let args = [libc::PR_SET_PDEATHSIG.into(), signal.into()];
     list.call("PR_SET_PDEATHSIG", libc::SYS_prctl, &args, Want::Zero);
     Ok(())

@@ -33,8 +33,6 @@ pub struct Supervisor {
     pub tick_ns: u64,
     /// Whether POSIX timers can be made with chosen ids (Linux 6.15).
     pub timer_ids: bool,
-    /// The process, if any, that is a child of crtool and goes on when crtool has ended.
-    pub orphan: Option<i32>,
     /// Whether crtool has no_new_privs, which cannot be taken back.
     pub no_new_privs: bool,
 }
@@ -51,7 +49,6 @@ impl Default for Supervisor {
             loginuid: None,
             tick_ns: 0,
             timer_ids: false,
-            orphan: None,
             no_new_privs: false,
         }
     }
@@ -76,7 +73,6 @@ impl Supervisor {
             loginuid,
             tick_ns: tick_ns(),
             timer_ids: prctl::get(prctl::TIMER_CREATE_RESTORE_IDS, 2).is_ok(),
-            orphan: None,
             no_new_privs: status.no_new_privs.unwrap_or(false),
         })
     }

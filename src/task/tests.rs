@@ -198,23 +198,6 @@ fn names_and_marks() {
 }
 
 #[test]
-fn an_orphan_does_not_die_of_our_end() {
-    let mut to = puppet();
-    let pid = to.pid();
-    let supervisor = Supervisor { orphan: Some(pid), ..Supervisor::probe().unwrap() };
-    let (mut core, ..) = dump(&mut Target::new(), &mut seccomp::Dump::new());
-    core.thread_core.as_mut().unwrap().pdeath_sig = Some(9);
-    let filters = seccomp::Plan::default();
-    let plan =
-        ThreadPlan { core: &core, pid, tid: pid, dumpable: 1, seccomp: &filters, supervisor: &supervisor };
-    let mut list = List::new("restore");
-    plan_thread(&plan, &mut list).unwrap();
-    to.run(&list).unwrap();
-    let (after, ..) = dump(&mut to, &mut seccomp::Dump::new());
-    assert_eq!(thread(&after).pdeath_sig, None);
-}
-
-#[test]
 fn handlers() {
     let trip = carry(|_, list| {
         for (signal, action) in [

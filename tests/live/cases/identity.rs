@@ -46,6 +46,9 @@ pub const CASES: &[Case] = &[
     Case::new("personality", personality).peer_fails("refuses personality bits"),
     Case::new("not_dumpable", not_dumpable),
     Case::new("death_signal", death_signal),
+    Case::new("death_signal_of_root", death_signal_of_root)
+        .disturbed()
+        .peer_fails("criu makes the root itself, and its own end is the signal's cause"),
     Case::new("no_huge_pages", no_huge_pages),
     Case::new("membarrier", membarrier),
     Case::new("keep_capabilities", keep_capabilities),
@@ -602,6 +605,17 @@ fn death_signal(gate: &Gate) {
     });
     gate.await_mark("child");
     gate.ready();
+    join(child);
+}
+
+/// The root of the tree asked for it, too: it does not come when crtool has made the root and ends.
+fn death_signal_of_root(gate: &Gate) {
+    sys::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM as usize, 0).expect("PR_SET_PDEATHSIG");
+    let child = fork(|| gate.wait());
+    gate.ready();
+    let mut signal = 0_i32;
+    sys::prctl(libc::PR_GET_PDEATHSIG, &raw mut signal as usize, 0).expect("PR_GET_PDEATHSIG");
+    assert_eq!(signal, libc::SIGTERM);
     join(child);
 }
 
