@@ -195,6 +195,27 @@ pub struct ProxySettings {
     pub daemon: DaemonSettings,
 }
 
+/// What an operator asks a running image-cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CacheRequest {
+    /// Which snapshots it holds.
+    List,
+    /// That, those it held, and how it is.
+    Status,
+    /// Free a snapshot.
+    Drop {
+        /// Which.
+        name: String,
+        /// Also if nobody else has its tree.
+        force: bool,
+    },
+    /// The source of a snapshot in doubt is known to be gone: it may be restored.
+    Release {
+        /// Which.
+        name: String,
+    },
+}
+
 /// Images go to, or come from, a cache in memory and no directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoteSettings {

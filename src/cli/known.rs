@@ -19,9 +19,22 @@ pub(crate) enum Command {
     Image,
     /// Dump and restore a small workload, to see it work
     Demo,
+    /// Keep snapshots in memory until they are restored here; see crtool image-cache --help
+    ImageCache,
+    /// Bring the snapshots of dump --remote to a cache; see crtool image-proxy --help
+    ImageProxy,
 }
 
 impl Command {
+    /// All of them.
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Dump, Self::Restore, Self::Check, Self::Image, Self::Demo, Self::ImageCache, Self::ImageProxy];
+
+    /// Does it run until it is told to end?
+    pub(crate) fn is_daemon(self) -> bool {
+        matches!(self, Self::ImageCache | Self::ImageProxy)
+    }
+
     /// As typed.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -30,6 +43,8 @@ impl Command {
             Self::Check => "check",
             Self::Image => "image",
             Self::Demo => "demo",
+            Self::ImageCache => "image-cache",
+            Self::ImageProxy => "image-proxy",
         }
     }
 }
@@ -46,8 +61,6 @@ pub(crate) static COMMANDS_TO_COME: &[&str] = &[
     "exec",
     "show",
     "migrate",
-    "image-proxy",
-    "image-cache",
 ];
 
 /// Does an option take a value?
@@ -64,7 +77,7 @@ pub(crate) enum Value {
 /// What we do about an option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// It works, under the name given here (CRIU has synonyms).
+    /// Another name of the option given here (CRIU has synonyms), which says for which commands.
     Works(&'static str),
     /// It works for one command; with another it is a mistake, not a setting that happens not to matter.
     Only(&'static [Command]),
@@ -91,7 +104,7 @@ pub(crate) struct Known {
     pub(crate) standing: Standing,
 }
 
-use Command::{Check, Dump, Restore};
+use Command::{Check, Dump, ImageCache, ImageProxy, Restore};
 use Standing::{For, Gone, Only, ToCome, Works};
 
 /// A switch with a `--no-` form.
@@ -129,17 +142,21 @@ impl Known {
     }
 }
 
-const ALL: Standing = For(&[Dump, Restore, Check, Command::Demo, Command::Image]);
+const ALL: Standing = For(&Command::ALL);
 const BOTH: Standing = For(&[Dump, Restore]);
 /// `check -t` judges a tree by the options with which it would be dumped.
 const TREE: Standing = For(&[Dump, Restore, Check]);
+/// What runs until it ends, and what tells that it is ready.
+const RUNS: Standing = For(&[Dump, Restore, ImageCache, ImageProxy]);
+/// Who speaks to another host.
+const NET: Standing = For(&[Dump, ImageCache, ImageProxy]);
 
 /// In CRIU's order.
 pub(crate) static OPTIONS: &[Known] = &[
     value("tree", For(&[Dump, Check])).or(b't'),
     plain("leave-stopped", BOTH).or(b's'),
     plain("leave-running", For(&[Dump])).or(b'R'),
-    switch("restore-detached", For(&[Restore])).or(b'd'),
+    switch("restore-detached", For(&[Restore, ImageCache, ImageProxy])).or(b'd'),
     switch("restore-sibling", For(&[Restore])).or(b'S'),
     switch("daemon", Works("restore-detached")),
     value("images-dir", BOTH).or(b'D'),
@@ -154,15 +171,15 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("log-pid", ALL),
     plain("version", ALL).or(b'V'),
     switch("evasive-devices", TREE),
-    value("pidfile", BOTH),
+    value("pidfile", RUNS),
     value("veth-pair", ToCome),
     value("action-script", BOTH),
     switch("link-remap", TREE),
     switch("shell-job", TREE).or(b'j'),
     switch("file-locks", TREE).or(b'l'),
     switch("page-server", ToCome),
-    value("address", ToCome),
-    value("port", ToCome),
+    value("address", NET),
+    value("port", NET),
     value("prev-images-dir", ToCome),
     plain("ms", Gone("see --extra, --experimental and --all of crtool check")),
     switch("track-mem", ToCome),
@@ -184,7 +201,7 @@ pub(crate) static OPTIONS: &[Known] = &[
     value("ghost-limit", For(&[Dump, Check])),
     value("irmap-scan-path", ToCome),
     value("lsm-profile", ToCome),
-    value("timeout", For(&[Dump])),
+    value("timeout", RUNS),
     value("external", TREE),
     value("empty-ns", ToCome),
     plain("lazy-pages", ToCome),
@@ -198,19 +215,19 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("deprecated", ALL),
     switch("display-stats", BOTH),
     switch("weak-sysctls", ToCome),
-    value("status-fd", BOTH),
+    value("status-fd", RUNS),
     switch("tcp-close", ToCome),
     optional("verbosity", ALL).or(b'v'),
-    value("ps-socket", ToCome),
+    value("ps-socket", NET),
     switch("stream", ToCome),
     value("config", ALL),
     plain("no-default-config", ALL),
-    value("tls-cacert", ToCome),
-    value("tls-cacrl", ToCome),
-    value("tls-cert", ToCome),
-    value("tls-key", ToCome),
-    switch("tls", ToCome),
-    plain("tls-no-cn-verify", ToCome),
+    value("tls-cacert", NET),
+    value("tls-cacrl", NET),
+    value("tls-cert", NET),
+    value("tls-key", NET),
+    switch("tls", NET),
+    plain("tls-no-cn-verify", NET),
     value("cgroup-yard", ToCome),
     value("pre-dump-mode", ToCome),
     value("file-validation", BOTH),
@@ -221,6 +238,21 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("unprivileged", ToCome),
     switch("ghost-fiemap", ToCome),
 ];
+
+/// What CRIU has not. They come after its own, so that an abbreviation means what it means there.
+pub(crate) static OWN_OPTIONS: &[Known] = &[
+    switch("remote", BOTH),
+    value("compress", NET),
+    optional("wait-restored", Only(&[Dump])),
+    switch("free-as-read", Only(&[Restore])),
+    value("max-memory", Only(&[ImageCache])),
+    plain("force", Only(&[ImageCache])),
+];
+
+/// Every option there is.
+pub(crate) fn all() -> impl Iterator<Item = &'static Known> {
+    OPTIONS.iter().chain(OWN_OPTIONS)
+}
 
 /// An option found by name, and whether it was negated.
 #[derive(Debug, Clone, Copy)]
@@ -242,8 +274,18 @@ pub(crate) enum NotFound {
 
 /// Finds a long option by its name or an unambiguous beginning of it.
 pub(crate) fn find_long(name: &str) -> Result<Found, NotFound> {
+    if let Some(known) = OWN_OPTIONS.iter().find(|known| known.long == name) {
+        return Ok(Found { known, negated: false });
+    }
+    match find_in(OPTIONS, name) {
+        Err(NotFound::Unknown) => find_in(OWN_OPTIONS, name),
+        other => other,
+    }
+}
+
+fn find_in(options: &'static [Known], name: &str) -> Result<Found, NotFound> {
     let mut near: Vec<(String, Found)> = Vec::new();
-    for known in OPTIONS {
+    for known in options {
         let negations: &[bool] = if known.negatable { &[false, true] } else { &[false] };
         for &negated in negations {
             let full = if negated { format!("no-{}", known.long) } else { known.long.to_owned() };
@@ -305,6 +347,12 @@ mod tests {
         assert_eq!(name("ver"), "version|verbosity");
         assert_eq!(name("no-leave-running"), "unknown");
         assert_eq!(name("bogus"), "unknown");
+        assert_eq!(name("remo"), "remote");
+        assert_eq!(name("no-remote"), "no-remote");
+        assert_eq!(name("force"), "force");
+        assert_eq!(name("forc"), "force-irmap");
+        assert_eq!(name("fre"), "freeze-cgroup");
+        assert_eq!(name("free-"), "free-as-read");
         assert_eq!(name(""), "unknown");
     }
 
@@ -320,8 +368,8 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<_> = OPTIONS.iter().map(|known| known.long).collect();
-        let mut letters: Vec<_> = OPTIONS.iter().filter_map(|known| known.short).collect();
+        let mut names: Vec<_> = all().map(|known| known.long).collect();
+        let mut letters: Vec<_> = all().filter_map(|known| known.short).collect();
         names.sort_unstable();
         letters.sort_unstable();
         assert!(names.windows(2).all(|pair| pair[0] != pair[1]));

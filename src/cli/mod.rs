@@ -2,8 +2,10 @@
 
 mod argv;
 mod config;
+mod help;
 mod known;
 mod opts;
+mod remotely;
 mod settings;
 
 use std::{
@@ -27,6 +29,7 @@ use crate::{
     command,
     exit::{self, Exit},
     log,
+    settings::DumpSettings,
 };
 
 /// Entry point of the binary.
@@ -80,9 +83,19 @@ fn handed_over(task: &Task) -> anyhow::Result<()> {
         Ok(_) => Ok(()),
         Err(_) => bail!("option --{name}: descriptor {fd} is not open"),
     };
-    let (Task::Dump(_, report) | Task::Restore(_, report)) = task else { return Ok(()) };
-    if let Some(fd) = report.status_fd {
+    let direct = |settings: &DumpSettings| settings.remote.as_ref()?.direct.as_ref()?.ps_socket;
+    let (status_fd, ps_socket) = match task {
+        Task::Dump(settings, report) => (report.status_fd, direct(settings)),
+        Task::Restore(_, report) => (report.status_fd, None),
+        Task::Cache(settings) => (settings.daemon.status_fd, settings.net.ps_socket),
+        Task::Proxy(settings) => (settings.daemon.status_fd, settings.net.ps_socket),
+        _ => (None, None),
+    };
+    if let Some(fd) = status_fd {
         open("status-fd", fd)?;
+    }
+    if let Some(fd) = ps_socket {
+        open("ps-socket", fd)?;
     }
     if let Task::Restore(settings, _) = task {
         settings.inherit_fds.iter().try_for_each(|inherited| open("inherit-fd", inherited.fd))?;
@@ -93,9 +106,13 @@ fn handed_over(task: &Task) -> anyhow::Result<()> {
 fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
     let Plan { task, log, close, warnings } = settings::plan(words)?;
     match task {
-        Task::Help => {
+        Task::Help(of) => {
             // A reader that has seen enough is no failure.
-            let _ = write!(io::stdout(), "{}", opts::Opts::command().render_help());
+            let _ = match of {
+                Some(known::Command::ImageCache) => write!(io::stdout(), "{}", help::IMAGE_CACHE),
+                Some(known::Command::ImageProxy) => write!(io::stdout(), "{}", help::IMAGE_PROXY),
+                _ => write!(io::stdout(), "{}", opts::Opts::command().render_help()),
+            };
             return Ok(Exit::Success);
         }
         Task::Version => {
@@ -135,7 +152,11 @@ fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
         Task::Check(settings) => command::check::run(&settings),
         Task::Image(words) => command::image::run(&words).map(|()| Exit::Success),
         Task::Demo => command::demo::run().map(|()| Exit::Success),
-        Task::Help | Task::Version => Ok(Exit::Success),
+        Task::Cache(settings) => command::image_cache::run(&settings),
+        Task::AskCache(request, work_dir) => command::image_cache::ask(&request, &work_dir),
+        Task::Proxy(settings) => command::image_proxy::run(&settings),
+        Task::ProxyStatus(work_dir) => command::image_proxy::status(&work_dir),
+        Task::Help(_) | Task::Version => Ok(Exit::Success),
     }
 }
 

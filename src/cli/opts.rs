@@ -25,6 +25,11 @@ Examples:
   crtool check -t 1234                      what would stop a dump of 1234
   crtool image show images/pstree.img       look into an image
 
+  dst# crtool image-cache -d -W /run/crtool -o cache.log
+  src# crtool image-proxy -d -W /run/crtool -o proxy.log --address DST
+  src# crtool dump -t 1234 --remote -W /run/crtool         bring it to DST, in memory
+  dst# crtool restore -d --remote -W /run/crtool           continue it there
+
 Most switches can be taken back with --no-NAME. Names may be abbreviated. Every option of criu(8) is known
 by its name; one that is not listed here is refused as not supported yet.";
 
@@ -48,7 +53,7 @@ pub(crate) struct Opts {
     /// Root of the process tree
     #[arg(short, long, value_name = "PID", value_parser = pid, help_heading = "Dump and restore")]
     pub(crate) tree: Option<Pid>,
-    /// Directory of the images [default: the current one]
+    /// Directory of the images [default: the current one]; with --remote any name for the snapshot
     #[arg(short = 'D', long, value_name = "DIR", help_heading = "Dump and restore")]
     pub(crate) images_dir: Option<PathBuf>,
     /// Leave the tree running after the dump
@@ -57,25 +62,26 @@ pub(crate) struct Opts {
     /// Leave the tree stopped after dump or restore
     #[arg(short = 's', long, overrides_with = "leave_running", help_heading = "Dump and restore")]
     pub(crate) leave_stopped: bool,
-    /// Return when the restored tree runs; it does not stay a child
+    /// Return when the restored tree runs; it does not stay a child. A daemon: go into the background
     #[arg(short = 'd', long, help_heading = "Dump and restore")]
     pub(crate) restore_detached: bool,
     /// Make the restored root a child of the caller (with -d)
     #[arg(short = 'S', long, help_heading = "Dump and restore")]
     pub(crate) restore_sibling: bool,
-    /// Write the pid of the restored root to this file
+    /// Write the pid of the restored root, or of the daemon, to this file
     #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
     pub(crate) pidfile: Option<PathBuf>,
     /// After the restore become the program given after `--`, as parent of the tree
     #[arg(long, help_heading = "Dump and restore")]
     pub(crate) exec_cmd: bool,
-    /// Write a zero byte to this descriptor and close it on success
+    /// Write a zero byte to this descriptor and close it on success, or when the daemon listens
     #[arg(long, value_name = "FD", value_parser = fd, help_heading = "Dump and restore")]
     pub(crate) status_fd: Option<RawFd>,
     /// Run this program at certain steps; CRTOOLS_SCRIPT_ACTION says which
     #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
     pub(crate) action_script: Vec<PathBuf>,
-    /// Longest time to freeze and collect a tree, in seconds; 0 for no limit [default: 10]
+    /// Longest time to freeze and collect a tree, in seconds; 0 for no limit [default: 10]. With --remote also the
+    /// longest silence of a daemon or another host; restore: the longest wait for the snapshot [default: 600]
     #[arg(long, value_name = "SECONDS", help_heading = "Dump and restore")]
     pub(crate) timeout: Option<u32>,
     /// CPU properties to write or to check: cpu, fpu, ins, all, none, comma separated, ^ takes one away
@@ -86,6 +92,53 @@ pub(crate) struct Opts {
     #[arg(long, value_name = "MODE", num_args = 0..=1, require_equals = true, default_missing_value = "soft",
           help_heading = "Dump and restore")]
     pub(crate) manage_cgroups: Option<String>,
+
+    /// The images go to, or come from, an image-cache in memory; no directory is used
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) remote: bool,
+    /// The host of the cache; a dump then needs no image-proxy. image-cache: where to listen [default: everywhere]
+    #[arg(long, value_name = "HOST", help_heading = "Migration")]
+    pub(crate) address: Option<String>,
+    /// TCP port of the cache [default: 9996]
+    #[arg(long, value_name = "PORT", value_parser = port, help_heading = "Migration")]
+    pub(crate) port: Option<u16>,
+    /// Use this connected socket instead of making a connection
+    #[arg(long, value_name = "FD", value_parser = fd, help_heading = "Migration")]
+    pub(crate) ps_socket: Option<RawFd>,
+    /// Compress what is sent, where it pays: lz4 or none [default: none]
+    #[arg(long, value_name = "METHOD", value_parser = compress, help_heading = "Migration")]
+    pub(crate) compress: Option<Compress>,
+    /// Dump: wait until the tree runs at the destination [default: 600 seconds]
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "600",
+          help_heading = "Migration")]
+    pub(crate) wait_restored: Option<u32>,
+    /// Restore: free memory of the cache while reading; if the restore fails then, the snapshot is lost
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) free_as_read: bool,
+    /// image-cache: most memory for images, with K, M or G [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
+    pub(crate) max_memory: Option<u64>,
+    /// image-cache drop: also a snapshot that is the only one to have its tree
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) force: bool,
+    /// Encrypt; both sides prove who they are with certificates
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) tls: bool,
+    /// Who may have signed the other side's certificate [default: /etc/pki/CA/cacert.pem]
+    #[arg(long, value_name = "FILE", help_heading = "Migration")]
+    pub(crate) tls_cacert: Option<PathBuf>,
+    /// Certificates that are no longer good [default: /etc/pki/CA/cacrl.pem, if it is there]
+    #[arg(long, value_name = "FILE", help_heading = "Migration")]
+    pub(crate) tls_cacrl: Option<PathBuf>,
+    /// Our certificate [default: /etc/pki/criu/cert.pem]
+    #[arg(long, value_name = "FILE", help_heading = "Migration")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its key [default: /etc/pki/criu/private/key.pem]
+    #[arg(long, value_name = "FILE", help_heading = "Migration")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// The certificate of the cache need not carry the name in --address
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) tls_no_cn_verify: bool,
 
     /// The tree is a job of a shell: take session, group and terminal from the caller
     #[arg(short = 'j', long, help_heading = "Resources")]
@@ -130,7 +183,8 @@ pub(crate) struct Opts {
     #[arg(long, value_name = "NAME", help_heading = "Check")]
     pub(crate) feature: Vec<String>,
 
-    /// Directory for logs, pid files and statistics [default: the images directory]
+    /// Directory for logs, pid files, statistics and sockets [default: the images directory; with --remote
+    /// and for daemons the current one]
     #[arg(short = 'W', long, value_name = "DIR", help_heading = "Messages")]
     pub(crate) work_dir: Option<PathBuf>,
     /// Write messages to this file, relative to the work directory; - is stdout
@@ -167,6 +221,15 @@ pub(crate) struct Opts {
     pub(crate) version: bool,
 }
 
+/// How to compress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Compress {
+    /// Not.
+    None,
+    /// LZ4 blocks.
+    Lz4,
+}
+
 /// A value that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -183,6 +246,18 @@ fn fd(text: &str) -> Result<RawFd, Wanted> {
     match text.parse() {
         Ok(fd) if fd >= 0 => Ok(fd),
         _ => Err(Wanted("a descriptor is a number, not below zero")),
+    }
+}
+
+fn port(text: &str) -> Result<u16, Wanted> {
+    text.parse().map_err(|_| Wanted("a port is a number, at most 65535"))
+}
+
+fn compress(text: &str) -> Result<Compress, Wanted> {
+    match text {
+        "lz4" => Ok(Compress::Lz4),
+        "none" => Ok(Compress::None),
+        _ => Err(Wanted("the method is lz4 or none")),
     }
 }
 
@@ -271,13 +346,12 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::cli::known::{OPTIONS, Standing, Value};
+    use crate::cli::known::{self, Standing, Value};
 
     #[test]
     fn table_and_parser_agree() {
         Opts::command().debug_assert();
-        let wanted: BTreeSet<_> = OPTIONS
-            .iter()
+        let wanted: BTreeSet<_> = known::all()
             .filter(|known| !matches!(known.standing, Standing::ToCome | Standing::Gone(_)))
             .map(|known| (known.canonical().to_owned(), known.value != Value::None))
             .collect();
@@ -291,7 +365,7 @@ mod tests {
         assert_eq!(parsed, wanted);
         for arg in Opts::command().get_arguments() {
             let Some(long) = arg.get_long() else { continue };
-            let known = OPTIONS.iter().find(|known| known.long == long).map(|known| known.short);
+            let known = known::all().find(|known| known.long == long).map(|known| known.short);
             let short = arg.get_short().map(|letter| u8::try_from(letter).unwrap());
             assert_eq!(known, Some(short), "{long}");
         }

@@ -14,13 +14,15 @@ use clap::Parser;
 use super::{
     argv::{self, ArgvError, Given, Line, Origin},
     config::{self, ConfigError},
-    known::{COMMANDS_TO_COME, Command, Standing},
+    known::{self, COMMANDS_TO_COME, Command, Standing},
     opts::Opts,
+    remotely,
 };
 use crate::{
     action::ActionScripts,
     settings::{
-        CheckSettings, CommonSettings, DumpSettings, Leave, LogSettings, ReportSettings, RestoreSettings,
+        CacheRequest, CacheSettings, CheckSettings, CommonSettings, DumpSettings, Leave, LogSettings,
+        ProxySettings, ReportSettings, RestoreSettings,
     },
 };
 
@@ -52,8 +54,10 @@ pub(crate) enum UsageError {
     Needs(&'static str, &'static str),
     #[error("unexpected word {0:?}")]
     Surplus(OsString),
-    #[error("option --{0} only makes sense with --{1}")]
+    #[error("option --{0} only makes sense with {1}")]
     OnlyWith(&'static str, &'static str),
+    #[error("option --{0} cannot be used together with --{1}")]
+    NotWith(&'static str, &'static str),
     #[error("{what} {}", path.display())]
     Dir { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{0}")]
@@ -73,8 +77,16 @@ pub(crate) enum Task {
     Image(Vec<OsString>),
     /// `crtool demo`.
     Demo,
-    /// `--help`.
-    Help,
+    /// `crtool image-cache`.
+    Cache(Box<CacheSettings>),
+    /// `crtool image-cache list` and the like, about the cache of a work dir.
+    AskCache(CacheRequest, PathBuf),
+    /// `crtool image-proxy`.
+    Proxy(Box<ProxySettings>),
+    /// `crtool image-proxy status`, about the proxy of a work dir.
+    ProxyStatus(PathBuf),
+    /// `--help`, of all or of one command that has its own.
+    Help(Option<Command>),
     /// `--version`.
     Version,
 }
@@ -96,7 +108,8 @@ pub(crate) struct Plan {
 pub(crate) fn plan(words: Vec<OsString>) -> Result<Plan, UsageError> {
     let line = argv::walk(words)?;
     if line.options.iter().any(|given| given.known.long == "help") {
-        return Ok(Plan::only(Task::Help));
+        let of = command_of(&line).ok().filter(|command| command.is_daemon());
+        return Ok(Plan::only(Task::Help(of)));
     }
     if line.options.iter().any(|given| given.known.long == "version") {
         return Ok(Plan::only(Task::Version));
@@ -121,8 +134,7 @@ fn command_of(line: &Line) -> Result<Command, UsageError> {
         return Err(UsageError::NoCommand);
     };
     let word = word.to_string_lossy();
-    let all = [Command::Dump, Command::Restore, Command::Check, Command::Image, Command::Demo];
-    match all.into_iter().find(|command| command.name() == word) {
+    match Command::ALL.into_iter().find(|command| command.name() == word) {
         Some(command) => Ok(command),
         None if COMMANDS_TO_COME.contains(&&*word) => Err(UsageError::CommandToCome(word.into_owned())),
         None => Err(UsageError::UnknownCommand(word.into_owned())),
@@ -157,10 +169,16 @@ fn legal(
     let mut kept = Vec::with_capacity(options.len());
     for given in options {
         let name = given.known.long;
+        let standing = match given.known.standing {
+            Standing::Works(other) => {
+                known::all().find(|known| known.long == other).map(|known| known.standing)
+            }
+            own => Some(own),
+        };
         let typed = given.origin == Origin::Words;
         // What a configuration file says about dump and restore does not stop the others.
         let concerned = typed || matches!(command, Command::Dump | Command::Restore);
-        let applies = match given.known.standing {
+        let applies = match standing.unwrap_or(Standing::ToCome) {
             Standing::ToCome if concerned => {
                 return Err(UsageError::ToCome { origin: given.origin, name });
             }
@@ -173,7 +191,7 @@ fn legal(
                 return Err(UsageError::NotFor { origin: given.origin, name, command });
             }
             Standing::Only(commands) | Standing::For(commands) => commands.contains(&command),
-            Standing::Works(_) => command == Command::Restore,
+            Standing::Works(_) => false,
         };
         if applies {
             kept.push(given);
@@ -234,6 +252,7 @@ fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, U
     };
     if let Some(word) = opts.words.first()
         && command != Command::Image
+        && !command.is_daemon()
         && !opts.exec_cmd
     {
         return Err(UsageError::Surplus(word.clone()));
@@ -255,24 +274,54 @@ fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, U
             return Err(UsageError::ValueToCome { origin: place(name), name, value });
         }
     }
-    let images_dir = directory("images directory", opts.images_dir.as_deref(), Path::new("."))?;
-    let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir)?;
-    let log = LogSettings {
-        file: opts.log_file.clone(),
-        work_dir: work_dir.clone(),
-        level: opts.verbosity,
-        per_pid: opts.log_pid,
+    let typed = Typed(options);
+    let here = Path::new(".");
+    let (images_dir, work_dir) = if opts.remote || command.is_daemon() {
+        let work_dir = directory("work directory", opts.work_dir.as_deref(), here)?;
+        (work_dir.clone(), work_dir)
+    } else {
+        let images_dir = directory("images directory", opts.images_dir.as_deref(), here)?;
+        let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir)?;
+        (images_dir, work_dir)
     };
+    let mut level = opts.verbosity;
+    // What a daemon does is worth a line each time, and there is no other way to see it later.
+    if command.is_daemon() && !options.iter().any(|given| given.known.long == "verbosity") {
+        level = level.max(3);
+    }
+    let log =
+        LogSettings { file: opts.log_file.clone(), work_dir: work_dir.clone(), level, per_pid: opts.log_pid };
     let close = opts.close.clone();
     let report = ReportSettings { display_stats: opts.display_stats, status_fd: opts.status_fd };
     let task = match command {
         Command::Image => Task::Image(opts.words),
         Command::Demo => Task::Demo,
         Command::Check => Task::Check(check(opts, &images_dir, work_dir)),
-        Command::Dump => Task::Dump(Box::new(dump(opts, &images_dir, work_dir)?), report),
-        Command::Restore => Task::Restore(Box::new(restore(opts, &images_dir, work_dir)?), report),
+        Command::Dump => Task::Dump(Box::new(dump(opts, typed, &images_dir, work_dir)?), report),
+        Command::Restore => Task::Restore(Box::new(restore(opts, typed, &images_dir, work_dir)?), report),
+        Command::ImageCache => remotely::cache(opts, typed, work_dir)?,
+        Command::ImageProxy => remotely::proxy(opts, typed, work_dir)?,
     };
     Ok(Plan { task, log, close, warnings })
+}
+
+/// The options as they were given, to tell what was typed from what a configuration file says for all commands.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Typed<'a>(&'a [Given]);
+
+impl Typed<'_> {
+    /// The first of `names` that was typed.
+    pub(super) fn first(self, names: &[&'static str]) -> Option<&'static str> {
+        let typed = |name: &&&str| {
+            self.0.iter().any(|given| given.known.long == **name && given.origin == Origin::Words)
+        };
+        names.iter().find(typed).copied()
+    }
+
+    /// None of `names` was typed, for it only makes sense with `with`.
+    pub(super) fn needless(self, names: &[&'static str], with: &'static str) -> Result<(), UsageError> {
+        self.first(names).map_or(Ok(()), |name| Err(UsageError::OnlyWith(name, with)))
+    }
 }
 
 impl Plan {
@@ -316,11 +365,17 @@ fn common(opts: &Opts, images_dir: &Path, work_dir: PathBuf) -> CommonSettings {
     }
 }
 
-fn dump(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> Result<DumpSettings, UsageError> {
+fn dump(
+    opts: Opts,
+    typed: Typed<'_>,
+    images_dir: &Path,
+    work_dir: PathBuf,
+) -> Result<DumpSettings, UsageError> {
     let Some(pid) = opts.tree else {
         return Err(UsageError::Needs("dump", "--tree PID"));
     };
     let mut settings = DumpSettings::new(pid, images_dir);
+    settings.remote = remotely::dump(&opts, typed, &work_dir)?;
     settings.common = common(&opts, images_dir, work_dir);
     settings.leave = match (opts.leave_running, opts.leave_stopped) {
         (true, _) => Leave::Running,
@@ -336,14 +391,20 @@ fn dump(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> Result<DumpSettings
     Ok(settings)
 }
 
-fn restore(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> Result<RestoreSettings, UsageError> {
+fn restore(
+    opts: Opts,
+    typed: Typed<'_>,
+    images_dir: &Path,
+    work_dir: PathBuf,
+) -> Result<RestoreSettings, UsageError> {
     if opts.restore_sibling && !opts.restore_detached {
-        return Err(UsageError::OnlyWith("restore-sibling", "restore-detached"));
+        return Err(UsageError::OnlyWith("restore-sibling", "--restore-detached"));
     }
     if opts.exec_cmd && opts.words.is_empty() {
         return Err(UsageError::Needs("restore --exec-cmd", "a program after --"));
     }
     let mut settings = RestoreSettings::new(images_dir);
+    settings.remote = remotely::restore(&opts, typed, &work_dir)?;
     settings.common = common(&opts, images_dir, work_dir);
     settings.detached = opts.restore_detached;
     settings.sibling = opts.restore_sibling;

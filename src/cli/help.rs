@@ -1,0 +1,104 @@
+//! What the daemons of live migration say about themselves: `crtool image-cache --help`, `crtool image-proxy --help`.
+
+/// `crtool image-cache --help`.
+pub(super) const IMAGE_CACHE: &str = "\
+Keeps snapshots of process trees in memory until they are restored on this host.
+
+Usage:
+  crtool image-cache [OPTIONS]                   run one; -d puts it into the background
+  crtool image-cache list [-W DIR]               the snapshots it holds
+  crtool image-cache status [-W DIR]             those, those it held before, and how it is
+  crtool image-cache drop NAME [--force] [-W DIR]
+                                                 forget a snapshot and free its memory
+  crtool image-cache release NAME [-W DIR]       let a snapshot in doubt be restored
+
+Moving a tree from host src to host dst:
+  dst# crtool image-cache -d -W /run/crtool -o cache.log
+  src# crtool image-proxy -d -W /run/crtool -o proxy.log --address dst
+  src# crtool dump -t PID --remote -W /run/crtool
+  dst# crtool restore -d --remote -W /run/crtool
+A dump can do without the proxy: crtool dump -t PID --remote --address dst. `-D NAME` of dump and restore names the
+snapshot. No image touches a disk on either side.
+
+Where it listens:
+      --address HOST       only there [default: everywhere, IPv4 and IPv6]
+      --port PORT          TCP port [default: 9996]
+      --ps-socket FD       do not listen: use this connected socket, and end after it
+  -W, --work-dir DIR       its socket for restores, img-cache.sock, is here; so are logs and pid file [default: the
+                           current directory]. The socket is for the user who runs the cache, and for root.
+Who may bring snapshots:
+      --tls                only who has a certificate signed by the CA; everything is encrypted
+      --tls-cacert FILE    that CA [default: /etc/pki/CA/cacert.pem]
+      --tls-cacrl FILE     certificates that are no longer good [default: /etc/pki/CA/cacrl.pem, if it is there]
+      --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
+      --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
+Without --tls everybody who reaches the port may: keep others off with --address or a firewall.
+Limits:
+      --max-memory SIZE    most memory for images, with K, M or G. What does not fit waits for --timeout that something
+                           becomes free, and is refused then; its tree runs on at the source. [default: no limit]
+      --timeout SECONDS    longest silence of another host [default: 10]
+How it runs:
+  -d, --daemon             in the background; returns when it listens, with status 1 if it cannot
+      --pidfile FILE       gets its pid; removed at the end
+      --status-fd FD       gets a zero byte and is closed when it listens
+  -o, --log-file FILE      messages; with -d there is no other place to see them
+  -v                       more messages: -v0 none to -v4 all [default: 3]
+SIGTERM and SIGINT end it; what it holds is lost then.
+
+The life of a snapshot, as list and status show it:
+  RECEIVING   its images arrive
+  PREPARED    it is complete; the source kills its tree now
+  READY       it can be restored
+  IN_DOUBT    it is complete, but the source vanished before it said that its tree is gone. Look there: if the tree
+              runs, `drop` the snapshot; if it does not, `release` it. A restore is refused until then.
+  RESTORING   a restore has it
+  STARTING    its tree begins to run
+  RESTORED    its tree runs here; its memory is free
+  FAILED      it did not arrive; its tree runs on at the source
+  DROPPED     it was freed by hand
+`drop` refuses a snapshot that may be all that is left of its tree, unless it is told --force.
+
+Exit status: 0 when told to end, 1 when it could not start or the connection of --ps-socket was lost.
+";
+
+/// `crtool image-proxy --help`.
+pub(super) const IMAGE_PROXY: &str = "\
+Brings the snapshots of `crtool dump --remote` on this host to an image-cache on another, over one connection.
+
+Usage:
+  crtool image-proxy --address HOST [OPTIONS]    run one; -d puts it into the background
+  crtool image-proxy status [-W DIR]             its connection, its snapshots, and whether they were restored
+
+Moving a tree from host src to host dst:
+  dst# crtool image-cache -d -W /run/crtool -o cache.log
+  src# crtool image-proxy -d -W /run/crtool -o proxy.log --address dst
+  src# crtool dump -t PID --remote -W /run/crtool
+  dst# crtool restore -d --remote -W /run/crtool
+Either side may be started first. The tree at the source is killed when the cache has all of it, and not before;
+whatever happens until then, it runs on.
+
+Where the cache is:
+      --address HOST       name or number
+      --port PORT          TCP port [default: 9996]
+      --ps-socket FD       use this connected socket instead, and end after it
+      --timeout SECONDS    longest silence of the cache, and longest wait of a dump for it to be there [default: 10]
+      --compress lz4       dumps compress what they send, where it pays
+Who it is:
+      --tls                encrypt, prove who we are, and check who the cache is
+      --tls-cacert FILE    who may have signed its certificate [default: /etc/pki/CA/cacert.pem]
+      --tls-cacrl FILE     certificates that are no longer good [default: /etc/pki/CA/cacrl.pem, if it is there]
+      --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
+      --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
+      --tls-no-cn-verify   its certificate need not carry the name in --address
+How it runs:
+  -W, --work-dir DIR       its socket for dumps, img-proxy.sock, is here; so are logs and pid file [default: the
+                           current directory]. The socket is for the user who runs the proxy, and for root.
+  -d, --daemon             in the background; returns when it listens, with status 1 if it cannot
+      --pidfile FILE       gets its pid; removed at the end
+      --status-fd FD       gets a zero byte and is closed when it listens
+  -o, --log-file FILE      messages; with -d there is no other place to see them
+  -v                       more messages: -v0 none to -v4 all [default: 3]
+SIGTERM and SIGINT end it; dumps that are on their way fail then, and their trees run on.
+
+Exit status: 0 when told to end, 1 when it could not start or the connection of --ps-socket was lost.
+";

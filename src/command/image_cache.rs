@@ -1,0 +1,60 @@
+//! `crtool image-cache`, and questions to one that runs.
+
+use std::{
+    io::{self, Write as _},
+    path::Path,
+    time::SystemTime,
+};
+
+use super::{
+    daemon,
+    snapshots::{Which, table},
+};
+use crate::{
+    exit::Exit,
+    remote::{
+        Failure,
+        client::control::{self, Daemon},
+        front::Front,
+        pb::FailCode,
+    },
+    settings::{CacheRequest, CacheSettings},
+};
+
+/// Runs a cache until it is told to end.
+pub fn run(settings: &CacheSettings) -> anyhow::Result<Exit> {
+    daemon::run(
+        "image-cache",
+        &settings.daemon,
+        || Front::cache(settings),
+        |_| {
+            let text = "it does not serve yet";
+            Err(Failure::new(FailCode::FailInternal, text))
+        },
+    )
+}
+
+/// Asks the cache whose socket is in `work_dir`, and prints what it says.
+pub fn ask(request: &CacheRequest, work_dir: &Path) -> anyhow::Result<Exit> {
+    let text = match request {
+        CacheRequest::List => {
+            let (snapshots, _) = control::snapshots(Daemon::Cache, work_dir)?;
+            table(&snapshots, Which::Held, SystemTime::now())
+        }
+        CacheRequest::Status => {
+            let (snapshots, daemon) = control::snapshots(Daemon::Cache, work_dir)?;
+            format!("{daemon}\n\n{}", table(&snapshots, Which::All, SystemTime::now()))
+        }
+        CacheRequest::Drop { name, force } => {
+            control::drop_snapshot(work_dir, name, *force)?;
+            String::new()
+        }
+        CacheRequest::Release { name } => {
+            control::release(work_dir, name)?;
+            String::new()
+        }
+    };
+    // A reader that has seen enough is no failure.
+    let _ = io::stdout().write_all(text.as_bytes());
+    Ok(Exit::Success)
+}

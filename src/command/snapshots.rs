@@ -1,0 +1,142 @@
+//! Snapshots as a table, for people and for `awk`.
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use crate::remote::pb::{SnapshotInfo, snapshot_info::State};
+
+/// What a list is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    /// What is held.
+    Held,
+    /// Also what was.
+    All,
+}
+
+const HEAD: [&str; 8] = ["NAME", "STATE", "SIZE", "MEMORY", "IMAGES", "TASK", "HOST", "FOR"];
+
+/// One line for each snapshot, columns aligned, and a note below where there is something to say.
+pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -> String {
+    let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let held = |info: &&SnapshotInfo| which == Which::All || !is_over(info.state());
+    let mut rows: Vec<([String; 8], String)> = vec![(HEAD.map(str::to_owned), String::new())];
+    for info in snapshots.iter().filter(held) {
+        let for_now = since_epoch.saturating_sub(Duration::from_secs(info.since));
+        let row = [
+            one_word(&info.name),
+            info.state().as_str_name().to_owned(),
+            size(info.bytes),
+            size(info.resident),
+            info.images.to_string(),
+            format!("{}({})", info.pid, one_word(&info.comm)),
+            one_word(&info.host),
+            span(for_now),
+        ];
+        let mut note = plain(&info.text);
+        if info.state() == State::Restored && info.restored_pid > 0 {
+            note = [format!("pid {} here", info.restored_pid), note]
+                .join("; ")
+                .trim_end_matches("; ")
+                .to_owned();
+        }
+        if !info.parent.is_empty() {
+            note = [note, format!("on top of {}", plain(&info.parent))].join("; ");
+            note = note.trim_start_matches("; ").to_owned();
+        }
+        rows.push((row, note));
+    }
+    let mut widths = [0; 8];
+    for (row, _) in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut out = String::new();
+    for (row, note) in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        let _ = writeln!(out, "{}", line.trim_end());
+        if !note.is_empty() {
+            let _ = writeln!(out, "    {note}");
+        }
+    }
+    out
+}
+
+fn is_over(state: State) -> bool {
+    matches!(state, State::Restored | State::Failed | State::Dropped)
+}
+
+/// What another host sent is shown, not obeyed.
+fn plain(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// As one field of a line; nothing is `-`.
+fn one_word(text: &str) -> String {
+    if text.is_empty() {
+        return "-".to_owned();
+    }
+    if text.chars().any(char::is_whitespace) { format!("\"{}\"", plain(text)) } else { plain(text) }
+}
+
+fn size(bytes: u64) -> String {
+    let mut unit = 0u32;
+    while unit < 4 && bytes >> (10 * unit) >= 10_240 {
+        unit += 1;
+    }
+    let name = ["B", "KiB", "MiB", "GiB", "TiB"].get(unit as usize).copied().unwrap_or_default();
+    format!("{}{name}", bytes >> (10 * unit))
+}
+
+fn span(time: Duration) -> String {
+    let s = time.as_secs();
+    match s {
+        0..=119 => format!("{s}s"),
+        120..=7199 => format!("{}m", s / 60),
+        7200..=172_799 => format!("{}h", s / 3600),
+        _ => format!("{}d", s / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_and_notes() {
+        let info = |name: &str, state: State, text: &str| SnapshotInfo {
+            name: name.to_owned(),
+            state: state.into(),
+            pid: 7,
+            comm: "my prog".to_owned(),
+            host: "src".to_owned(),
+            bytes: 5 << 30,
+            images: 12,
+            since: 940,
+            text: text.to_owned(),
+            ..SnapshotInfo::default()
+        };
+        let all = [
+            info("web/1", State::InDoubt, ""),
+            SnapshotInfo { restored_pid: 9, parent: "web/1".to_owned(), ..info("b c", State::Restored, "") },
+            info("x", State::Failed, "the connection\nwas lost"),
+        ];
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        assert_eq!(
+            table(&all, Which::All, now),
+            "NAME   STATE     SIZE     MEMORY  IMAGES  TASK          HOST  FOR\n\
+             web/1  IN_DOUBT  5120MiB  0B      12      7(\"my prog\")  src   60s\n\
+             \"b c\"  RESTORED  5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
+             pid 9 here; on top of web/1\n\
+             x      FAILED    5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
+             the connection\\nwas lost\n"
+        );
+        assert_eq!(table(&all, Which::Held, now).lines().count(), 2);
+        assert_eq!(size(10_239), "10239B");
+        assert_eq!(size(u64::MAX), "16777215TiB");
+    }
+}
