@@ -199,9 +199,14 @@ pub fn message<M: prost::Message + Default>(header: &Header, payload: &[u8]) -> 
 
 /// CRC32C of so many zeros, at most [`MAX_DATA`].
 pub fn crc_of_zeros(len: u32) -> u32 {
+    // Most frames of zeros are as long as can be.
+    static LONGEST: std::sync::LazyLock<u32> = std::sync::LazyLock::new(|| crc_of_page_by_page(MAX_DATA));
+    if len >= MAX_DATA { *LONGEST } else { crc_of_page_by_page(len) }
+}
+
+fn crc_of_page_by_page(len: u32) -> u32 {
     static ZEROS: [u8; 4096] = [0; 4096];
-    // The CRC of zeros grows by steps of a page: cheap beside what it stands for.
-    let (mut crc, mut left) = (0, len.min(MAX_DATA) as usize);
+    let (mut crc, mut left) = (0, len as usize);
     while left > 0 {
         let now = left.min(ZEROS.len());
         crc = crc32c::crc32c_append(crc, ZEROS.get(..now).unwrap_or_default());

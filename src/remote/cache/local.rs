@@ -71,12 +71,18 @@ fn wrong(text: &str) -> Failure {
 
 impl Client {
     /// A process of a user who may enter.
-    pub(super) fn new(id: u64, pid: i32, socket: OwnedFd, timeout: Duration) -> Self {
+    pub(super) fn new(
+        id: u64,
+        pid: i32,
+        process: Option<OwnedFd>,
+        socket: OwnedFd,
+        timeout: Duration,
+    ) -> Self {
         Self {
             id,
             pid,
             socket,
-            process: crate::sys::pidfd::open(pid, 0).ok(),
+            process,
             taken: None,
             root: None,
             pending: None,

@@ -1,5 +1,6 @@
 //! The image-cache: takes snapshots from other hosts into memory and gives them to restores of this host.
 //!
+//! - [`run`](run()): the daemon as a whole.
 //! - [`serve`]: the one thread, its sockets and its clock.
 //! - [`source`]: a connection from a source: which frame may follow which; [`decode`] takes them out of its bytes.
 //! - [`local`]: commands of this host.
@@ -11,6 +12,7 @@
 mod decode;
 mod local;
 mod memory;
+mod run;
 mod serve;
 mod shelf;
 mod snapshot;
@@ -18,4 +20,5 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use run::run;
 pub use serve::Cache;

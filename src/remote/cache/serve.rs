@@ -148,8 +148,8 @@ impl Cache {
         Ok(())
     }
 
-    /// A command has connected: process `pid`, of a user who may enter.
-    pub fn add_client(&mut self, socket: OwnedFd, pid: i32) -> io::Result<()> {
+    /// A command has connected: process `pid`, of a user who may enter; `process` is a pidfd of it.
+    pub fn add_client(&mut self, socket: OwnedFd, pid: i32, process: Option<OwnedFd>) -> io::Result<()> {
         let silent: Vec<u64> =
             self.clients.iter().filter(|(_, client)| client.is_silent()).map(|(token, _)| *token).collect();
         if silent.len() >= MAX_SILENT
@@ -165,7 +165,7 @@ impl Cache {
         }
         let token = self.token();
         self.poll.add(socket.as_fd(), token, Interest::READ)?;
-        self.clients.insert(token, Client::new(token, pid, socket, self.timeout));
+        self.clients.insert(token, Client::new(token, pid, process, socket, self.timeout));
         Ok(())
     }
 

@@ -283,9 +283,7 @@ fn a_restore_that_dies_as_it_lets_the_tree_go() {
 
     // The restore is dead and the tree lives on.
     let mut process = Root::new();
-    let (ours, theirs) = seqpacket();
-    bench.cache.add_client(theirs, process.pid()).unwrap();
-    let restore = Command { socket: ours };
+    let restore = bench.command_of(process.pid());
     assert!(matches!(bench.ask(&restore, get("a")).0, local_reply::What::Snapshot(_)));
     let root = Root::new();
     starting(&mut bench, &restore, &root);

@@ -1,8 +1,12 @@
 //! Scripted sources and commands at the ends of socket pairs. One thread plays all parts, so that what happens
 //! next is never a matter of luck.
 
+mod hostile;
 mod life;
+mod limit;
 mod readers;
+mod sizes;
+mod whole;
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -159,8 +163,13 @@ impl Bench {
     }
 
     fn command(&mut self) -> Command {
+        self.command_of(i32::try_from(std::process::id()).unwrap())
+    }
+
+    fn command_of(&mut self, pid: i32) -> Command {
         let (ours, theirs) = seqpacket();
-        self.cache.add_client(theirs, i32::try_from(std::process::id()).unwrap()).unwrap();
+        let process = crate::sys::pidfd::open(pid, 0).unwrap();
+        self.cache.add_client(theirs, pid, Some(process)).unwrap();
         Command { socket: ours }
     }
 
@@ -262,6 +271,19 @@ impl Peer {
         let payload = self.came.get(HEADER..end)?.to_vec();
         self.came.drain(..end);
         Some((header, payload))
+    }
+
+    /// Whether the cache has closed its end.
+    fn is_closed(&mut self) -> bool {
+        let mut more = [0; 4096];
+        loop {
+            match self.socket.read(&mut more) {
+                Ok(0) => return true,
+                Ok(count) => self.came.extend_from_slice(&more[..count]),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
+                Err(_) => return true,
+            }
+        }
     }
 }
 
