@@ -30,6 +30,7 @@ use nix::unistd::{Pid, Uid, geteuid, getpid, setsid};
 
 use super::net::connect::{Connector, Target};
 use super::net::listen::{self, Listeners};
+use super::net::tls::TlsServer;
 use super::net::{NetError, Stream};
 use super::{CACHE_SOCKET, Failure, PROXY_SOCKET, local, pb};
 use crate::pidfile::{self, PidfileError};
@@ -190,8 +191,18 @@ impl Front {
     pub fn cache(settings: &CacheSettings) -> Result<Self, FrontError> {
         let net = &settings.net;
         let (mut listeners, mut given) = (None, None);
+        let tls = net.tls.as_ref().map(TlsServer::new).transpose()?;
         match net.ps_socket {
-            Some(fd) => given = Some(Stream::given(fd, net.timeout)?),
+            Some(fd) => {
+                let stream = Stream::given(fd, net.timeout)?;
+                let peer = stream.peer().to_owned();
+                given = Some(match &tls {
+                    Some(tls) => {
+                        stream.secured_server(tls).map_err(|source| NetError::Connect { peer, source })?
+                    }
+                    None => stream,
+                });
+            }
             None => {
                 let opened = Listeners::open(net.address.as_deref(), net.port, net.timeout)?;
                 if opened.is_reachable() && net.tls.is_none() {
@@ -201,7 +212,10 @@ impl Front {
                         opened.addresses()
                     );
                 }
-                listeners = Some(opened);
+                listeners = Some(match tls {
+                    Some(tls) => opened.with_tls(tls),
+                    None => opened,
+                });
             }
         }
         Self::open(&settings.work_dir, CACHE_SOCKET, "image-cache", listeners, given, None)
@@ -212,7 +226,7 @@ impl Front {
         let net = &settings.net;
         let (mut given, mut connector) = (None, None);
         match net.ps_socket {
-            Some(fd) => given = Some(Stream::given(fd, net.timeout)?),
+            Some(fd) => given = Some(Stream::given_client(fd, net)?),
             None => {
                 let target = Target::new(net)?;
                 // A mistyped name is told at once, not to the first dump.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::net::{Stream, connect::Target};
+use super::super::net::Stream;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
 use super::super::{Failure, host};
@@ -92,10 +92,7 @@ impl Shared {
     fn connect(net: &NetSettings) -> Result<Self, Failure> {
         let failed = |e: &dyn std::fmt::Display| Failure::new(FailCode::FailLost, e.to_string());
         let until = Instant::now() + net.timeout;
-        let stream = match net.ps_socket {
-            Some(fd) => Stream::given(fd, net.timeout)?,
-            None => Stream::connect(Target::new(net)?, until, true)?,
-        };
+        let stream = Stream::to_cache(net, until, true)?;
         let peer = stream.peer().to_owned();
         let fd = stream.fd().try_clone_to_owned().map_err(|e| failed(&e))?;
         let now = Instant::now();

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,6 +15,7 @@ use nix::sys::socket::{
 };
 
 use super::resolve::{self, Question};
+use super::tls::TlsClient;
 use super::{LOOK, NetError, Stream};
 use crate::interrupt;
 use crate::remote::poll::{Interest, Poll};
@@ -31,13 +32,18 @@ pub struct Target {
     address: String,
     port: u16,
     timeout: Duration,
+    tls: Option<TlsClient>,
 }
 
 impl Target {
-    /// What `settings` say. Without an address it is this host.
+    /// What `settings` say; certificates are read here. Without an address it is this host.
     pub fn new(settings: &NetSettings) -> Result<Self, NetError> {
         let address = settings.address.clone().unwrap_or_else(|| "localhost".to_owned());
-        Ok(Self { address, port: settings.port, timeout: settings.timeout })
+        let tls = match &settings.tls {
+            Some(tls) => Some(TlsClient::new(tls, Some(&address))?),
+            None => None,
+        };
+        Ok(Self { address, port: settings.port, timeout: settings.timeout, tls })
     }
 
     /// Makes sure that the name of the host is known; waits for the answer at most the time-out.
@@ -163,6 +169,10 @@ impl Connector {
                     let error = match has_connected(&socket) {
                         Ok(true) => {
                             let stream = Stream::new(socket, address.to_string(), self.target.timeout);
+                            let stream = match &self.target.tls {
+                                Some(tls) => stream.and_then(|stream| stream.secured_client(tls)),
+                                None => stream,
+                            };
                             let stream = stream.map_err(|e| self.failed(e))?;
                             self.state = State::Greeting { stream, until: all_until };
                             continue;
@@ -180,7 +190,7 @@ impl Connector {
                     tracing::debug!("connect to {address}: {}", error.desc());
                     self.try_next(left, now, all_until)?;
                 }
-                State::Greeting { mut stream, until } => match stream.flush() {
+                State::Greeting { mut stream, until } => match stream.greet() {
                     Ok(true) => {
                         self.poll.remove(stream.fd()).map_err(|e| self.failed(e))?;
                         return Ok(Some(stream));
@@ -250,6 +260,35 @@ fn has_connected(socket: &OwnedFd) -> Result<bool, Errno> {
 }
 
 impl Stream {
+    /// What `settings` say: the connection that was given, or a new one, as [`connect`](Self::connect) makes it.
+    pub fn to_cache(settings: &NetSettings, deadline: Instant, retry: bool) -> Result<Self, NetError> {
+        let Some(fd) = settings.ps_socket else {
+            return Self::connect(Target::new(settings)?, deadline, retry);
+        };
+        let given = Self::given_client(fd, settings)?;
+        let peer = given.peer().to_owned();
+        let failed = |source| NetError::Connect { peer: peer.clone(), source };
+        let mut given = given;
+        while !given.greet().map_err(failed)? {
+            if given.wait(Interest::NONE, deadline)? == Interest::NONE {
+                return Err(failed(Errno::ETIMEDOUT.into()));
+            }
+        }
+        Ok(given)
+    }
+
+    /// The connection that was given, with TLS if that is wanted; its handshake is still to come then.
+    pub fn given_client(fd: RawFd, settings: &NetSettings) -> Result<Self, NetError> {
+        let tls =
+            settings.tls.as_ref().map(|tls| TlsClient::new(tls, settings.address.as_deref())).transpose()?;
+        let given = Self::given(fd, settings.timeout)?;
+        let peer = given.peer().to_owned();
+        match tls {
+            Some(tls) => given.secured_client(&tls).map_err(|source| NetError::Connect { peer, source }),
+            None => Ok(given),
+        }
+    }
+
     /// Connects, waiting until `deadline` at most. With `retry` somebody who is not there yet is waited for;
     /// without it the first failure counts.
     pub fn connect(target: Target, deadline: Instant, retry: bool) -> Result<Self, NetError> {
@@ -298,7 +337,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn target(address: &str, port: u16) -> Target {
-        Target { address: address.to_owned(), port, timeout: PATIENCE }
+        Target { address: address.to_owned(), port, timeout: PATIENCE, tls: None }
     }
 
     /// A port of 127.0.0.1 at which nobody listens: held by a socket that is bound and no more.

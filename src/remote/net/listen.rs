@@ -11,6 +11,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
+use super::tls::TlsServer;
 use super::{NetError, Stream, peer_of, resolve, std_address};
 use crate::sys;
 
@@ -22,6 +23,7 @@ const BACKLOG: i32 = 128;
 pub struct Listeners {
     sockets: Vec<(OwnedFd, SocketAddr)>,
     timeout: Duration,
+    tls: Option<TlsServer>,
 }
 
 impl Listeners {
@@ -54,7 +56,13 @@ impl Listeners {
                 Err(source) => return Err(NetError::Listen { address: wanted, source }),
             }
         }
-        Ok(Self { sockets, timeout })
+        Ok(Self { sockets, timeout, tls: None })
+    }
+
+    /// Speaks TLS with whoever connects.
+    #[must_use]
+    pub fn with_tls(self, tls: TlsServer) -> Self {
+        Self { tls: Some(tls), ..self }
     }
 
     /// Can other hosts connect?
@@ -82,7 +90,11 @@ impl Listeners {
         for (fd, _) in &self.sockets {
             if let Some(fd) = accept(fd.as_fd())? {
                 let peer = peer_of(&fd);
-                return Stream::new(fd, peer, self.timeout).map(Some);
+                let stream = Stream::new(fd, peer, self.timeout)?;
+                return match &self.tls {
+                    Some(tls) => stream.secured_server(tls).map(Some),
+                    None => Ok(Some(stream)),
+                };
             }
         }
         Ok(None)

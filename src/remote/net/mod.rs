@@ -6,10 +6,12 @@
 pub mod connect;
 pub mod listen;
 pub mod resolve;
+pub mod tls;
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -20,6 +22,7 @@ use nix::sys::socket::{
     sockopt,
 };
 
+use self::tls::{Session, TlsClient, TlsServer};
 use super::poll::Interest;
 use super::{Failure, pb::FailCode};
 use crate::interrupt;
@@ -33,6 +36,8 @@ const LOOK: Duration = Duration::from_millis(100);
 pub enum NetError {
     #[error("descriptor {fd} given with --ps-socket: {why}")]
     Given { fd: RawFd, why: &'static str },
+    #[error("option --{option}: {}: {why}", path.display())]
+    TlsFile { option: &'static str, path: PathBuf, why: String },
     #[error("address {name}: {why}")]
     Resolve { name: String, why: String },
     #[error("listen on {address}: {}{}", source.desc(), listen_hint(*source))]
@@ -105,6 +110,7 @@ pub struct Stream {
     fd: OwnedFd,
     /// For messages.
     peer: String,
+    tls: Option<Box<Session>>,
 }
 
 impl Stream {
@@ -119,7 +125,17 @@ impl Stream {
             let timeout_ms = u32::try_from(timeout.as_millis().saturating_mul(2)).unwrap_or(u32::MAX);
             setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
         }
-        Ok(Self { fd, peer })
+        Ok(Self { fd, peer, tls: None })
+    }
+
+    /// Speaks TLS from here on, as the side that connected.
+    pub fn secured_client(self, tls: &TlsClient) -> io::Result<Self> {
+        Ok(Self { tls: Some(Box::new(Session::client(tls)?)), ..self })
+    }
+
+    /// Speaks TLS from here on, as the side that accepted.
+    pub fn secured_server(self, tls: &TlsServer) -> io::Result<Self> {
+        Ok(Self { tls: Some(Box::new(Session::server(tls)?)), ..self })
     }
 
     /// The connection that the caller of this program handed over as descriptor `fd`.
@@ -154,7 +170,7 @@ impl Stream {
 
     /// No TLS: bytes can be spliced.
     pub fn is_plain(&self) -> bool {
-        true
+        self.tls.is_none()
     }
 
     /// The other side, for messages: "192.0.2.7:9996".
@@ -164,24 +180,30 @@ impl Stream {
 
     /// What must be watched besides what the user of the stream wants.
     pub fn interest(&self) -> Interest {
-        Interest::NONE
+        self.tls.as_ref().map_or(Interest::NONE, |tls| tls.interest())
     }
 
     /// Bytes have come that [`read`](Self::read) can give without the socket becoming readable. Who stops reading
     /// before `WouldBlock` must ask this before it waits.
     pub fn pending(&self) -> bool {
-        false
+        self.tls.as_ref().is_some_and(|tls| tls.pending())
     }
 
     /// Bytes that have come; 0 at the orderly end. WouldBlock when there are none; UnexpectedEof when the
     /// connection was cut.
     pub fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(tls) = &mut self.tls {
+            return tls.read(self.fd.as_fd(), into);
+        }
         again(|| socket::recv(self.fd.as_raw_fd(), into, MsgFlags::empty()))
     }
 
     /// Takes some of `from`. WouldBlock when nothing can be taken now. What was taken is on its way, but for what
     /// [`flush`](Self::flush) is for.
     pub fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        if let Some(tls) = &mut self.tls {
+            return tls.write(self.fd.as_fd(), &[IoSlice::new(from)]);
+        }
         again(|| socket::send(self.fd.as_raw_fd(), from, MsgFlags::MSG_NOSIGNAL))
     }
 
@@ -189,6 +211,9 @@ impl Stream {
     pub fn write_vectored(&mut self, from: &[IoSlice<'_>]) -> io::Result<usize> {
         // UIO_MAXIOV: the kernel refuses more.
         let from = from.get(..from.len().min(1024)).unwrap_or_default();
+        if let Some(tls) = &mut self.tls {
+            return tls.write(self.fd.as_fd(), from);
+        }
         again(|| socket::sendmsg::<()>(self.fd.as_raw_fd(), from, &[], MsgFlags::MSG_NOSIGNAL, None))
     }
 
@@ -202,16 +227,28 @@ impl Stream {
         again(|| splice(pipe, None, self.fd.as_fd(), None, len, flags))
     }
 
-    /// Pushes what is still held back; true when nothing is.
+    /// Pushes what is still held back; true when nothing is left that could be sent now. What waits for the
+    /// handshake goes when the handshake does.
     pub fn flush(&mut self) -> io::Result<bool> {
-        Ok(true)
+        match &mut self.tls {
+            Some(tls) => tls.push(self.fd.as_fd()),
+            None => Ok(true),
+        }
+    }
+
+    /// Gets on with the handshake of TLS, for who has nothing to read or write yet; true when it is done.
+    pub fn greet(&mut self) -> io::Result<bool> {
+        match &mut self.tls {
+            Some(tls) => tls.greet(self.fd.as_fd()),
+            None => Ok(true),
+        }
     }
 
     /// Says that nothing more will be written. The other side reads to an orderly end.
     pub fn end(&mut self) -> io::Result<()> {
-        match socket::shutdown(self.fd.as_raw_fd(), socket::Shutdown::Write) {
-            Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
-            Err(error) => Err(error.into()),
+        match &mut self.tls {
+            Some(tls) => tls.end(self.fd.as_fd()),
+            None => shut(self.fd.as_fd()),
         }
     }
 
@@ -299,7 +336,9 @@ impl Stream {
                     until = Instant::now() + patience;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.must_wait(Interest::WRITE, until, patience)?;
+                    // With TLS room may depend on what is read.
+                    let want = if self.is_plain() { Interest::WRITE } else { self.interest() };
+                    self.must_wait(want, until, patience)?;
                 }
                 Err(source) => return Err(self.failed("send to", source)),
             }
@@ -315,6 +354,14 @@ impl Stream {
 
     fn failed(&self, what: &'static str, source: io::Error) -> NetError {
         NetError::Io { what, peer: self.peer.clone(), source }
+    }
+}
+
+/// Ends the direction that goes out.
+fn shut(fd: BorrowedFd<'_>) -> io::Result<()> {
+    match socket::shutdown(fd.as_raw_fd(), socket::Shutdown::Write) {
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
