@@ -13,10 +13,9 @@ use super::{
 use crate::{
     exit::Exit,
     remote::{
-        Failure,
+        cache,
         client::control::{self, Daemon},
         front::Front,
-        pb::FailCode,
     },
     settings::{CacheRequest, CacheSettings},
 };
@@ -27,10 +26,7 @@ pub fn run(settings: &CacheSettings) -> anyhow::Result<Exit> {
         "image-cache",
         &settings.daemon,
         || Front::cache(settings),
-        |_| {
-            let text = "it does not serve yet";
-            Err(Failure::new(FailCode::FailInternal, text))
-        },
+        |front| cache::run(front, settings),
     )
 }
 
