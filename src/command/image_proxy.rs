@@ -13,10 +13,9 @@ use super::{
 use crate::{
     exit::Exit,
     remote::{
-        Failure,
         client::control::{self, Daemon},
         front::Front,
-        pb::FailCode,
+        proxy,
     },
     settings::ProxySettings,
 };
@@ -27,10 +26,7 @@ pub fn run(settings: &ProxySettings) -> anyhow::Result<Exit> {
         "image-proxy",
         &settings.daemon,
         || Front::proxy(settings),
-        |_| {
-            let text = "it does not serve yet";
-            Err(Failure::new(FailCode::FailInternal, text))
-        },
+        |front| proxy::run(front, settings),
     )
 }
 

@@ -21,6 +21,7 @@ pub mod local;
 pub mod name;
 pub mod net;
 pub mod poll;
+pub mod proxy;
 pub mod wire;
 
 /// Messages of `proto/remote.proto`.

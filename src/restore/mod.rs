@@ -10,13 +10,12 @@ mod inherit;
 mod memory;
 mod shared;
 mod stage;
-mod vacancy;
 mod vdso;
 
 use std::{
     collections::HashSet,
     os::fd::{AsFd, AsRawFd},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -41,6 +40,7 @@ use crate::{
     files::FilesRestore,
     image::{DirStore, ImageKind, Outcome, Store, pb},
     interrupt,
+    proc::stat,
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{
@@ -55,6 +55,8 @@ use crate::{
 
 /// Room for lists: sparse, only what is written takes memory.
 const AREA_LEN: u64 = 1 << 30;
+/// How long a dead task may take to be reaped by its parent: init on some machines needs a second.
+const REAP_PATIENCE: Duration = Duration::from_secs(3);
 /// Below the area, for the vdso of this kernel beside an old one.
 const VDSO_ROOM: u64 = 1 << 20;
 const CLONE_PTRACE: u64 = 0x2000;
@@ -92,9 +94,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     let mut files = FilesRestore::read(store, settings, &tables)?;
     files.open_early()?;
     let mut cast = Cast::plan(store, &images, births, files)?;
-    for pid in images.tasks.iter().flat_map(|t| &t.tids).chain(cast.births.puppets.iter().map(|p| &p.pid)) {
-        vacancy::wait_for(*pid)?;
-    }
+    pids_are_free(&images)?;
     interrupt::check()?;
 
     let forking = Instant::now();
@@ -376,19 +376,9 @@ impl<'i> Cast<'i> {
         let mut old = SigSet::empty();
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
         let runner = self.stage.area.runner().0;
-        let begun = Instant::now();
-        let made = loop {
-            match clone_into(&args, runner, self.first_list.start.0, slot.0) {
-                Err(Errno::EEXIST) => {
-                    if let Err(error) = vacancy::after_refusal(first, begun) {
-                        break Err(error);
-                    }
-                }
-                made => break made.with_context(|| format!("clone of task {first}")),
-            }
-        };
+        let made = clone_into(&args, runner, self.first_list.start.0, slot.0);
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
-        let pid = made?;
+        let pid = made.map_err(|e| taken(first, e))?;
         self.stage.running(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
@@ -734,5 +724,41 @@ fn log_list(list: &List) {
         for line in list.describe().lines() {
             tracing::trace!("{line}");
         }
+    }
+}
+
+/// Waits a moment for tasks that are dead but not reaped, and names whoever else is in the way.
+fn pids_are_free(images: &Images) -> Result<()> {
+    let deadline = Instant::now() + REAP_PATIENCE;
+    for tid in images.tasks.iter().flat_map(|t| &t.tids) {
+        while let Some(stat) = who_is(*tid) {
+            let dead = matches!(stat.state, stat::State::Zombie | stat::State::Dead);
+            if !dead || Instant::now() > deadline {
+                return Err(taken(*tid, Errno::EEXIST));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            interrupt::check()?;
+        }
+    }
+    Ok(())
+}
+
+fn who_is(pid: i32) -> Option<stat::Stat> {
+    stat::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?).ok()
+}
+
+/// Why a pid could not be had.
+fn taken(pid: i32, error: Errno) -> anyhow::Error {
+    if error != Errno::EEXIST {
+        return anyhow!(error).context(format!("clone of task {pid}"));
+    }
+    match who_is(pid) {
+        Some(stat) => {
+            let name = String::from_utf8_lossy(&stat.comm).into_owned();
+            let zombie = matches!(stat.state, stat::State::Zombie);
+            let how = if zombie { " (dead, not reaped by its parent yet)" } else { "" };
+            anyhow!("pid {pid} is taken by {name}{how}, child of {}; end it first", stat.ppid)
+        }
+        None => anyhow!("pid {pid} is taken: still in use as a thread, process group or session"),
     }
 }

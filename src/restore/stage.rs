@@ -4,11 +4,10 @@
 //! reached a trap. Dropped before [`Stage::release`], it kills and reaps everything it holds; and if crtool
 //! itself is killed, EXITKILL does the same.
 
-use std::{collections::HashMap, time::Instant};
+use std::collections::HashMap;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::vacancy;
 use crate::{
     interrupt,
     sys::{Errno, ptrace, task, wait, wait::Status},
@@ -37,8 +36,6 @@ struct Member {
     doing: Doing,
     /// It is to end by itself.
     ends: bool,
-    /// A pid that it could not have, and since when.
-    refused: Option<(i32, Instant)>,
 }
 
 /// All tracees of a restore.
@@ -61,10 +58,8 @@ impl Stage {
         if leader {
             self.pids.push(tid);
         }
-        self.members.insert(
-            tid,
-            Member { label, slot, lists: vec![list], doing: Doing::Expected, ends: false, refused: None },
-        );
+        self.members
+            .insert(tid, Member { label, slot, lists: vec![list], doing: Doing::Expected, ends: false });
     }
 
     /// Gives a waiting thread its next list; it starts with [`Stage::resume`].
@@ -140,20 +135,7 @@ impl Stage {
                         if call.starts_with("clone of ") =>
                     {
                         let id = call.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-                        let begun = match member.refused {
-                            Some((of, begun)) if of == id => begun,
-                            _ => member.refused.insert((id, Instant::now())).1,
-                        };
-                        vacancy::after_refusal(id, begun)?;
-                        // The same call once more.
-                        let mut regs = ptrace::get_regs(tid)?;
-                        regs.rip = self.area.runner().0;
-                        regs.rbx = self.area.take_failure(member.slot)?.0;
-                        regs.orig_rax = u64::MAX;
-                        ptrace::set_regs(tid, &regs)?;
-                        ptrace::cont(tid, 0).with_context(|| format!("{}: resume", member.label))?;
-                        member.doing = Doing::Running;
-                        Ok(false)
+                        Err(super::taken(id, Errno::EEXIST))
                     }
                     Some(failure) => Err(anyhow!(failure).context(member.label.clone())),
                     None => Ok(true),

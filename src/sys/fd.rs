@@ -41,3 +41,11 @@ pub fn socket_domain(fd: BorrowedFd<'_>) -> Result<i32> {
     })?;
     Ok(family)
 }
+
+/// SIOCOUTQ: bytes in a socket that the other side has not taken.
+pub fn unsent(fd: BorrowedFd<'_>) -> Result<u32> {
+    let mut bytes: i32 = 0;
+    // SAFETY: the kernel writes one int.
+    ret_int(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
+    Ok(bytes.cast_unsigned())
+}

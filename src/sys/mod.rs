@@ -30,7 +30,6 @@ pub mod runner;
 pub mod sched;
 pub mod task;
 pub mod ticker;
-pub mod tmpfs;
 pub mod tty;
 pub mod wait;
 

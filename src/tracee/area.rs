@@ -160,12 +160,6 @@ impl Area {
         Ok(bytes)
     }
 
-    /// Takes the failure of a slot back: its entry, for another attempt.
-    pub fn take_failure(&self, slot: RemoteAddr) -> Result<RemoteAddr, TraceError> {
-        self.write(slot, &0u64.to_ne_bytes())?;
-        Ok(RemoteAddr(self.value::<u64>(slot.plus(8))?))
-    }
-
     /// The failure a slot reports, named by whichever of `lists` it happened in.
     pub fn failure(&self, slot: RemoteAddr, lists: &[&Placed]) -> Result<Option<TraceError>, TraceError> {
         if self.value::<u64>(slot)? == 0 {

@@ -1,0 +1,518 @@
+//! The one connection to the cache: made when it is needed, greeted, kept alive, and given up when the other side
+//! is silent.
+//!
+//! A Ping goes out every third of the time-out, also while much else does. The other side lives if anything
+//! comes from it, or if it takes what lies in the socket; otherwise the connection is given up after the time-out.
+//! Pings are answered in order, so the answer to one proves that all that went before it has been dealt with.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use super::inbox::{Heard, Inbox};
+use super::outbox::{Outbox, Pumped, Sink};
+use crate::remote::net::Stream;
+use crate::remote::net::connect::{Connector, Progress};
+use crate::remote::poll::{Interest, Poll};
+use crate::remote::wire::{self, Kind, MAGIC};
+use crate::remote::{Failure, pb, pb::FailCode};
+use crate::sys;
+
+/// Read at once.
+const CHUNK: usize = 16 << 10;
+/// Reads in a row before others get their turn.
+const READS: usize = 8;
+/// A silence is believed when it is still there after this: this process may have been stopped, and what came in
+/// the meantime is read first.
+const DOUBT: Duration = Duration::from_millis(200);
+/// Between two connections, growing as long as none is greeted.
+const PAUSE: Duration = Duration::from_millis(200);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// A connection, whatever lies below it.
+pub(super) trait Conn: Sink + Debug {
+    /// As `Read::read`.
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize>;
+    /// For watching.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// What it must be watched for, for needs of its own.
+    fn interest(&self) -> Interest;
+    /// More can be read though the socket may not say so.
+    fn pending(&self) -> bool;
+}
+
+impl Sink for Stream {
+    fn is_plain(&self) -> bool {
+        self.is_plain()
+    }
+
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.write(from)
+    }
+
+    fn splice_from(&mut self, pipe: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
+        self.splice_from(pipe, len)
+    }
+
+    fn flush(&mut self) -> io::Result<bool> {
+        self.flush()
+    }
+}
+
+impl Dial for Connector {
+    type Conn = Stream;
+
+    fn target(&self) -> String {
+        self.target().name()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd())
+    }
+
+    fn step(&mut self, now: Instant) -> Dialed<Stream> {
+        match self.step(now) {
+            Progress::Pending => Dialed::Pending(self.wake_at()),
+            Progress::Ready(stream) => Dialed::Ready(stream),
+            Progress::Failed(error, again) => {
+                Dialed::Failed { why: error.to_string(), again, for_good: !error.may_pass() }
+            }
+        }
+    }
+
+    fn is_spent(&self) -> bool {
+        false
+    }
+}
+
+/// A connection that somebody else made; there is no second one.
+#[derive(Debug)]
+pub(super) struct Given {
+    stream: Option<Stream>,
+    peer: String,
+}
+
+impl Given {
+    /// This one.
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { peer: stream.peer().to_owned(), stream: Some(stream) }
+    }
+}
+
+impl Dial for Given {
+    type Conn = Stream;
+
+    fn target(&self) -> String {
+        self.peer.clone()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn step(&mut self, now: Instant) -> Dialed<Stream> {
+        match self.stream.take() {
+            Some(stream) => Dialed::Ready(stream),
+            None => {
+                let why = "the connection that was given is gone".to_owned();
+                Dialed::Failed { why, again: now + MAX_PAUSE, for_good: true }
+            }
+        }
+    }
+
+    fn is_spent(&self) -> bool {
+        self.stream.is_none()
+    }
+}
+
+impl Conn for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.read(into)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd()
+    }
+
+    fn interest(&self) -> Interest {
+        self.interest()
+    }
+
+    fn pending(&self) -> bool {
+        self.pending()
+    }
+}
+
+/// How to get a connection.
+pub(super) trait Dial {
+    /// What it makes.
+    type Conn: Conn;
+    /// The other side, for messages.
+    fn target(&self) -> String;
+    /// Readable when the next step can be taken.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// Takes the next step, without waiting.
+    fn step(&mut self, now: Instant) -> Dialed<Self::Conn>;
+    /// There is no second connection to be had.
+    fn is_spent(&self) -> bool;
+}
+
+/// Where a [`Dial`] is.
+#[derive(Debug)]
+pub(super) enum Dialed<C> {
+    /// On the way; ask again then.
+    Pending(Instant),
+    /// Here it is.
+    Ready(C),
+    /// Not this time; ask again then.
+    Failed {
+        /// The whole line.
+        why: String,
+        /// When to ask again.
+        again: Instant,
+        /// Somebody must change something first.
+        for_good: bool,
+    },
+}
+
+/// What happened.
+#[derive(Debug)]
+pub(super) enum News {
+    /// The cache has greeted.
+    Up,
+    /// The cache says.
+    Heard(Heard),
+    /// The connection is gone, and why.
+    Lost(Failure),
+}
+
+/// The connection and what is known of it.
+#[derive(Debug)]
+pub(super) struct Link<D: Dial> {
+    dial: D,
+    conn: Option<D::Conn>,
+    hello: pb::Hello,
+    timeout: Duration,
+    /// When to take the next step of dialing; not dialing if `None`.
+    dial_at: Option<Instant>,
+    /// What the cache said about itself.
+    peer: Option<pb::Hello>,
+    inbox: Inbox,
+    pub(super) out: Outbox,
+    watched: Interest,
+    token: u64,
+    blocked: bool,
+    alive: Instant,
+    /// Since when it has been silent too long.
+    suspect: Option<Instant>,
+    /// Before the next connection.
+    pause: Duration,
+    not_before: Instant,
+    ping_every: Duration,
+    pinged: Instant,
+    pings: u64,
+    pongs: u64,
+    /// Taken by the socket, and not yet by the other side, when last looked at.
+    progress: (u64, u32),
+    error: Option<String>,
+}
+
+impl<D: Dial> Link<D> {
+    /// Not connected.
+    pub(super) fn new(dial: D, hello: pb::Hello, timeout: Duration, token: u64) -> Self {
+        let now = Instant::now();
+        Self {
+            dial,
+            conn: None,
+            hello,
+            timeout,
+            dial_at: None,
+            peer: None,
+            inbox: Inbox::default(),
+            out: Outbox::default(),
+            watched: Interest::NONE,
+            token,
+            blocked: false,
+            alive: now,
+            suspect: None,
+            pause: PAUSE,
+            not_before: now,
+            ping_every: timeout / 3,
+            pinged: now,
+            pings: 0,
+            pongs: 0,
+            progress: (0, 0),
+            error: None,
+        }
+    }
+
+    /// The other side, for messages.
+    pub(super) fn target(&self) -> String {
+        self.dial.target()
+    }
+
+    /// Frames can be sent.
+    pub(super) fn is_up(&self) -> bool {
+        self.peer.is_some()
+    }
+
+    /// Neither connected nor about to be.
+    pub(super) fn is_idle(&self) -> bool {
+        self.conn.is_none() && self.dial_at.is_none()
+    }
+
+    /// There is a connection, greeted or not.
+    pub(super) fn is_open(&self) -> bool {
+        self.conn.is_some()
+    }
+
+    /// More has come than was read.
+    pub(super) fn is_pending(&self) -> bool {
+        self.conn.as_ref().is_some_and(Conn::pending)
+    }
+
+    /// It was connected once and cannot be again.
+    pub(super) fn is_spent(&self) -> bool {
+        self.conn.is_none() && self.dial.is_spent()
+    }
+
+    /// What the cache can do, as in `Hello`.
+    pub(super) fn features(&self) -> u64 {
+        self.peer.as_ref().map_or(0, |hello| hello.features)
+    }
+
+    /// Why there is no connection.
+    pub(super) fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// For people.
+    pub(super) fn state(&self) -> String {
+        match (&self.peer, &self.error) {
+            (Some(peer), _) => format!("connected to {} on {}", peer.software, peer.host),
+            (None, Some(error)) => format!("not connected: {error}"),
+            (None, None) => "not connected".to_owned(),
+        }
+    }
+
+    /// There is work for it.
+    pub(super) fn need(&mut self, now: Instant) {
+        if self.is_idle() {
+            self.dial_at = Some(now.max(self.not_before));
+        }
+    }
+
+    /// Sends a Ping; the number that [`Self::pongs`] has reached once it is answered.
+    pub(super) fn ping(&mut self, now: Instant) -> u64 {
+        self.out.push(&wire::bare(Kind::Ping, 0, 0, 0));
+        self.pings += 1;
+        self.pinged = now;
+        self.pings
+    }
+
+    /// How many Pings have been answered.
+    pub(super) fn pongs(&self) -> u64 {
+        self.pongs
+    }
+
+    /// The next step can be taken at once.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        if self.dial_at.is_some() {
+            self.dial_at = Some(now.max(self.not_before));
+        }
+    }
+
+    /// Takes the next step of dialing if it is time. A failure that will not get better by waiting is returned.
+    pub(super) fn dial(&mut self, poll: &Poll, now: Instant) -> Option<Failure> {
+        if self.dial_at.is_none_or(|at| now < at) || self.conn.is_some() {
+            return None;
+        }
+        let conn = match self.dial.step(now) {
+            Dialed::Pending(again) => {
+                self.dial_at = Some(again);
+                return None;
+            }
+            Dialed::Failed { why, again, for_good } => {
+                if self.error.as_ref() != Some(&why) {
+                    tracing::warn!("{why}; trying again");
+                }
+                self.error = Some(why.clone());
+                self.dial_at = Some(again);
+                return for_good.then(|| lost(why));
+            }
+            Dialed::Ready(conn) => conn,
+        };
+        self.dial_at = None;
+        self.watched = Interest::READ;
+        if let Err(e) = poll.add(conn.fd(), self.token, self.watched) {
+            self.error = Some(e.to_string());
+            return None;
+        }
+        (self.alive, self.pinged) = (now, now);
+        (self.pings, self.pongs, self.progress, self.suspect) = (0, 0, (0, 0), None);
+        self.inbox = Inbox::default();
+        self.out = Outbox::default();
+        self.out.push(&MAGIC);
+        self.out.push(&wire::frame(Kind::Hello, 0, 0, &self.hello));
+        self.conn = Some(conn);
+        None
+    }
+
+    /// Reads what has come.
+    pub(super) fn hear(&mut self, now: Instant) -> Vec<News> {
+        let mut news = Vec::new();
+        if let Err(failure) = self.read(now, &mut news) {
+            news.push(News::Lost(failure));
+        }
+        news
+    }
+
+    fn read(&mut self, now: Instant, news: &mut Vec<News>) -> Result<(), Failure> {
+        let Some(conn) = &mut self.conn else { return Ok(()) };
+        let mut chunk = [0; CHUNK];
+        for _ in 0..READS {
+            let n = match conn.read(&mut chunk) {
+                Ok(0) => return Err(lost("the cache closed the connection")),
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(lost(e.to_string())),
+            };
+            self.alive = now;
+            self.inbox.feed(chunk.get(..n).unwrap_or_default());
+            while let Some(heard) = self.inbox.next()? {
+                match heard {
+                    Heard::Hello(hello) if self.peer.is_none() => {
+                        if hello.version != wire::VERSION {
+                            let text = format!(
+                                "it speaks version {} of the protocol and this program {}: use the same crtool",
+                                hello.version,
+                                wire::VERSION
+                            );
+                            return Err(Failure::new(FailCode::FailVersion, text));
+                        }
+                        let theirs = Duration::from_millis(hello.timeout_ms.max(300).into());
+                        self.ping_every = self.timeout.min(theirs) / 3;
+                        self.peer = Some(hello);
+                        self.error = None;
+                        self.pause = PAUSE;
+                        news.push(News::Up);
+                    }
+                    Heard::Failed(0, failed) => return Err(failed.into()),
+                    Heard::Ping if self.peer.is_some() => {
+                        self.out.push(&wire::bare(Kind::Pong, 0, 0, 0));
+                    }
+                    Heard::Pong if self.pongs < self.pings => {
+                        self.pongs += 1;
+                        news.push(News::Heard(Heard::Pong));
+                    }
+                    Heard::Hello(_) | Heard::Pong => {
+                        return Err(Failure::new(FailCode::FailProtocol, format!("unexpected {heard:?}")));
+                    }
+                    other if self.peer.is_some() => news.push(News::Heard(other)),
+                    other => {
+                        let text = format!("{other:?} before Hello");
+                        return Err(Failure::new(FailCode::FailProtocol, text));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what can be sent.
+    pub(super) fn pump<'a>(
+        &mut self,
+        pipe: impl Fn(u64) -> Option<BorrowedFd<'a>>,
+    ) -> Result<Pumped, Failure> {
+        let Some(conn) = &mut self.conn else { return Ok(Pumped::Blocked) };
+        let pumped = self.out.pump(conn, pipe).map_err(|e| lost(e.to_string()))?;
+        self.blocked = pumped == Pumped::Blocked;
+        Ok(pumped)
+    }
+
+    /// Tells the poll what is waited for.
+    pub(super) fn watch(&mut self, poll: &Poll) -> Result<(), Failure> {
+        let Some(conn) = &self.conn else { return Ok(()) };
+        let mut want = Interest::READ.and(conn.interest());
+        want.write |= self.blocked;
+        if want != self.watched {
+            poll.modify(conn.fd(), self.token, want).map_err(|e| lost(e.to_string()))?;
+            self.watched = want;
+        }
+        Ok(())
+    }
+
+    /// Sends Pings, and gives up a silent cache.
+    pub(super) fn keep_alive(&mut self, now: Instant) -> Result<(), Failure> {
+        let Some(conn) = &self.conn else { return Ok(()) };
+        let waiting = sys::fd::unsent(conn.fd()).unwrap_or(0);
+        let progress = (self.out.sent(), waiting);
+        if progress != self.progress {
+            self.progress = progress;
+            self.alive = now;
+        }
+        let greeted = self.peer.is_some();
+        if greeted && self.pongs == self.pings {
+            if now.saturating_duration_since(self.pinged) >= self.ping_every {
+                self.ping(now);
+            }
+            self.suspect = None;
+            return Ok(());
+        }
+        let since = self.alive.max(self.pinged);
+        if now.saturating_duration_since(since) < self.timeout {
+            self.suspect = None;
+            return Ok(());
+        }
+        let suspect = *self.suspect.get_or_insert(now);
+        if now.saturating_duration_since(suspect) < DOUBT {
+            return Ok(());
+        }
+        let text =
+            if greeted { "nothing came from it" } else { "it accepted the connection and said nothing" };
+        Err(Failure::new(FailCode::FailTimeout, format!("{text} for {} s", self.timeout.as_secs_f32())))
+    }
+
+    /// When [`Self::keep_alive`] or [`Self::dial`] has something to do.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        if self.conn.is_none() {
+            return self.dial_at;
+        }
+        if self.peer.is_some() && self.pongs == self.pings {
+            return Some(self.pinged + self.ping_every);
+        }
+        // Progress of the socket is seen only by looking, so it is looked at well before the end.
+        let step = if self.suspect.is_some() { DOUBT / 2 } else { self.timeout / 4 };
+        Some(now + step)
+    }
+
+    /// Drops the connection. What has not gone out is lost.
+    pub(super) fn close(&mut self, poll: &Poll, why: &Failure) {
+        if let Some(conn) = self.conn.take() {
+            let _ = poll.remove(conn.fd());
+            self.error = Some(format!("{}: {}", self.dial.target(), why.text));
+            self.not_before = Instant::now() + self.pause;
+            self.pause = (self.pause * 2).min(MAX_PAUSE);
+        }
+        self.peer = None;
+        self.blocked = false;
+        self.inbox = Inbox::default();
+        self.out = Outbox::default();
+    }
+
+    /// Everything has been given to the connection.
+    pub(super) fn is_drained(&self) -> bool {
+        self.conn.is_none() || self.out.is_empty() && !self.blocked
+    }
+
+    /// The pipe of a dump that ends while its frame goes out.
+    pub(super) fn orphan(&mut self, dump: u64, pipe: OwnedFd) {
+        self.out.orphan(dump, pipe);
+    }
+}
+
+fn lost(text: impl Into<String>) -> Failure {
+    Failure::new(FailCode::FailLost, text)
+}
