@@ -45,6 +45,7 @@ static CASES: &[Case] = &[
     ("statistics", statistics),
     ("log_per_pid", log_per_pid),
     ("pid_taken", pid_taken),
+    ("pids_of_sessions_that_end", pids_of_sessions_that_end),
 ];
 
 fn main() -> std::process::ExitCode {
@@ -64,9 +65,19 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&args, trials.collect()).exit_code()
 }
 
-/// Counts until there is a file `end`, then ends with 7. First it closes what the harness may have left open.
+/// Counts until there is a file `end`, then ends with 7. A file `split` makes it leave an orphan
+/// in its session and one in that of a child. First it closes what the harness may have left open.
 const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
-    for ((i = 0; ; i++)); do echo $i >>count; [ ! -e end ] || exit 7; sleep 0.02; done";
+    for ((i = 0; ; i++)); do
+        echo $i >>count
+        [ ! -e end ] || exit 7
+        if [ -e split ]; then
+            rm split
+            (sleep 1000 & echo $! >orphan)
+            setsid bash -c '(sleep 1000 & echo $! >other); echo $$ >leader; exec sleep 1000' &
+        fi
+        sleep 0.02
+    done";
 
 /// A directory, and a workload that runs in it.
 struct Work {
@@ -460,5 +471,41 @@ fn log_per_pid(work: &Work) {
 fn pid_taken(work: &Work) {
     ok(&work.dump(&["-R"]));
     failed(&work.crtool(&["restore", "-d"]), &format!("pid {} is taken by bash", work.pid));
+    work.moves();
+}
+
+/// Killed when dropped, whatever becomes of the test.
+struct Orphan(Pid);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+    }
+}
+
+/// No task has the pid, but somebody outside the tree is still in the session of that number: waited for. First for the
+/// root, which crtool makes itself, then for a child.
+fn pids_of_sessions_that_end(work: &Work) {
+    fs::write(work.path("split"), "").expect("split");
+    let made = |name| fs::read_to_string(work.path(name)).ok()?.strip_suffix('\n')?.parse().ok();
+    let [orphan, other, _leader] = ["orphan", "other", "leader"].map(|name| {
+        wait_for(name, || made(name).is_some());
+        Orphan(Pid::from_raw(made(name).expect(name)))
+    });
+    work.saved();
+    let restore = work
+        .command(&["restore", "-d", "-v4", "-W", ".", "-o", "log"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("crtool starts");
+    wait_for("the restore to make lists", || {
+        fs::read(work.path("log")).is_ok_and(|log| String::from_utf8_lossy(&log).contains("lists at"))
+    });
+    drop(orphan);
+    wait_for("the root", || work.stat().is_some());
+    drop(other);
+    ok(&restore.wait_with_output().expect("wait"));
     work.moves();
 }

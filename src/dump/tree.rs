@@ -247,7 +247,15 @@ impl Process {
             }
             for (tid, suspended) in seized {
                 let pid = self.pid;
-                let patient = || check().and_then(|()| not_in_vfork(pid, tid));
+                let begun = std::time::Instant::now();
+                // Its child is not held yet, so most often it only has to get to its program.
+                let patient = || match check() {
+                    Err(TraceError::TimedOut(limit)) => {
+                        not_in_vfork(pid, tid).and(Err(TraceError::TimedOut(limit)))
+                    }
+                    Ok(()) if begun.elapsed() > VFORK_PATIENCE => not_in_vfork(pid, tid),
+                    checked => checked,
+                };
                 let stopped = match Stopped::settle(tid, &patient) {
                     Ok(stopped) => stopped,
                     Err(TraceError::Died(_)) => continue,
@@ -266,6 +274,9 @@ impl Process {
         Ok(grew)
     }
 }
+
+/// How long a thread may take to come out of a vfork.
+const VFORK_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// A thread in vfork sleeps until its child runs a program or ends, and does not stop for anybody.
 fn not_in_vfork(pid: i32, tid: i32) -> Result<(), TraceError> {

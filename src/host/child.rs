@@ -20,7 +20,7 @@ use crate::sys::{
 };
 
 /// Longest time a probe waits for its child. It needs microseconds.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Room for results.
 const RESULTS_BYTES: usize = 4096;
 

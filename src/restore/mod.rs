@@ -56,7 +56,7 @@ use crate::{
 /// Room for lists: sparse, only what is written takes memory.
 const AREA_LEN: u64 = 1 << 30;
 /// How long a dead task may take to be reaped by its parent: init on some machines needs a second.
-const REAP_PATIENCE: Duration = Duration::from_secs(3);
+const REAP_PATIENCE: Duration = Duration::from_secs(10);
 /// Below the area, for the vdso of this kernel beside an old one.
 const VDSO_ROOM: u64 = 1 << 20;
 const CLONE_PTRACE: u64 = 0x2000;
@@ -374,11 +374,17 @@ impl<'i> Cast<'i> {
         };
         let all = SigSet::all();
         let mut old = SigSet::empty();
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
         let runner = self.stage.area.runner().0;
-        let made = clone_into(&args, runner, self.first_list.start.0, slot.0);
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
-        let pid = made.map_err(|e| taken(first, e))?;
+        let pid = loop {
+            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
+            let made = clone_into(&args, runner, self.first_list.start.0, slot.0);
+            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
+            match made {
+                Ok(pid) => break pid,
+                Err(Errno::EEXIST) if self.stage.may_become_free(first) => interrupt::check()?,
+                Err(error) => return Err(taken(first, error)),
+            }
+        };
         self.stage.running(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)

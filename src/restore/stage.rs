@@ -4,7 +4,10 @@
 //! reached a trap. Dropped before [`Stage::release`], it kills and reaps everything it holds; and if crtool
 //! itself is killed, EXITKILL does the same.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -46,11 +49,13 @@ pub(super) struct Stage {
     /// Process ids, in the order of their birth.
     pids: Vec<i32>,
     armed: bool,
+    /// The id that was found to be taken last, and when that was found first.
+    taken: Option<(i32, Instant)>,
 }
 
 impl Stage {
     pub(super) fn new(area: Area) -> Self {
-        Self { area, members: HashMap::new(), pids: Vec::new(), armed: true }
+        Self { area, members: HashMap::new(), pids: Vec::new(), armed: true, taken: None }
     }
 
     /// Announces a thread that a list is going to make.
@@ -135,7 +140,7 @@ impl Stage {
                         if call.starts_with("clone of ") =>
                     {
                         let id = call.rsplit(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-                        Err(super::taken(id, Errno::EEXIST))
+                        self.again(tid, id)
                     }
                     Some(failure) => Err(anyhow!(failure).context(member.label.clone())),
                     None => Ok(true),
@@ -161,6 +166,36 @@ impl Stage {
             }
             _ => Ok(false),
         }
+    }
+
+    /// Lets a thread that could not clone `id`, because that id was taken, try again, if there is hope.
+    fn again(&mut self, tid: i32, id: i32) -> Result<bool> {
+        if !self.may_become_free(id) {
+            return Err(super::taken(id, Errno::EEXIST));
+        }
+        interrupt::check()?;
+        let member = self.members.get_mut(&tid).context("nobody to try again")?;
+        let mut regs = ptrace::get_regs(tid)?;
+        regs.rbx = self.area.retry(member.slot)?.0;
+        regs.rip = self.area.runner().0;
+        regs.orig_rax = u64::MAX;
+        ptrace::set_regs(tid, &regs)?;
+        ptrace::cont(tid, 0).with_context(|| format!("{}: resume", member.label))?;
+        member.doing = Doing::Running;
+        Ok(false)
+    }
+
+    /// Whether an id that is taken may be free in a moment, which is waited for: no task has it any more, but the kernel
+    /// gives it back somewhat later than the parent of its last owner is told, or what keeps it is a group or session
+    /// of the dead.
+    pub(super) fn may_become_free(&mut self, id: i32) -> bool {
+        let since = self.taken.filter(|(last, _)| *last == id).map_or_else(Instant::now, |(_, since)| since);
+        self.taken = Some((id, since));
+        let may = super::who_is(id).is_none() && since.elapsed() < super::REAP_PATIENCE;
+        if may {
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        may
     }
 
     /// A system call in a waiting thread, from which nothing has to come back but its result. The

@@ -160,6 +160,13 @@ impl Area {
         Ok(bytes)
     }
 
+    /// Takes back the failure that a slot reports; the entry to go on with to try the failed call again.
+    pub fn retry(&self, slot: RemoteAddr) -> Result<RemoteAddr, TraceError> {
+        let failed = self.value::<u64>(slot.plus(8))?;
+        self.write(slot, &0u64.to_ne_bytes())?;
+        Ok(RemoteAddr(failed))
+    }
+
     /// The failure a slot reports, named by whichever of `lists` it happened in.
     pub fn failure(&self, slot: RemoteAddr, lists: &[&Placed]) -> Result<Option<TraceError>, TraceError> {
         if self.value::<u64>(slot)? == 0 {

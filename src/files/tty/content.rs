@@ -19,8 +19,10 @@ const ICANON: u32 = libc::ICANON;
 const LINE_ENDS: [usize; 2] = [libc::VEOL, libc::VEOL2];
 /// More than a pty holds: 4 KiB in the line editor, 64 KiB on the way.
 const MOST: usize = 1 << 20;
+/// The line editor holds somewhat more.
+const FITS: usize = 4000;
 /// How long the kernel may take to carry bytes from one end to the other.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Both ends of a pty.
 #[derive(Debug)]
@@ -111,19 +113,11 @@ impl Ends<'_> {
 
     fn take(&self, before: &tty::Termios) -> Result<(Vec<u8>, Vec<u8>), FileError> {
         let to_master = read_all(self.master)?;
-        self.put(&to_master, &[], before)?;
-        let canonical = before.lflag & ICANON != 0;
-        if canonical && !readable(self.slave)? {
-            // A line that is not finished shows only with the line editor off.
-            set(self.slave, &transparent(before, false))?;
-            if !readable(self.slave)? {
-                return Ok((to_master, Vec::new()));
-            }
-        }
-        set(self.slave, &transparent(before, false))?;
-        let to_slave = read_all(self.slave)?;
-        self.put(&[], &to_slave, before)?;
-        Ok((to_master, to_slave))
+        // A line that is not finished shows only with the line editor off.
+        let to_slave = set(self.slave, &transparent(before, false)).and_then(|()| read_all(self.slave));
+        // What was taken out goes back, whatever went wrong.
+        let put_back = self.put(&to_master, to_slave.as_deref().unwrap_or_default(), before);
+        put_back.and(to_slave).map(|to_slave| (to_master, to_slave))
     }
 
     /// Makes `to_master` and `to_slave` wait to be read. `then`: the settings the slave gets in the end, which the caller
@@ -134,17 +128,14 @@ impl Ends<'_> {
         to_slave: &[u8],
         then: &tty::Termios,
     ) -> Result<(), FileError> {
-        if !to_master.is_empty() {
-            set(self.slave, &transparent(then, then.lflag & ICANON != 0))?;
-            write_all(self.slave, to_master)?;
-        }
+        let plain = transparent(then, then.lflag & ICANON != 0);
+        // First, so that the master has nothing to read yet but what comes back from here.
         if !to_slave.is_empty() {
-            let canonical = then.lflag & ICANON != 0;
-            set(self.slave, &transparent(then, canonical))?;
+            set(self.slave, &plain)?;
             let is_end = |&byte: &u8| {
                 byte == b'\n' || byte != 0 && LINE_ENDS.iter().any(|index| then.cc.get(*index) == Some(&byte))
             };
-            let lines = if canonical {
+            let lines = if plain.lflag & ICANON != 0 {
                 to_slave.iter().rposition(is_end).map_or(0, |at| at + 1)
             } else {
                 to_slave.len()
@@ -152,10 +143,19 @@ impl Ends<'_> {
             let (whole, begun) = to_slave.split_at(lines);
             write_all(self.master, whole)?;
             self.arrived(whole.len())?;
-            if !begun.is_empty() {
+            if to_slave.len() > FITS {
+                // What does not fit into the line editor has no echo yet: it arrives as the rest is read.
                 write_all(self.master, begun)?;
-                self.settle(whole.is_empty())?;
+            } else if !begun.is_empty() {
+                // Nobody can read a line that was begun. That it has arrived is seen by its echo.
+                set(self.slave, &tty::Termios { lflag: plain.lflag | libc::ECHO, ..plain })?;
+                write_all(self.master, begun)?;
+                self.take_echo(begun.len())?;
             }
+        }
+        if !to_master.is_empty() {
+            set(self.slave, &plain)?;
+            write_all(self.slave, to_master)?;
         }
         Ok(())
     }
@@ -167,20 +167,33 @@ impl Ends<'_> {
             readable(self.slave)?;
             let there =
                 pipe::readable_bytes(self.slave).map_err(FileError::sys("read the amount in a terminal"))?;
-            // The line editor holds 4095 bytes; what is behind them comes as it is read.
-            if there as usize >= len.min(4000) || Instant::now() > until {
+            // What is behind them comes as it is read.
+            if there as usize >= len.min(FITS) || Instant::now() > until {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
-    /// Waits until a line that was begun has arrived, which nothing shows.
-    fn settle(&self, alone: bool) -> Result<(), FileError> {
-        // A poll that finds nothing carries everything over first.
-        readable(self.slave)?;
-        if !alone {
-            std::thread::sleep(Duration::from_millis(20));
+    /// Reads `len` bytes, the echo, from the master.
+    fn take_echo(&self, mut len: usize) -> Result<(), FileError> {
+        let late = FileError::sys("see a line arrive in a terminal");
+        let until = Instant::now() + PATIENCE;
+        let mut piece = [0; 4096];
+        while len > 0 {
+            let mut fds = [PollFd::new(self.master, PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::from(100u8)).map_err(FileError::sys("poll a terminal"))?;
+            if fds.iter().any(|fd| fd.revents().is_some_and(|e| e.contains(PollFlags::POLLIN))) {
+                let most = len.min(piece.len());
+                match nix::unistd::read(self.master, piece.get_mut(..most).unwrap_or_default()) {
+                    Ok(got) => len = len.saturating_sub(got),
+                    Err(Errno::EINTR | Errno::EAGAIN) => {}
+                    Err(e) => return Err(FileError::sys("read the echo of a terminal")(e)),
+                }
+            }
+            if len > 0 && Instant::now() > until {
+                return Err(late(Errno::ETIMEDOUT));
+            }
         }
         Ok(())
     }

@@ -38,6 +38,8 @@ pub const CASES: &[Case] = &[
     Case::new("thread_own_table", thread_own_table).refused("descriptor table"),
     // A thread in vfork(2) sleeps where no tracer can stop it.
     Case::new("vfork", vfork).refused("vfork"),
+    // One that comes out of it soon is waited for.
+    Case::new("vfork_again_and_again", vfork_again_and_again).changing().only_plain().fifty(),
     // The image format has no place for it.
     Case::new("exit_signal", exit_signal).refused("exit signal"),
     Case::new("tid_address", tid_address),
@@ -617,6 +619,22 @@ fn vfork(gate: &Gate) {
     gate.await_mark("child");
     gate.ready();
     waiting.join().expect("thread in vfork");
+}
+
+/// A thread that runs one program after the other, as make and shells do.
+fn vfork_again_and_again(gate: &Gate) {
+    let control = gate.clone_for_thread();
+    let (send, begun) = std::sync::mpsc::channel();
+    let runner = std::thread::spawn(move || {
+        while !control.open() {
+            let status = std::process::Command::new("/bin/true").status().expect("run a program");
+            assert!(status.success(), "{status}");
+            let _ = send.send(());
+        }
+    });
+    begun.recv().expect("the first program");
+    gate.ready();
+    runner.join().expect("thread");
 }
 
 /// Children that tell of their death by another signal than SIGCHLD, or by none.

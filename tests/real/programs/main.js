@@ -6,8 +6,8 @@ let number = 0;
 const timer = setInterval(async () => {
   const n = number++;
   if (n >= 300) return;
-  await fs.promises.writeFile(`file${n % 7}`, 'x'.repeat(n));
-  const text = await fs.promises.readFile(`file${n % 7}`);
+  await fs.promises.writeFile(`file${n}`, 'x'.repeat(n));
+  const text = await fs.promises.readFile(`file${n}`);
   crypto.pbkdf2(text, 'salt', 50, 32, 'sha256', (error, key) => {
     if (error) throw error;
     lines[n] = key.toString('hex');
