@@ -286,7 +286,10 @@ fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, U
     };
     let mut level = opts.verbosity;
     // What a daemon does is worth a line each time, and there is no other way to see it later.
-    if command.is_daemon() && !options.iter().any(|given| given.known.long == "verbosity") {
+    if command.is_daemon()
+        && opts.words.is_empty()
+        && !options.iter().any(|given| given.known.long == "verbosity")
+    {
         level = level.max(3);
     }
     let log =

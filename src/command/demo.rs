@@ -1,28 +1,31 @@
-//! `crtool demo`: a small workload is started, saved, ended and continued, before the user's eyes.
+//! `crtool demo`: a small workload migrates, before the user's eyes.
 //!
-//! Everything happens in a directory of its own and with this very program: the workload is `crtool demo` with
-//! [`workload::DIR`] in its environment, dump and restore are started as a user would start them. At every end,
-//! also after Ctrl-C, the processes and the directory are gone.
+//! A cache and a proxy are started on the loopback interface, a restore that waits, and a dump: the workload goes
+//! through memory from one to the other and counts on where it stopped. Everything is done with this very program as a
+//! user would do it; the workload is `crtool demo` with [`workload::DIR`] in its environment. Source and
+//! destination are two directories below one of the demo's own. At every end, also after Ctrl-C, the processes
+//! and the directory are gone.
 
+mod cast;
 mod screen;
 mod workload;
 
 use std::{
     env,
     fs::{self, File},
-    io,
+    io::Write as _,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
 use nix::{
-    errno::Errno,
     sys::{
         signal::{Signal, kill},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::WaitStatus,
     },
     unistd::Pid,
 };
@@ -31,17 +34,22 @@ use crate::{
     image::{ImageKind, framing::EntryReader, pb},
     interrupt,
 };
+use cast::{Cast, Tool};
 use screen::Screen;
 use workload::Progress;
 
-/// How long the workload counts before the dump and after the restore.
+/// How long the workload counts before and after it migrates.
 const COUNTING: Duration = Duration::from_millis(1200);
 /// A step that takes longer than this has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at the workload: often enough to look alive.
 const GLANCE: Duration = Duration::from_millis(25);
+/// What the demo writes is logs and numbers; with this much room it does not run out of it.
+const ROOM: usize = 4 << 20;
+/// How often another port is tried: the free one that was found may be taken by somebody before the cache has it.
+const PORTS: u32 = 5;
 
-/// Dumps and restores a small workload; or is that workload.
+/// Migrates a small workload; or is that workload.
 pub fn run() -> anyhow::Result<()> {
     match env::var_os(workload::DIR) {
         Some(dir) => workload::run(Path::new(&dir)),
@@ -49,29 +57,58 @@ pub fn run() -> anyhow::Result<()> {
     }
 }
 
-/// Everything that has to go at the end.
 struct Demo {
-    dir: PathBuf,
-    /// The workload while it is our child.
-    pid: Option<Pid>,
+    // Fields are dropped in this order: first whoever uses the directory.
+    cast: Cast,
+    stage: Stage,
     screen: Screen,
+}
+
+/// The directory of the demo, gone at its end.
+struct Stage(PathBuf);
+
+impl Stage {
+    fn build() -> anyhow::Result<Self> {
+        let template = env::temp_dir().join("crtool-demo-XXXXXX");
+        let dir = nix::unistd::mkdtemp(&template).with_context(|| format!("make {}", template.display()))?;
+        let stage = Self(dir);
+        for side in [stage.source(), stage.destination()] {
+            fs::create_dir(&side).with_context(|| format!("make {}", side.display()))?;
+        }
+        let trial = stage.0.join("room");
+        File::create(&trial)
+            .and_then(|mut file| file.write_all(&vec![1; ROOM]))
+            .with_context(|| format!("{} needs {} MiB of room", env::temp_dir().display(), ROOM >> 20))
+            .context("set TMPDIR to a directory that has it")?;
+        fs::remove_file(trial)?;
+        Ok(stage)
+    }
+
+    fn source(&self) -> PathBuf {
+        self.0.join("src")
+    }
+
+    fn destination(&self) -> PathBuf {
+        self.0.join("dst")
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Demo {
     fn new() -> anyhow::Result<Self> {
+        ensure!(nix::unistd::geteuid().is_root(), "dump and restore need root: run the demo as root");
         interrupt::watch().context("hold back of signals")?;
-        // The restored workload loses its parent, the restore command, and is ours then.
-        nix::sys::prctl::set_child_subreaper(true).context("set child subreaper")?;
-        let template = env::temp_dir().join("crtool-demo-XXXXXX");
-        let dir = nix::unistd::mkdtemp(&template).with_context(|| format!("make {}", template.display()))?;
-        Ok(Self { dir, pid: None, screen: Screen::new() })
+        let stage = Stage::build()?;
+        let cast = Cast::new(&stage.0)?;
+        Ok(Self { cast, stage, screen: Screen::new() })
     }
 
     fn show(mut self) -> anyhow::Result<()> {
-        ensure!(nix::unistd::geteuid().is_root(), "dump and restore need root: run the demo as root");
-        let images = self.dir.join("images");
-        fs::create_dir(&images).with_context(|| format!("make {}", images.display()))?;
-
         let pid = self.start()?;
         self.screen.say(
             "start",
@@ -80,66 +117,81 @@ impl Demo {
                 workload::MEMORY >> 20
             ),
         );
+        let port = self.cache()?;
+        self.screen.say("cache", &format!("image-cache holds images in memory, port {port} of 127.0.0.1"));
+        self.proxy(port)?;
+        self.screen.say("proxy", "image-proxy carries them there");
         let first = self.count(Progress::default(), COUNTING)?;
         self.screen.say("count", &format!("1 ... {}", first.last));
 
-        let begin = Instant::now();
-        self.tool("dump", &["-t", &pid.to_string()], &images)?;
-        let took = begin.elapsed();
-        ensure!(self.pid.is_none(), "the dump is complete but process {pid} still runs");
-        let saved = self.progress(first)?;
-        let frozen = frozen(&images).context("statistics of the dump")?;
+        let destination = self.stage.destination();
+        let mut waiting = self.tool("restore", &["--remote", "-d"], &destination)?;
+        let dump = self.tool("dump", &["--remote", "-t", &pid.to_string()], &self.stage.source())?;
+        self.finish(dump, Some(&mut waiting))?;
+        let saved = Carried::read(&self.stage.source()).context("statistics of the dump")?;
         self.screen.say(
             "dump",
             &format!(
-                "at {}, in {} (frozen {}); {} of images; process {pid} is gone",
-                saved.last,
-                screen::millis(took),
-                screen::millis(frozen),
-                screen::mebibytes(size(&images)?),
+                "{} in {}, {} per second; then process {pid} is ended",
+                screen::mebibytes(saved.bytes),
+                screen::millis(saved.frozen),
+                screen::mebibytes(saved.per_second()),
             ),
         );
-        self.rest(Duration::from_millis(400))?;
-        ensure!(self.progress(saved)? == saved, "something still counts after the dump");
-
-        let begin = Instant::now();
-        self.tool("restore", &["-d"], &images)?;
-        let took = begin.elapsed();
-        self.pid = Some(pid);
-        self.screen.say("restore", &format!("process {pid} runs again, in {}", screen::millis(took)));
-        let second = self.count(saved, COUNTING)?;
-        self.screen.say("count", &format!("{} ... {}", saved.last + 1, second.last));
+        self.finish(waiting, None)?;
+        self.cast.restored(pid);
+        let second = self.count(first, COUNTING)?;
+        self.screen.say(
+            "restore",
+            &format!("process {pid} runs again; it stood still for {}", screen::millis(second.pause)),
+        );
+        self.screen.say("count", &format!("{} ... {}", first.last + 1, second.last));
 
         kill(pid, Signal::SIGTERM).context("ask the workload to end")?;
         let end = self.wait()?;
         let last = self.progress(second)?;
         ensure!(end == WaitStatus::Exited(pid, 0), "the workload found its state damaged: {end:?}");
-        self.screen.say(
-            "end",
-            &format!(
-                "1 ... {} without a gap, {} before the dump and {} after the restore",
-                last.last,
-                saved.last,
-                last.last - saved.last
-            ),
-        );
+        self.screen.say("end", &format!("1 ... {} without a gap", last.last));
         Ok(())
     }
 
     /// Starts the workload in a session of its own, with no descriptor of ours.
     fn start(&mut self) -> anyhow::Result<Pid> {
-        let child = Command::new("/proc/self/exe")
+        let mut command = Command::new("/proc/self/exe");
+        command
             .arg("demo")
-            .env(workload::DIR, &self.dir)
+            .env(workload::DIR, &self.stage.0)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("start the workload")?;
-        let pid = pid_of(&child)?;
-        self.pid = Some(pid);
-        Ok(pid)
+            .stderr(Stdio::null());
+        self.cast.workload(&mut command)
+    }
+
+    /// Starts a cache on a port that is free, and tells which.
+    fn cache(&mut self) -> anyhow::Result<u16> {
+        let mut tries = 0;
+        loop {
+            let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("look for a free port")?;
+            let port = free.local_addr()?.port();
+            drop(free);
+            tries += 1;
+            match self.daemon("image-cache", port, &self.stage.destination()) {
+                Err(error) if tries < PORTS && format!("{error:#}").contains("in use") => {}
+                result => return result.map(|()| port),
+            }
+        }
+    }
+
+    fn proxy(&mut self, port: u16) -> anyhow::Result<()> {
+        self.daemon("image-proxy", port, &self.stage.source())
+    }
+
+    /// Starts a daemon; returns when it can be reached.
+    fn daemon(&mut self, command: &'static str, port: u16, dir: &Path) -> anyhow::Result<()> {
+        let port = port.to_string();
+        let tool = self.tool(command, &["-d", "--address", "127.0.0.1", "--port", &port], dir)?;
+        self.finish(tool, None)
     }
 
     /// Watches the workload count for a while.
@@ -151,7 +203,7 @@ impl Demo {
             self.rest(GLANCE)?;
             now = self.progress(now)?;
             self.screen.watch("count", now.last);
-            if let Some(end) = self.ended()? {
+            if let Some(end) = self.cast.ended()? {
                 bail!("the workload ended too early: {end:?}");
             }
         }
@@ -159,71 +211,41 @@ impl Demo {
     }
 
     fn progress(&self, from: Progress) -> anyhow::Result<Progress> {
-        from.read(&self.dir).context("what the workload wrote")
+        from.read(&self.stage.0).context("what the workload wrote")
     }
 
-    /// Runs this program's own `command` and lets the workload's death not go unnoticed meanwhile.
-    fn tool(&mut self, command: &str, words: &[&str], images: &Path) -> anyhow::Result<()> {
-        let said = self.dir.join(format!("{command}.err"));
-        let mut child = Command::new("/proc/self/exe")
+    /// Starts this program's own `command`.
+    fn tool(&self, command: &'static str, words: &[&str], dir: &Path) -> anyhow::Result<Tool> {
+        let log = format!("{command}.log");
+        let said = dir.join(format!("{command}.err"));
+        let mut child = Command::new("/proc/self/exe");
+        child
             .arg(command)
             .args(words)
-            .args(["-v4", "-o", &format!("{command}.log"), "-D"])
-            .arg(images)
+            .args(["--no-default-config", "-v3", "-o", &log, "-W"])
+            .arg(dir)
+            .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(&said).context("make a file for messages")?)
-            .spawn()
-            .with_context(|| format!("start of {command}"))?;
+            .stderr(File::create(&said).with_context(|| format!("make {}", said.display()))?);
+        self.cast.tool(command, &mut child, said)
+    }
+
+    /// Waits until `tool` has done its work, and looks at `other` meanwhile: if that fails, `tool` waits in vain.
+    fn finish(&mut self, mut tool: Tool, mut other: Option<&mut Tool>) -> anyhow::Result<()> {
         let begin = Instant::now();
-        let mut told = false;
-        let status: ExitStatus = loop {
-            // A dead child that nobody reaps still has its pid: the dump waits for that.
-            self.ended()?;
-            if let Some(status) = child.try_wait()? {
-                break status;
+        loop {
+            // A dead child that nobody reaps still has its pid: dump and restore wait for that.
+            self.cast.ended()?;
+            if tool.done()? {
+                return Ok(());
             }
-            let stop = interrupt::check().is_err() || begin.elapsed() > PATIENCE;
-            if stop && !told {
-                told = true;
-                // It has not been waited for: the pid is its own.
-                kill(pid_of(&child)?, Signal::SIGTERM).with_context(|| format!("stop of {command}"))?;
+            if let Some(other) = other.as_mut() {
+                other.done()?;
             }
+            interrupt::check()?;
+            ensure!(begin.elapsed() < PATIENCE, "{} takes too long", tool.name());
             thread::sleep(Duration::from_millis(1));
-        };
-        if command == "restore" {
-            // Even a restore that failed may have left something; it is our child then.
-            self.adopt();
-        }
-        interrupt::check()?;
-        if !status.success() {
-            let said = fs::read_to_string(&said).unwrap_or_default();
-            bail!("{command} failed ({status}): {}", said.trim());
-        }
-        Ok(())
-    }
-
-    /// Takes charge of a child whose pid is the workload's.
-    fn adopt(&mut self) {
-        if let Ok(pid) = fs::read_to_string(self.dir.join("pid"))
-            && let Ok(pid) = pid.trim().parse().map(Pid::from_raw)
-            && waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive)
-        {
-            self.pid = Some(pid);
-        }
-    }
-
-    /// How the workload ended, if it has.
-    fn ended(&mut self) -> anyhow::Result<Option<WaitStatus>> {
-        let Some(pid) = self.pid else { return Ok(None) };
-        match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) => Ok(None),
-            Ok(status) => {
-                self.pid = None;
-                Ok(Some(status))
-            }
-            Err(Errno::EINTR) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("wait for process {pid}")),
         }
     }
 
@@ -231,7 +253,7 @@ impl Demo {
     fn wait(&mut self) -> anyhow::Result<WaitStatus> {
         let begin = Instant::now();
         loop {
-            if let Some(status) = self.ended()? {
+            if let Some(status) = self.cast.ended()? {
                 return Ok(status);
             }
             ensure!(begin.elapsed() < PATIENCE, "the workload does not end");
@@ -256,39 +278,34 @@ impl Demo {
 impl Drop for Demo {
     fn drop(&mut self) {
         self.screen.clear();
-        if let Some(pid) = self.pid.take() {
-            // Our child, not waited for: nobody else can have this pid.
-            let _ = kill(pid, Signal::SIGKILL);
-            let _ = waitpid(pid, None);
-        }
-        let _ = fs::remove_dir_all(&self.dir);
     }
 }
 
-fn pid_of(child: &Child) -> anyhow::Result<Pid> {
-    Ok(Pid::from_raw(i32::try_from(child.id()).context("pid out of range")?))
+/// What a dump has carried.
+struct Carried {
+    bytes: u64,
+    frozen: Duration,
 }
 
-/// The time frozen, from the statistics of the dump.
-fn frozen(images: &Path) -> anyhow::Result<Duration> {
-    let path = images.join(ImageKind::StatsDump.file_name(None));
-    let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-    let len = file.metadata()?.len();
-    let mut reader = EntryReader::new(file, len, &path);
-    reader.expect_magic(ImageKind::StatsDump)?;
-    let entry: pb::StatsEntry = reader.next_entry()?.context("no entry")?;
-    let dump = entry.dump.context("no numbers of a dump")?;
-    Ok(Duration::from_micros(u64::from(dump.frozen_time)))
-}
-
-/// All images together.
-fn size(images: &Path) -> io::Result<u64> {
-    let mut sum = 0;
-    for entry in fs::read_dir(images)? {
-        let entry = entry?;
-        if entry.path().extension().is_some_and(|e| e == "img") {
-            sum += entry.metadata()?.len();
-        }
+impl Carried {
+    /// From the statistics that it wrote.
+    fn read(dir: &Path) -> anyhow::Result<Self> {
+        let path = dir.join(ImageKind::StatsDump.file_name(None));
+        let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let len = file.metadata()?.len();
+        let mut reader = EntryReader::new(file, len, &path);
+        reader.expect_magic(ImageKind::StatsDump)?;
+        let entry: pb::StatsEntry = reader.next_entry()?.context("no entry")?;
+        let dump = entry.dump.context("no numbers of a dump")?;
+        Ok(Self {
+            bytes: dump.pages_written * 4096,
+            frozen: Duration::from_micros(u64::from(dump.frozen_time)),
+        })
     }
-    Ok(sum)
+
+    /// Bytes per second of the freeze.
+    fn per_second(&self) -> u64 {
+        let micros = u64::try_from(self.frozen.as_micros()).unwrap_or(u64::MAX).max(1);
+        self.bytes.saturating_mul(1_000_000) / micros
+    }
 }

@@ -34,11 +34,8 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
             span(for_now),
         ];
         let mut note = plain(&info.text);
-        if info.state() == State::Restored && info.restored_pid > 0 {
-            note = [format!("pid {} here", info.restored_pid), note]
-                .join("; ")
-                .trim_end_matches("; ")
-                .to_owned();
+        if note.is_empty() && info.state() == State::Restored && info.restored_pid > 0 {
+            note = format!("runs as pid {}", info.restored_pid);
         }
         if !info.parent.is_empty() {
             note = [note, format!("on top of {}", plain(&info.parent))].join("; ");
@@ -131,7 +128,7 @@ mod tests {
             "NAME   STATE     SIZE     MEMORY  IMAGES  TASK          HOST  FOR\n\
              web/1  IN_DOUBT  5120MiB  0B      12      7(\"my prog\")  src   60s\n\
              \"b c\"  RESTORED  5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
-             pid 9 here; on top of web/1\n\
+             runs as pid 9; on top of web/1\n\
              x      FAILED    5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
              the connection\\nwas lost\n"
         );

@@ -2,17 +2,20 @@
 //!
 //! One thread puts 1, 2, 3, ... into a pipe, the other takes them out, checks that none is missing, checks a page of
 //! its memory for each, and appends them to a file that stays open. So a wrong byte of memory, a
-//! lost byte in the pipe, a lost file position or a lost thread all show up as a gap. It ends when SIGTERM comes, when
-//! its file has no name any more, or after [`LIMIT`] numbers, so that it cannot be left behind for good.
+//! lost byte in the pipe, a lost file position or a lost thread all show up as a gap. Beside each number stands how
+//! many microseconds have passed since the one before: the longest such pause is the time it stood still. It ends
+//! when SIGTERM comes, when its file has no name any more, or after [`LIMIT`] numbers, so that it cannot be left
+//! behind for good.
 
 use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    mem,
     os::unix::fs::MetadataExt as _,
     path::Path,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
@@ -53,6 +56,7 @@ pub(super) fn run(dir: &Path) -> anyhow::Result<()> {
             }
         }
     })?;
+    let mut before = Instant::now();
     for expected in 1..=LIMIT {
         let mut number = [0; 8];
         taker.read_exact(&mut number).context("read from the pipe")?;
@@ -62,7 +66,9 @@ pub(super) fn run(dir: &Path) -> anyhow::Result<()> {
         let mut right = [0; PAGE];
         fill(&mut right, page);
         ensure!(memory.chunks_exact(PAGE).nth(page) == Some(&right[..]), "page {page} has changed");
-        file.write_all(format!("{number}\n").as_bytes()).context("write of count")?;
+        let now = Instant::now();
+        let pause = now.duration_since(mem::replace(&mut before, now));
+        file.write_all(format!("{number} {}\n", pause.as_micros()).as_bytes()).context("write of count")?;
         if end.read_signal()?.is_some() || file.metadata()?.nlink() == 0 {
             return Ok(());
         }
@@ -98,6 +104,8 @@ fn close_inherited() {
 pub(super) struct Progress {
     /// The last number written.
     pub(super) last: u64,
+    /// The longest time between two numbers.
+    pub(super) pause: Duration,
     /// Bytes of the file up to there.
     at: u64,
 }
@@ -111,8 +119,10 @@ impl Progress {
         file.read_to_end(&mut bytes)?;
         for line in bytes.split_inclusive(|&b| b == b'\n').filter(|line| line.ends_with(b"\n")) {
             let text = String::from_utf8_lossy(line);
-            ensure!(text.trim().parse() == Ok(self.last + 1), "after {} comes {:?}", self.last, text.trim());
+            let (number, pause) = text.trim().split_once(' ').unwrap_or_default();
+            ensure!(number.parse() == Ok(self.last + 1), "after {} comes {:?}", self.last, text.trim());
             self.last += 1;
+            self.pause = self.pause.max(Duration::from_micros(pause.parse().context("a pause")?));
             self.at += line.len() as u64;
         }
         Ok(self)
@@ -126,16 +136,18 @@ mod tests {
     #[test]
     fn gaps_are_found() {
         let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| fs::write(dir.path().join("count"), text).unwrap();
         let start = Progress::default();
         assert_eq!(start.read(dir.path()).unwrap(), start);
-        fs::write(dir.path().join("count"), "1\n2\n3").unwrap();
+        write("1 0\n2 1500\n3");
         let two = start.read(dir.path()).unwrap();
-        assert_eq!(two.last, 2);
-        fs::write(dir.path().join("count"), "1\n2\n3\n4\n").unwrap();
-        assert_eq!(two.read(dir.path()).unwrap().last, 4);
-        fs::write(dir.path().join("count"), "1\n2\n4\n").unwrap();
-        assert!(two.read(dir.path()).is_err());
-        fs::write(dir.path().join("count"), "1\n2\n2\n").unwrap();
-        assert!(two.read(dir.path()).is_err());
+        assert_eq!((two.last, two.pause), (2, Duration::from_micros(1500)));
+        write("1 0\n2 1500\n3 7\n4 9\n");
+        let four = two.read(dir.path()).unwrap();
+        assert_eq!((four.last, four.pause), (4, two.pause));
+        for bad in ["1 0\n2 1500\n4 1\n", "1 0\n2 1500\n2 1\n", "1 0\n2 1500\n3\n", "1 0\n2 1500\n3 x\n"] {
+            write(bad);
+            assert!(two.read(dir.path()).is_err(), "{bad}");
+        }
     }
 }

@@ -1,0 +1,173 @@
+//! The processes of the demo: started here, and all gone when [`Cast`] is.
+//!
+//! Daemons and the restored workload are no children of the demo at first: whoever started them ends, and
+//! they come to the demo as the nearest subreaper. All of them have [`MARK`] with the demo's directory in their
+//! environment; that is how they are told from children that the caller of the demo may have had.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+
+use crate::proc::stat;
+
+/// In the environment of every process of a demo: its directory.
+const MARK: &str = "CRTOOL_DEMO_STAGE";
+/// Who does not end by itself after this time is killed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// All processes of the demo.
+pub(super) struct Cast {
+    mark: Vec<u8>,
+    dir: PathBuf,
+    /// The workload while it is our child.
+    workload: Option<Pid>,
+}
+
+impl Cast {
+    /// Nobody yet. `dir` is the demo's directory.
+    pub(super) fn new(dir: &Path) -> anyhow::Result<Self> {
+        nix::sys::prctl::set_child_subreaper(true).context("set child subreaper")?;
+        let mark = [MARK.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
+        Ok(Self { mark, dir: dir.to_owned(), workload: None })
+    }
+
+    /// Starts the workload.
+    pub(super) fn workload(&mut self, command: &mut Command) -> anyhow::Result<Pid> {
+        let child = command.env(MARK, &self.dir).spawn().context("start of the workload")?;
+        let pid = pid_of(&child)?;
+        self.workload = Some(pid);
+        Ok(pid)
+    }
+
+    /// Starts a command; its messages go to `said`.
+    pub(super) fn tool(
+        &self,
+        name: &'static str,
+        command: &mut Command,
+        said: PathBuf,
+    ) -> anyhow::Result<Tool> {
+        let child = command.env(MARK, &self.dir).spawn().with_context(|| format!("start of {name}"))?;
+        Ok(Tool { name, child, said, done: false })
+    }
+
+    /// The workload has come back to us.
+    pub(super) fn restored(&mut self, pid: Pid) {
+        self.workload = Some(pid);
+    }
+
+    /// How the workload ended, if it has and is our child.
+    pub(super) fn ended(&mut self) -> anyhow::Result<Option<WaitStatus>> {
+        let Some(pid) = self.workload else { return Ok(None) };
+        match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => Ok(None),
+            Ok(status) => {
+                self.workload = None;
+                Ok(Some(status))
+            }
+            Err(error) => Err(error).with_context(|| format!("wait for process {pid}")),
+        }
+    }
+
+    /// Our children that belong to the demo and are not dead yet; the dead ones are reaped.
+    fn left(&self) -> Vec<Pid> {
+        children()
+            .into_iter()
+            .filter(|&pid| {
+                let marked = fs::read(format!("/proc/{pid}/environ"))
+                    .is_ok_and(|env| env.split(|&byte| byte == 0).any(|entry| entry == self.mark));
+                marked && waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive)
+            })
+            .collect()
+    }
+}
+
+impl Drop for Cast {
+    fn drop(&mut self) {
+        let begin = Instant::now();
+        let mut told = Vec::new();
+        // Whoever ends may leave children to us: until there are none.
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                break;
+            }
+            for pid in left {
+                // Our child, not waited for: nobody else can have this pid.
+                if begin.elapsed() > PATIENCE || self.workload == Some(pid) {
+                    let _ = kill(pid, Signal::SIGKILL);
+                } else if !told.contains(&pid) {
+                    let _ = kill(pid, Signal::SIGTERM);
+                    told.push(pid);
+                }
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// A command at work.
+pub(super) struct Tool {
+    name: &'static str,
+    child: Child,
+    said: PathBuf,
+    done: bool,
+}
+
+impl Tool {
+    pub(super) fn name(&self) -> &str {
+        self.name
+    }
+
+    /// True when it has succeeded; an error, with what it said, when it has failed.
+    pub(super) fn done(&mut self) -> anyhow::Result<bool> {
+        if self.done {
+            return Ok(true);
+        }
+        let Some(status) = self.child.try_wait()? else { return Ok(false) };
+        self.done = true;
+        if !status.success() {
+            let said = fs::read(&self.said).unwrap_or_default();
+            let said = String::from_utf8_lossy(&said).replace("Error (crtool): ", "");
+            bail!("{} failed ({status}): {}", self.name, said.trim());
+        }
+        Ok(true)
+    }
+}
+
+fn pid_of(child: &Child) -> anyhow::Result<Pid> {
+    Ok(Pid::from_raw(i32::try_from(child.id()).context("pid out of range")?))
+}
+
+/// Our children, those of all our threads.
+fn children() -> Vec<Pid> {
+    let own = std::process::id().cast_signed();
+    let numbers = |name: &OsStr| name.to_str().and_then(|name| name.parse::<i32>().ok());
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| numbers(&entry.file_name()))
+        .filter(|pid| {
+            fs::read(format!("/proc/{pid}/stat"))
+                .ok()
+                .and_then(|bytes| stat::parse(&bytes).ok())
+                .is_some_and(|stat| stat.ppid == own)
+        })
+        .map(Pid::from_raw)
+        .collect()
+}
