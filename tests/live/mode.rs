@@ -20,6 +20,12 @@ pub enum Mode {
     Killed,
     /// Dumps and restores end by SIGTERM and SIGINT at many moments.
     Terminated,
+    /// From host to host through proxy and cache, and back.
+    Remote,
+    /// From host to host, the dump speaking to the cache itself, and back.
+    Direct,
+    /// There through proxy and cache, back directly, both with TLS.
+    RemoteTls,
     /// The peer CRIU restores what crtool dumped.
     CriuRestores,
     /// crtool restores what the peer CRIU dumped.
@@ -34,6 +40,9 @@ pub const ALL: &[Mode] = &[
     Mode::Stopped,
     Mode::Killed,
     Mode::Terminated,
+    Mode::Remote,
+    Mode::Direct,
+    Mode::RemoteTls,
     Mode::CriuRestores,
     Mode::FromCriu,
 ];
@@ -48,6 +57,9 @@ impl Mode {
             Mode::Stopped => "stopped",
             Mode::Killed => "killed",
             Mode::Terminated => "terminated",
+            Mode::Remote => "remote",
+            Mode::Direct => "direct",
+            Mode::RemoteTls => "remote-tls",
             Mode::CriuRestores => "criu-restores",
             Mode::FromCriu => "from-criu",
         }
@@ -61,6 +73,11 @@ impl Mode {
         matches!(self, Mode::CriuRestores | Mode::FromCriu)
     }
 
+    /// Whether images go from host to host and never touch a disk.
+    pub fn remote(self) -> bool {
+        matches!(self, Mode::Remote | Mode::Direct | Mode::RemoteTls)
+    }
+
     /// Whether this mode says anything about the case.
     pub fn suits(self, case: &Case) -> bool {
         let survives = case.expect == Expect::Restored;
@@ -71,6 +88,7 @@ impl Mode {
             Mode::Fifty => survives && case.fifty,
             Mode::Stopped => survives && case.disturbed,
             Mode::Killed | Mode::Terminated => survives && case.disturbed && !tool::main_tool().is_peer(),
+            Mode::Remote | Mode::Direct | Mode::RemoteTls => !tool::main_tool().is_peer(),
             Mode::CriuRestores | Mode::FromCriu => {
                 survives && !case.only_plain && !tool::main_tool().is_peer()
             }
@@ -91,9 +109,10 @@ impl Mode {
         }
     }
 
-    pub fn rounds(self) -> usize {
+    pub fn rounds(self, case: &Case) -> usize {
         match self {
-            Mode::Twice => 2,
+            _ if case.only_plain => 1,
+            Mode::Twice | Mode::Remote | Mode::Direct | Mode::RemoteTls => 2,
             Mode::Fifty => 50,
             _ => 1,
         }

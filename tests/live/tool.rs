@@ -15,6 +15,8 @@ pub struct Tool {
     terminal: Option<PathBuf>,
     /// It gets this signal so long after its start.
     disturbance: Option<(i32, Duration)>,
+    /// The work dir of its host, and options for the way from or to the other one.
+    remote: Option<(PathBuf, Vec<String>)>,
 }
 
 /// How one run of a tool ended.
@@ -34,13 +36,14 @@ pub fn main_tool() -> Tool {
         Some(path) => {
             let path = PathBuf::from(path);
             let peer = path.file_name().is_some_and(|n| n == "criu");
-            Tool { path, peer, terminal: None, disturbance: None }
+            Tool { path, peer, terminal: None, disturbance: None, remote: None }
         }
         None => Tool {
             path: PathBuf::from(env!("CARGO_BIN_EXE_crtool")),
             peer: false,
             terminal: None,
             disturbance: None,
+            remote: None,
         },
     }
 }
@@ -50,7 +53,13 @@ pub fn peer() -> Option<Tool> {
     let listed = std::env::var_os("LIVE_PEER").map(PathBuf::from);
     let known = ["/opt/criu-peer/bin/criu", "/usr/sbin/criu", "/usr/local/sbin/criu", "/usr/bin/criu"];
     let mut paths = listed.into_iter().chain(known.iter().map(PathBuf::from));
-    paths.find(|p| p.exists()).map(|path| Tool { path, peer: true, terminal: None, disturbance: None })
+    paths.find(|p| p.exists()).map(|path| Tool {
+        path,
+        peer: true,
+        terminal: None,
+        disturbance: None,
+        remote: None,
+    })
 }
 
 impl Tool {
@@ -63,6 +72,12 @@ impl Tool {
     /// Sends it `signal` when it has run for `after`.
     pub fn disturbed(mut self, signal: i32, after: Duration) -> Tool {
         self.disturbance = Some((signal, after));
+        self
+    }
+
+    /// Its files are in this work dir, and it gets these words.
+    pub fn remote(mut self, work: PathBuf, words: Vec<String>) -> Tool {
+        self.remote = Some((work, words));
         self
     }
 
@@ -83,14 +98,40 @@ impl Tool {
         self.run(reaper, images, "restore.log", &args)
     }
 
+    /// Where its log and pid file are: beside the images, or in the work dir of its host.
+    pub fn files<'a>(&'a self, images: &'a Path) -> &'a Path {
+        self.remote.as_ref().map_or(images, |(work, _)| work)
+    }
+
     fn run(&self, reaper: &Reaper, images: &Path, log: &str, args: &[&str]) -> Run {
         let out_path = images.with_extension(format!("{}.out", args[0]));
         let mut command = Command::new(&self.path);
+        command.args(args).arg("-D");
+        match &self.remote {
+            // The name of the snapshot is any text: the path of a directory that is not there.
+            Some((work, words)) => command.arg(images).arg("-W").arg(work).args(words),
+            None => command.arg(images),
+        };
+        let mut run = self.start(reaper, command, &out_path);
+        run.text.push_str(&read_lossy(&self.files(images).join(log)));
+        run
+    }
+
+    /// Runs just the words that [`Tool::remote`] was given.
+    pub fn command(&self, reaper: &Reaper, out: &Path) -> Run {
+        let mut command = Command::new(&self.path);
+        if let Some((work, words)) = &self.remote {
+            command.args(words).arg("-W").arg(work);
+        }
+        self.start(reaper, command, &out.with_extension("out"))
+    }
+
+    fn start(&self, reaper: &Reaper, mut command: Command, out_path: &Path) -> Run {
         let terminal =
             self.terminal.as_ref().map(|path| std::fs::OpenOptions::new().read(true).write(true).open(path));
         let input = terminal.transpose().expect("open the terminal");
-        command.args(args).arg("-D").arg(images).stdin(input.map_or_else(Stdio::null, Stdio::from));
-        let out = std::fs::File::create(&out_path).expect("create tool output file");
+        command.stdin(input.map_or_else(Stdio::null, Stdio::from));
+        let out = std::fs::File::create(out_path).expect("create tool output file");
         command.stdout(out.try_clone().expect("dup tool output"));
         command.stderr(out);
         #[allow(clippy::zombie_processes)] // the reaper waits for it
@@ -105,9 +146,7 @@ impl Tool {
             crate::sys::kill(pid, libc::SIGKILL);
             reaper.wait(pid, LIMIT);
         }
-        let mut text = read_lossy(&out_path);
-        text.push_str(&read_lossy(&images.join(log)));
-        Run { ended, text }
+        Run { ended, text: read_lossy(out_path) }
     }
 }
 

@@ -2,6 +2,7 @@
 //! and restores it, and looks from outside whether anything changed.
 
 mod disturbed;
+mod remote;
 
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +18,8 @@ use crate::mode::Mode;
 use crate::picture::{Picture, Rest};
 use crate::reaper::{Ended, Reaper};
 use crate::sys;
-use crate::tool::Run;
+use crate::tool::{Run, Tool};
+use remote::Remote;
 
 /// How a trial ended.
 #[derive(Debug)]
@@ -92,8 +94,15 @@ pub fn main(name: &str) -> ExitCode {
     let mode = Mode::named(mode).expect("known mode");
     let case = crate::cases::all().find(|c| c.name == case).expect("known case");
     let dir = PathBuf::from(std::env::var_os("LIVE_DIR").expect("LIVE_DIR"));
-    let mut trial =
-        Trial { case, mode, work: dir.join("w"), dir, reaper: Reaper::start(), root: 0, terminal: None };
+    let remote = match mode.remote().then(|| Remote::new(mode, &dir)).transpose() {
+        Ok(remote) => remote,
+        Err(Stop::Fail(text) | Stop::Skip(text)) => {
+            println!("{text}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let work = dir.join("w");
+    let mut trial = Trial { case, mode, work, dir, reaper: Reaper::start(), root: 0, terminal: None, remote };
     match trial.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(Stop::Skip(reason)) => {
@@ -106,6 +115,7 @@ pub fn main(name: &str) -> ExitCode {
             if !log.is_empty() {
                 println!("--- the target says:\n{}", String::from_utf8_lossy(&log));
             }
+            print!("{}", trial.remote.as_ref().map(Remote::logs).unwrap_or_default());
             for pid in crate::picture::tree_below(sys::getpid()) {
                 sys::kill(pid, libc::SIGKILL);
             }
@@ -140,6 +150,8 @@ struct Trial {
     reaper: Reaper,
     root: i32,
     terminal: Option<PathBuf>,
+    /// The hosts that images go between, in modes that need two.
+    remote: Option<Remote>,
 }
 
 impl Trial {
@@ -158,6 +170,10 @@ impl Trial {
             (Expect::Restored, _) => self.rounds()?,
         }
         self.nothing_left()?;
+        if let Some(remote) = &mut self.remote {
+            remote.finish(&self.reaper)?;
+            self.nothing_left()?;
+        }
         let now = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         ensure(mounts == now, || format!("mounts left behind:\nbefore\n{mounts}\nafter\n{now}"))
     }
@@ -205,7 +221,7 @@ impl Trial {
 
     fn rounds(&mut self) -> Step {
         let before = self.settled_picture()?;
-        for round in 0..self.mode.rounds() {
+        for round in 0..self.mode.rounds(self.case) {
             let images = self.images(&format!("img{round}"))?;
             self.dump_and_kill(&images)?;
             if let Some(hook) = self.case.between {
@@ -215,6 +231,9 @@ impl Trial {
             self.compare(&before, &format!("after restore {}", round + 1))?;
             if !self.case.changing {
                 self.alive()?;
+            }
+            if let Some(remote) = &self.remote {
+                remote.arrived(&images.to_string_lossy())?;
             }
             if self.mode == Mode::Fifty {
                 let _ = std::fs::remove_dir_all(&images);
@@ -226,7 +245,7 @@ impl Trial {
     fn running(&mut self) -> Step {
         let before = self.settled_picture()?;
         let images = self.images("img")?;
-        let run = self.dump(&images, &["-R"]);
+        let run = self.dump(&images, &["-R"])?;
         ensure(run.succeeded(), || format!("dump -R failed: {}", run.tail()))?;
         self.compare(&before, "after dump -R")?;
         let saved = Saved::of(&self.work);
@@ -248,12 +267,15 @@ impl Trial {
     fn refused(&mut self, text: &str) -> Step {
         let before = self.settled_picture()?;
         let images = self.images("img")?;
-        let run = self.dump(&images, &[]);
+        let run = self.dump(&images, &[])?;
         ensure(matches!(run.ended, Some(Ended::Exited(1..))), || {
             format!("dump was to be refused: {}", run.tail())
         })?;
         self.compare(&before, "after the refused dump")?;
         ensure(run.says(text), || format!("refusal does not say {text:?}: {}", run.tail()))?;
+        if let Some(remote) = &self.remote {
+            remote.refused()?;
+        }
         self.finish("target after a refused dump")
     }
 
@@ -263,15 +285,33 @@ impl Trial {
         if let Some(hook) = self.case.between {
             hook(&self.site());
         }
-        let run =
-            self.mode.restorer().on(self.terminal.clone()).restore(&self.reaper, &images, self.case.flags);
+        let run = self.restorer()?.restore(&self.reaper, &images, self.case.flags);
         ensure(matches!(run.ended, Some(Ended::Exited(1..))), || {
             format!("restore was to be refused: {}", run.tail())
         })?;
         if !self.mode.restorer().is_peer() {
             ensure(run.says(text), || format!("refusal does not say {text:?}: {}", run.tail()))?;
         }
+        if let Some(remote) = &self.remote {
+            remote.drop_snapshot(&images.to_string_lossy())?;
+        }
         self.nothing_left()
+    }
+
+    fn dumper(&mut self) -> Step<Tool> {
+        let tool = self.mode.dumper().on(self.terminal.clone());
+        match &mut self.remote {
+            Some(remote) => remote.dumper(tool, &self.reaper),
+            None => Ok(tool),
+        }
+    }
+
+    fn restorer(&mut self) -> Step<Tool> {
+        let tool = self.mode.restorer().on(self.terminal.clone());
+        match &mut self.remote {
+            Some(remote) => remote.restorer(tool),
+            None => Ok(tool),
+        }
     }
 
     fn site(&self) -> Site<'_> {
@@ -280,6 +320,10 @@ impl Trial {
 
     fn images(&self, name: &str) -> Step<PathBuf> {
         let path = self.dir.join(name);
+        if self.mode.remote() {
+            // Just a name: nothing may come to be there.
+            return Ok(path);
+        }
         std::fs::create_dir(&path).map_err(|e| format!("make {}: {e}", path.display()))?;
         Ok(path)
     }
@@ -334,21 +378,21 @@ impl Trial {
         ensure(differences.is_empty(), || format!("{when} the tree is not as it was:\n{differences}"))
     }
 
-    fn dump(&self, images: &Path, more: &[&str]) -> Run {
+    fn dump(&mut self, images: &Path, more: &[&str]) -> Step<Run> {
         let flags = [self.case.flags, more].concat();
-        let tool = self.mode.dumper().on(self.terminal.clone());
-        match self.case.while_dumping {
+        let tool = self.dumper()?;
+        Ok(match self.case.while_dumping {
             None => tool.dump(&self.reaper, self.root, images, &flags),
             Some(hook) => std::thread::scope(|scope| {
                 scope.spawn(|| hook(&self.site()));
                 tool.dump(&self.reaper, self.root, images, &flags)
             }),
-        }
+        })
     }
 
-    fn dump_and_kill(&self, images: &Path) -> Step {
+    fn dump_and_kill(&mut self, images: &Path) -> Step {
         let files = Saved::names(&self.work);
-        let run = self.dump(images, &[]);
+        let run = self.dump(images, &[])?;
         ensure(run.succeeded(), || format!("dump failed: {}", run.tail()))?;
         let ended = self.reaper.wait(self.root, STEP_LIMIT);
         ensure(ended == Some(Ended::Killed(libc::SIGKILL)), || {
@@ -363,13 +407,13 @@ impl Trial {
         })
     }
 
-    fn restore(&self, images: &Path) -> Step {
+    fn restore(&mut self, images: &Path) -> Step {
         self.reaper.forget(self.root);
         let files = Saved::names(&self.work);
-        let run =
-            self.mode.restorer().on(self.terminal.clone()).restore(&self.reaper, images, self.case.flags);
+        let tool = self.restorer()?;
+        let run = tool.restore(&self.reaper, images, self.case.flags);
         ensure(run.succeeded(), || format!("restore failed: {}", run.tail()))?;
-        let pid = std::fs::read_to_string(images.join("restore.pid")).unwrap_or_default();
+        let pid = std::fs::read_to_string(tool.files(images).join("restore.pid")).unwrap_or_default();
         ensure(pid.trim() == self.root.to_string(), || {
             format!("pidfile says {pid:?}, the root task is {}", self.root)
         })?;
@@ -415,7 +459,8 @@ impl Trial {
     fn nothing_left(&self) -> Step {
         let until = Instant::now() + STEP_LIMIT;
         loop {
-            let left = crate::picture::tree_below(sys::getpid());
+            let mut left = crate::picture::tree_below(sys::getpid());
+            left.retain(|&pid| self.remote.as_ref().is_none_or(|remote| remote.daemons().all(|d| d != pid)));
             if left.is_empty() {
                 return Ok(());
             }

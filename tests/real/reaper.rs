@@ -20,7 +20,7 @@ pub enum End {
 }
 
 /// Collects every child as soon as it ends; orphans come to us, for we are init.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Reaper {
     ended: Arc<(Mutex<HashMap<i32, End>>, Condvar)>,
 }

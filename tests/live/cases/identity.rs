@@ -122,7 +122,7 @@ fn many_groups(gate: &Gate) {
 fn no_groups(gate: &Gate) {
     set_groups(&[]);
     gate.ready();
-    assert_eq!(groups(), []);
+    assert_eq!(groups(), [0_u32; 0]);
 }
 
 const CAP_HEADER: [u32; 2] = [0x2008_0522, 0];

@@ -15,7 +15,7 @@ impl Trial {
     pub(super) fn left_stopped(&mut self) -> Step {
         let before = self.settled_picture()?;
         let images = self.images("img")?;
-        let run = self.dump(&images, &["-s"]);
+        let run = self.dump(&images, &["-s"])?;
         ensure(run.succeeded(), || format!("dump -s failed: {}", run.tail()))?;
         let tree: Vec<i32> = [self.root].into_iter().chain(tree_below(self.root)).collect();
         for &pid in &tree {
@@ -43,7 +43,7 @@ impl Trial {
         let before = self.settled_picture()?;
         let images = self.images("first")?;
         let start = Instant::now();
-        let run = self.dump(&images, &["-R"]);
+        let run = self.dump(&images, &["-R"])?;
         let usual = start.elapsed();
         ensure(run.succeeded(), || format!("dump -R failed: {}", run.tail()))?;
         // A killed crtool may leave one unused mapping, and a stopped task must run before it can

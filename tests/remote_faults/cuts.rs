@@ -1,0 +1,188 @@
+//! The connection breaks, stops, or brings something else than what was sent.
+
+use std::{net::SocketAddr, time::Duration};
+
+use crtool::remote::wire::Kind;
+
+use crate::forwarder::{Fault, Forwarder, Spot};
+use crate::hosts::Host;
+use crate::kills::{Fate, Plan, Victim, expect, settle};
+use crate::reaper::End;
+use crate::site::{Site, Way};
+
+/// A way between the hosts with a forwarder in each direction.
+struct Road {
+    forwarders: [Forwarder; 2],
+    /// Frames of a migration without trouble, from the source and from the cache.
+    frames: (usize, usize),
+}
+
+impl Road {
+    fn open(site: &mut Site, way: Way) -> Result<Self, String> {
+        let to = |host: Host| SocketAddr::new(host.ipv4().parse().expect("an address"), 9996);
+        let start = |on: Host| Forwarder::start(&site.hosts, on, to(on.other()));
+        let forwarders = [start(Host::Left)?, start(Host::Right)?];
+        site.detour = Some([forwarders[0].port, forwarders[1].port]);
+        site.start_tree(0)?;
+        let mut road = Self { forwarders, frames: (0, 0) };
+        for number in 0..2 {
+            let from = site.at;
+            road.at(from).arm(None);
+            site.migrate(way, &format!("probe {number}"))?;
+            road.frames = road.at(from).frames();
+        }
+        Ok(road)
+    }
+
+    fn at(&self, host: Host) -> &Forwarder {
+        &self.forwarders[host as usize]
+    }
+
+    /// A migration with a fault on its way; the tree works in one place afterwards. Tells what frame was hit, if any.
+    fn migrate(
+        &self,
+        site: &mut Site,
+        way: Way,
+        spot: Spot,
+        name: &str,
+    ) -> Result<(Option<Kind>, Fate), String> {
+        site.daemons(way)?;
+        let forwarder = self.at(site.at);
+        forwarder.arm(Some(spot));
+        let dump = site.begin_dump(way, name)?.end()?;
+        let plan = Plan { way, victim: Victim::Nobody, early: false };
+        if !matches!(dump.end, End::Exited(0..=2)) {
+            return Err(format!("the dump ended with {:?}: {}", dump.end, dump.said));
+        }
+        if dump.end != End::Exited(0) && dump.said.trim().lines().count() == 0 {
+            return Err(format!("the dump does not say why it ended with {:?}", dump.end));
+        }
+        let fate =
+            settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\nthe dump: {dump:?}"))?;
+        expect(fate, dump.end)?;
+        let hit = forwarder.hit();
+        forwarder.arm(None);
+        Ok((hit, fate))
+    }
+}
+
+/// What must have become of the tree, where that is certain.
+fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Fate> {
+    let cut = matches!(spot.fault, Fault::Before | Fault::InHeader | Fault::BeforeEnd);
+    match hit {
+        None => Some(Fate::Moved),
+        // A proxy may try to connect again before the first snapshot.
+        Some(Kind::Hello) => None,
+        Some(Kind::SnapshotBegin | Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd) => {
+            Some(Fate::Stayed)
+        }
+        Some(Kind::Commit) if cut => Some(Fate::Stayed),
+        Some(Kind::Commit) => None,
+        // The source never hears that it can go on.
+        Some(Kind::Prepared) if cut && way == Way::Direct => Some(Fate::Stayed),
+        Some(Kind::Confirm) if way == Way::Proxied => Some(Fate::Moved),
+        // Through a proxy they may be about an earlier snapshot.
+        _ => None,
+    }
+}
+
+fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str) -> Result<(), String> {
+    let (hit, fate) = road.migrate(site, way, spot, name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+    match certain(way, spot, hit) {
+        Some(must) if must != fate => Err(format!("{name}, {spot:?}, which was {hit:?}: the tree {fate:?}")),
+        _ => Ok(()),
+    }
+}
+
+const CUTS: [Fault; 4] = [Fault::Before, Fault::InHeader, Fault::BeforeEnd, Fault::After];
+
+/// The first and the last frames of each direction, each broken in each way.
+pub fn kinds(site: &mut Site) -> Result<(), String> {
+    for way in [Way::Proxied, Way::Direct] {
+        let road = Road::open(site, way)?;
+        let (source, cache) = road.frames;
+        let ends = |from_source: bool, frames: usize| {
+            let last = frames.saturating_sub(3)..frames;
+            (0..3.min(frames)).chain(last).map(move |frame| (from_source, frame))
+        };
+        let spots: Vec<_> = ends(true, source).chain(ends(false, cache)).collect();
+        for (number, (from_source, frame)) in spots.into_iter().enumerate() {
+            for fault in CUTS {
+                let name = format!("{way:?} {number} {fault:?}");
+                one(&road, site, way, Spot { from_source, frame, fault }, &name)?;
+            }
+        }
+        site.finish()?;
+    }
+    Ok(())
+}
+
+pub fn random(site: &mut Site) -> Result<(), String> {
+    at_random(site, Way::Proxied, 50, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
+}
+
+pub fn random_direct(site: &mut Site) -> Result<(), String> {
+    at_random(site, Way::Direct, 40, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
+}
+
+/// Whatever bit is another on its way: the cache finds out, or it makes no difference.
+pub fn flips(site: &mut Site) -> Result<(), String> {
+    at_random(site, Way::Proxied, 30, |site| Fault::Flip {
+        bit: usize::try_from(site.random(1 << 20)).unwrap_or(0),
+        header: site.random(2) == 0,
+    })
+}
+
+fn at_random(
+    site: &mut Site,
+    way: Way,
+    times: usize,
+    fault: impl Fn(&mut Site) -> Fault,
+) -> Result<(), String> {
+    let road = Road::open(site, way)?;
+    for number in 0..Site::times(times) {
+        let fault = fault(site);
+        let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
+        let spot = Spot { from_source: true, frame, fault };
+        let name = format!("random {number}");
+        match fault {
+            // Bits of a header may say the same as before, to whom it concerns.
+            Fault::Flip { header: true, .. } => {
+                road.migrate(site, way, spot, &name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+            }
+            _ => one(&road, site, way, spot, &name)?,
+        }
+    }
+    Ok(())
+}
+
+/// Frames that come byte for byte are frames.
+pub fn split(site: &mut Site) -> Result<(), String> {
+    for way in [Way::Proxied, Way::Direct] {
+        let road = Road::open(site, way)?;
+        for number in 0..12 {
+            let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
+            let spot = Spot { from_source: true, frame, fault: Fault::Split(3000) };
+            let (_, fate) = road.migrate(site, way, spot, &format!("split {number}"))?;
+            if fate != Fate::Moved {
+                return Err(format!("{spot:?}: a frame in pieces was not taken"));
+            }
+        }
+        site.finish()?;
+    }
+    Ok(())
+}
+
+/// A pause that is shorter than the time-out is none; after a longer one everyone has given up, and says so.
+pub fn stalls(site: &mut Site) -> Result<(), String> {
+    let road = Road::open(site, Way::Proxied)?;
+    for (number, seconds, fate) in [(0, 2, Fate::Moved), (1, 2, Fate::Moved), (2, 40, Fate::Stayed)] {
+        let frame = road.frames.0 / 2 + number;
+        let spot = Spot { from_source: true, frame, fault: Fault::Stall(Duration::from_secs(seconds)) };
+        let (_, became) = road.migrate(site, Way::Proxied, spot, &format!("stall {number}"))?;
+        if became != fate {
+            return Err(format!("after a pause of {seconds} s the tree {became:?}"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,305 @@
+//! `kill -9` of everyone who takes part in a migration, at random moments.
+
+use std::{thread, time::Duration};
+
+use crtool::remote::pb::snapshot_info::State;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::reaper::End;
+use crate::site::{CACHE, LIMIT, PROXY, Site, Tool, Way};
+
+/// Who is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Victim {
+    Dump,
+    Proxy,
+    Cache,
+    Restore,
+    Nobody,
+}
+
+/// One migration, and what happens to it.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub way: Way,
+    pub victim: Victim,
+    /// The restore is there before the dump, and waits.
+    pub early: bool,
+}
+
+/// What became of the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is where it was.
+    Stayed,
+    /// It is on the other host.
+    Moved,
+    /// The cache had the only copy, and was killed.
+    LostWithCache,
+}
+
+pub fn dump(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Proxied, victim: Victim::Dump, early: false }, 45)
+}
+
+pub fn dump_direct(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Direct, victim: Victim::Dump, early: false }, 35)
+}
+
+pub fn proxy(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Proxied, victim: Victim::Proxy, early: false }, 45)
+}
+
+pub fn cache(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Proxied, victim: Victim::Cache, early: false }, 30)
+}
+
+pub fn cache_direct(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Direct, victim: Victim::Cache, early: false }, 20)
+}
+
+pub fn restore(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: false }, 45)
+}
+
+pub fn early_restore(site: &mut Site) -> Result<(), String> {
+    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: true }, 25)
+}
+
+/// Everyone in turn, while a restore waits for what comes.
+pub fn anyone(site: &mut Site) -> Result<(), String> {
+    for (victim, times) in [(Victim::Dump, 15), (Victim::Proxy, 15), (Victim::Cache, 15)] {
+        series(site, Plan { way: Way::Proxied, victim, early: true }, times)?;
+    }
+    Ok(())
+}
+
+/// Migrations to and fro, in each of which the victim is killed at another moment.
+fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
+    if site.members(site.at).is_empty() {
+        site.start_tree(0)?;
+    }
+    let mut spans = Vec::new();
+    for number in 0..4 {
+        let (dump, restore) = site.migrate(plan.way, &format!("probe {:?} {number}", plan.victim))?;
+        spans.push(match (plan.victim, plan.early) {
+            (_, true) => dump + restore,
+            (Victim::Restore, false) => restore,
+            _ => dump,
+        });
+    }
+    spans.sort();
+    let mut span = spans[spans.len() / 2];
+    let mut cut = 0;
+    let times = Site::times(times);
+    for number in 0..times {
+        // The end is where it gets interesting.
+        let moment =
+            if number % 3 == 0 { span / 2 + site.moment(span * 2 / 3) } else { site.moment(span * 11 / 10) };
+        let name = format!("{:?} {number}", plan.victim);
+        let (fate, in_time) = one(site, plan, &name, moment).map_err(|text| {
+            format!("{plan:?}, number {number}, killed after {moment:?} of {span:?}: {text}")
+        })?;
+        // As fast as the machine is just now.
+        span = if in_time { span * 51 / 50 } else { span * 24 / 25 };
+        cut += usize::from(in_time);
+        if fate == Fate::LostWithCache {
+            site.start_tree(0)?;
+        }
+    }
+    println!("{plan:?}: {cut} of {times} were killed before their end");
+    if cut * 5 < times {
+        return Err(format!(
+            "only {cut} of {times} were killed before their end: the moments are badly chosen"
+        ));
+    }
+    Ok(())
+}
+
+/// One migration in which the victim is killed so long after its start; afterwards the tree works in one place. Also
+/// tells whether the victim had not ended before.
+fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Fate, bool), String> {
+    site.daemons(plan.way)?;
+    let (from, to) = (site.at, site.at.other());
+    let waiting = if plan.early { Some(site.begin_restore(name)?) } else { None };
+    let dump = site.begin_dump(plan.way, name)?;
+    let mut in_time = true;
+    let late = plan.victim == Victim::Restore && !plan.early;
+    if !late {
+        thread::sleep(moment);
+        match plan.victim {
+            Victim::Dump => dump.signal(Signal::SIGKILL),
+            Victim::Restore => waiting.iter().for_each(|tool| tool.signal(Signal::SIGKILL)),
+            Victim::Proxy => kill_daemon(site.pid_of(from, PROXY)),
+            Victim::Cache => kill_daemon(site.pid_of(to, CACHE)),
+            Victim::Nobody => {}
+        }
+    }
+    let ended = dump.end()?;
+    match plan.victim {
+        Victim::Dump => in_time = ended.end == End::Killed(libc::SIGKILL),
+        Victim::Proxy => {
+            in_time = ended.end != End::Exited(0);
+            site.gone(from, PROXY)?;
+        }
+        Victim::Cache => {
+            in_time = ended.end != End::Exited(0);
+            site.gone(to, CACHE)?;
+        }
+        Victim::Restore | Victim::Nobody => {}
+    }
+    let killed = ended.end == End::Killed(libc::SIGKILL) && plan.victim == Victim::Dump;
+    if !killed && !matches!(ended.end, End::Exited(0..=2)) {
+        return Err(format!("the dump ended with {:?}: {}", ended.end, ended.said));
+    }
+    if late {
+        let ended = ended.succeeded()?;
+        let restore = site.begin_restore(name)?;
+        thread::sleep(moment);
+        restore.signal(Signal::SIGKILL);
+        let end = restore.end()?.end;
+        in_time = end == End::Killed(libc::SIGKILL);
+        let fate = settle(site, plan, name, None, ended.end)?;
+        return expect(fate, ended.end).map(|fate| (fate, in_time));
+    }
+    if plan.victim == Victim::Restore
+        && let Some(tool) = &waiting
+    {
+        in_time = tool.end()?.end == End::Killed(libc::SIGKILL);
+    }
+    let fate = settle(site, plan, name, waiting.filter(|_| plan.victim != Victim::Restore), ended.end)?;
+    expect(fate, ended.end).map(|fate| (fate, in_time))
+}
+
+fn kill_daemon(pid: Option<i32>) {
+    if let Some(pid) = pid {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// What the dump said when it ended is what became of the tree.
+pub fn expect(fate: Fate, dump: End) -> Result<Fate, String> {
+    let stays = match dump {
+        End::Exited(0 | 2) => Some(false),
+        End::Exited(1) => Some(true),
+        _ => None,
+    };
+    match stays {
+        Some(stays) if stays != (fate == Fate::Stayed) => {
+            Err(format!("the dump ended with {dump:?}, but {fate:?}"))
+        }
+        _ => Ok(fate),
+    }
+}
+
+/// Does what an operator does after an accident, as the documentation says, and looks where the tree is then.
+pub fn settle(
+    site: &mut Site,
+    plan: Plan,
+    name: &str,
+    waiting: Option<Tool>,
+    dump: End,
+) -> Result<Fate, String> {
+    let (from, to) = (site.at, site.at.other());
+    let mut waiting = waiting;
+    let begin = std::time::Instant::now();
+    loop {
+        let snapshot = site.snapshot(to, name);
+        let state = snapshot.as_ref().map(|s| s.state());
+        if begin.elapsed() > LIMIT {
+            return Err(format!("the snapshot stays as it is: {snapshot:?}"));
+        }
+        if let Some(tool) = &waiting
+            && let Some(ended) = tool.end_within(Duration::ZERO)
+        {
+            waiting = None;
+            match ended.end {
+                End::Exited(0) => {
+                    site.arrived().map_err(|e| format!("after a restore that waited: {e}"))?;
+                    return Ok(Fate::Moved);
+                }
+                End::Exited(1) if !ended.said.trim().is_empty() => {}
+                end => return Err(format!("the waiting restore ended with {end:?}: {}", ended.said)),
+            }
+        }
+        match state {
+            Some(State::Ready) if waiting.is_none() => {
+                // Whoever says that it can be restored says that the source is gone, or as good as gone.
+                let alive: Vec<_> = site.members(from).into_iter().filter(|m| !m.dying).collect();
+                if !alive.is_empty() {
+                    return Err(format!("it can be restored, and the source is not gone: {alive:?}"));
+                }
+                site.begin_restore(name)?.end()?.succeeded()?;
+                site.arrived()?;
+                return Ok(Fate::Moved);
+            }
+            Some(State::InDoubt) if plan.way == Way::Direct || site.pid_of(from, PROXY).is_none() => {
+                // Nobody is left who could tell the cache.
+                let word = if site.runs_on(from)? { "drop" } else { "release" };
+                site.run(to, &["image-cache", word, name])?.succeeded()?;
+            }
+            Some(State::Restored) => {
+                if let Some(tool) = waiting.take() {
+                    tool.end()?.succeeded()?;
+                }
+                site.arrived()?;
+                return Ok(Fate::Moved);
+            }
+            None | Some(State::Failed | State::Dropped)
+                if site.pid_of(to, CACHE).is_some() || dump != End::Exited(0) =>
+            {
+                if let Some(tool) = waiting.take() {
+                    gives_up(&tool)?;
+                }
+                return stayed(site, dump);
+            }
+            None => {
+                if let Some(tool) = waiting.take() {
+                    gives_up(&tool)?;
+                }
+                return gone_with_cache(site);
+            }
+            _ => thread::sleep(Duration::from_millis(1)),
+        }
+        site.daemons_live()?;
+    }
+}
+
+/// A restore that waits for what does not come hears of it, or is told to end.
+fn gives_up(tool: &Tool) -> Result<(), String> {
+    let ended = match tool.end_within(Duration::from_millis(50)) {
+        Some(ended) => ended,
+        None => {
+            tool.signal(Signal::SIGTERM);
+            tool.end()?
+        }
+    };
+    match ended.end {
+        End::Exited(1) => Ok(()),
+        end => Err(format!("a restore of what does not come ended with {end:?}: {}", ended.said)),
+    }
+}
+
+/// Nothing came of the migration.
+fn stayed(site: &mut Site, dump: End) -> Result<Fate, String> {
+    // The dump may have killed the tree when the cache had said that it has everything, and died.
+    if dump != End::Exited(1) && site.pid_of(site.at.other(), CACHE).is_none() && !site.runs_on(site.at)? {
+        return gone_with_cache(site);
+    }
+    site.works()?;
+    Ok(Fate::Stayed)
+}
+
+/// The cache was killed when it had the tree: it may have been restored, or is lost.
+fn gone_with_cache(site: &mut Site) -> Result<Fate, String> {
+    site.leaves(site.at)?;
+    let to = site.at.other();
+    if site.runs_on(to)? {
+        site.arrived()?;
+        return Ok(Fate::Moved);
+    }
+    Ok(Fate::LostWithCache)
+}

@@ -1,0 +1,83 @@
+//! What goes wrong on the way of a tree to another host: whoever dies, wherever the connection breaks, the tree runs
+//! on one host exactly, or on none with its snapshot still there to be restored.
+//!
+//! One binary, many roles: the harness; the worker of one trial, init of its own pid namespace (`REMOTE_WORKER`); the
+//! init of each of its two hosts (`REMOTE_INIT`), which have a pid, mount and network namespace each; what starts a
+//! program on a host (`REMOTE_ENTER`); and the tree (`REMOTE_TARGET`). Random moments come from a fixed seed;
+//! `REMOTE_SEED` takes another, `REMOTE_FACTOR` (say 10) makes all loops that much longer, `REMOTE_KEEP` keeps the
+//! directories.
+
+#![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
+
+mod cases;
+mod cuts;
+mod forwarder;
+#[path = "../live/hosts.rs"]
+mod hosts;
+mod kills;
+#[path = "../real/reaper.rs"]
+mod reaper;
+mod roles;
+mod site;
+mod target;
+mod tree;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+use roles::Run;
+
+/// Trials that take minutes: they run with `--include-ignored`.
+const LONG: &[&str] = &[
+    "bits_flipped",
+    "cut_at_every_kind_of_frame",
+    "cache_killed_direct",
+    "anyone_killed_while_restore_waits",
+];
+
+/// Every trial.
+const TRIALS: &[(&str, Run)] = &[
+    ("silent_peer", cases::silent_peer),
+    ("garbage_peer", cases::garbage_peer),
+    ("half_right_peer", cases::half_right_peer),
+    ("strangers_at_the_cache", cases::strangers_at_the_cache),
+    ("strangers_on_the_host", cases::strangers_on_the_host),
+    ("another_user", cases::another_user),
+    ("two_restores", cases::two_restores),
+    ("same_name", cases::same_name),
+    ("memory_limit", cases::memory_limit),
+    ("proxy_before_cache", cases::proxy_before_cache),
+    ("restore_first", cases::restore_first),
+    ("taken", cases::taken),
+    ("nobody_there", cases::nobody_there),
+    ("no_space", cases::no_space),
+    ("cable", cases::cable),
+    ("slow_network", cases::slow_network),
+    ("large", cases::large),
+    ("dump_killed", kills::dump),
+    ("dump_killed_direct", kills::dump_direct),
+    ("proxy_killed", kills::proxy),
+    ("cache_killed", kills::cache),
+    ("cache_killed_direct", kills::cache_direct),
+    ("restore_killed", kills::restore),
+    ("early_restore_killed", kills::early_restore),
+    ("cut_at_every_kind_of_frame", cuts::kinds),
+    ("cut_at_random_frames", cuts::random),
+    ("cut_at_random_frames_direct", cuts::random_direct),
+    ("bits_flipped", cuts::flips),
+    ("bytes_one_by_one", cuts::split),
+    ("stalled", cuts::stalls),
+    ("anyone_killed_while_restore_waits", kills::anyone),
+];
+
+fn main() -> ExitCode {
+    if let Some(status) = roles::other_than_harness(TRIALS) {
+        return status;
+    }
+    let args = Arguments::from_args();
+    let trials = TRIALS.iter().map(|&(name, _)| {
+        Trial::ignorable_test(name, move || roles::trial(name)).with_ignored_flag(LONG.contains(&name))
+    });
+    libtest_mimic::run(&args, trials.collect()).exit_code()
+}

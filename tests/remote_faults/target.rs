@@ -1,0 +1,171 @@
+//! The tree: it counts, and writes every count down in files that both hosts see. Whoever counts twice, or leaves
+//! a count out, is found out by what is written there.
+//!
+//! - A thread counts: it changes its memory, appends the count to `journal`, and sends it to a child.
+//! - A thread sums the memory up.
+//! - The child gets counts from a pipe, looks whether one is missing, and appends them to `journal.child`.
+//!
+//! What the tree itself finds wrong is in the file `wrong`. SIGTERM ends it: the file `end` says how.
+
+use std::{
+    env,
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use nix::sys::signal::{SigSet, Signal};
+
+/// Role in the environment: [`ROOT`] or [`CHILD`].
+pub const ROLE: &str = "REMOTE_TARGET";
+pub const ROOT: &str = "root";
+pub const CHILD: &str = "child";
+/// Where its files are.
+pub const DIR: &str = "REMOTE_TARGET_DIR";
+/// MiB of memory that it has besides.
+pub const BALLAST: &str = "REMOTE_TARGET_BALLAST";
+/// What its processes are called.
+pub const COMM: &str = "counting";
+/// The counts of the root and of the child, 8 bytes each.
+pub const JOURNALS: [&str; 2] = ["journal", "journal.child"];
+
+/// Words of memory that the counting changes.
+const WORDS: usize = (1 << 20) / 8;
+
+struct State {
+    count: u64,
+    words: Vec<u64>,
+}
+
+pub fn main(role: &str) -> ExitCode {
+    close_inherited();
+    fs::write("/proc/self/comm", COMM).expect("take a name");
+    let dir = PathBuf::from(env::var_os(DIR).expect("a directory"));
+    match role {
+        CHILD => child(&dir),
+        _ => root(&dir),
+    }
+}
+
+/// What the harness has open is not for the tree.
+fn close_inherited() {
+    let open: Vec<i32> = fs::read_dir("/proc/self/fd")
+        .map(|entries| entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+        .unwrap_or_default();
+    for fd in open.into_iter().filter(|&fd| fd > 2) {
+        let _ = nix::unistd::close(fd);
+    }
+}
+
+fn journal(dir: &Path, name: &str) -> File {
+    OpenOptions::new().create(true).append(true).open(dir.join(name)).expect("open a journal")
+}
+
+fn wrong(dir: &Path, text: &str) {
+    let line = format!("{text}\n");
+    let file = OpenOptions::new().create(true).append(true).open(dir.join("wrong"));
+    file.and_then(|mut f| f.write_all(line.as_bytes())).expect("say what is wrong");
+}
+
+fn root(dir: &Path) -> ExitCode {
+    nix::unistd::setsid().expect("new session");
+    let term: SigSet = [Signal::SIGTERM].into_iter().collect();
+    term.thread_block().expect("block SIGTERM");
+    let mebibytes = env::var(BALLAST).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let ballast = ballast(mebibytes);
+    let mut command = Command::new(env::current_exe().expect("own path"));
+    command.env(ROLE, CHILD).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    #[allow(clippy::zombie_processes)] // it ends when its input does, with this process
+    let mut child = command.spawn().expect("start the child");
+    let mut to_child = child.stdin.take().expect("a pipe");
+    // A small pipe: the counting waits for the child now and then.
+    let _ = nix::fcntl::fcntl(&to_child, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096));
+
+    let state = Arc::new(Mutex::new(State { count: 0, words: vec![0; WORDS] }));
+    let mut journal = journal(dir, JOURNALS[0]);
+    let (own, of) = (state.clone(), dir.to_owned());
+    let counting = move || {
+        loop {
+            let mut state = own.lock().expect("the state");
+            state.count += 1;
+            let count = state.count;
+            let at = usize::try_from(count.wrapping_mul(7919) % WORDS as u64).unwrap_or(0);
+            state.words[at] += 1;
+            if journal.write_all(&count.to_le_bytes()).is_err() {
+                wrong(&of, "a count could not be written down");
+            }
+            drop(state);
+            if let Err(e) = to_child.write_all(&count.to_le_bytes()) {
+                wrong(&of, &format!("the pipe to the child: {e}"));
+                return;
+            }
+            thread::sleep(Duration::from_micros(500));
+        }
+    };
+    let (own, of) = (state.clone(), dir.to_owned());
+    let summing = move || {
+        loop {
+            if let Err(text) = check(&own) {
+                wrong(&of, &text);
+                return;
+            }
+            thread::sleep(Duration::from_millis(7));
+        }
+    };
+    thread::Builder::new().stack_size(128 << 10).spawn(counting).expect("start a thread");
+    thread::Builder::new().stack_size(128 << 10).spawn(summing).expect("start a thread");
+    File::create(dir.join("ready")).expect("say that it is ready");
+    term.wait().expect("wait for SIGTERM");
+    let mut verdict = check(&state);
+    if ballast.iter().enumerate().any(|(n, &word)| word != weight(n)) {
+        verdict = Err("the rest of the memory has changed".into());
+    }
+    if let Err(text) = &verdict {
+        wrong(dir, text);
+    }
+    // Without us there is nobody to write to it: it ends by itself.
+    fs::write(dir.join("end"), if verdict.is_ok() { "well" } else { "wrong" }).expect("say how it ends");
+    if verdict.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Memory of which no page is empty and none like another.
+fn ballast(mebibytes: usize) -> Vec<u64> {
+    (0..mebibytes << 17).map(weight).collect()
+}
+
+fn weight(n: usize) -> u64 {
+    (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// Every count added one to some word.
+fn check(state: &Mutex<State>) -> Result<(), String> {
+    let state = state.lock().map_err(|_| "a thread has panicked".to_owned())?;
+    let sum: u64 = state.words.iter().sum();
+    if sum == state.count {
+        Ok(())
+    } else {
+        Err(format!("the memory sums up to {sum} at count {}", state.count))
+    }
+}
+
+fn child(dir: &Path) -> ExitCode {
+    let mut journal = journal(dir, JOURNALS[1]);
+    let mut word = [0; 8];
+    let mut last = 0;
+    // Not buffered: what has been read is counted.
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned().expect("own input"));
+    while input.read_exact(&mut word).is_ok() {
+        let count = u64::from_le_bytes(word);
+        if count != last + 1 {
+            wrong(dir, &format!("the child got {count} after {last}"));
+        }
+        last = count;
+        journal.write_all(&word).expect("write a count down");
+    }
+    ExitCode::SUCCESS
+}
