@@ -131,15 +131,15 @@ fn kept_kib(pid: i32) -> u64 {
 pub struct Watch {
     pid: i32,
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Kept>,
+    thread: JoinHandle<Vec<(Instant, u64)>>,
 }
 
 /// What was seen, in KiB.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Kept {
     pub most: u64,
-    /// At the last look while the watched time ran.
-    pub last: u64,
+    /// Half-way through the restore.
+    pub halfway: u64,
     /// Once it was over.
     pub after: u64,
 }
@@ -149,10 +149,9 @@ impl Watch {
         let stop = Arc::new(AtomicBool::new(false));
         let told = stop.clone();
         let thread = thread::spawn(move || {
-            let mut kept = Kept::default();
+            let mut kept = Vec::new();
             while !told.load(Ordering::Acquire) {
-                kept.last = kept_kib(pid);
-                kept.most = kept.most.max(kept.last);
+                kept.push((Instant::now(), kept_kib(pid)));
                 // Often enough for what changes by gigabytes in a second, and cheap.
                 thread::sleep(Duration::from_millis(4));
             }
@@ -161,10 +160,17 @@ impl Watch {
         Self { pid, stop, thread }
     }
 
-    /// Ends the watched time; what is kept when `patience` is over or nearly nothing is left.
-    pub fn end(self, patience: Duration) -> Kept {
+    /// Ends the watched time, in which a restore took the last `restore`; waits until nearly nothing is left or
+    /// `patience` is over.
+    pub fn end(self, restore: Duration, patience: Duration) -> Kept {
+        let halfway = Instant::now() - restore / 2;
         self.stop.store(true, Ordering::Release);
-        let mut kept = self.thread.join().unwrap_or_default();
+        let seen = self.thread.join().unwrap_or_default();
+        let mut kept = Kept {
+            most: seen.iter().map(|(_, kib)| *kib).max().unwrap_or(0),
+            halfway: seen.iter().rfind(|(at, _)| *at <= halfway).map_or(0, |(_, kib)| *kib),
+            after: 0,
+        };
         let until = Instant::now() + patience;
         loop {
             kept.after = kept_kib(self.pid);

@@ -58,7 +58,7 @@ pub fn print(rows: &[Row], runs: usize) {
     println!("Medians of {runs} runs.\n");
     println!(
         "| target | way | sent, ms | MiB/s | of the floor | freeze to running, ms | CPU s/GiB: dump | proxy | cache | \
-         restore | proxy, MiB | cache, MiB: most | at the end of restore | after |"
+         restore | proxy, MiB | cache, MiB: most | half-way through restore | after |"
     );
     println!("|---|---|{}", "---:|".repeat(12));
     for row in rows {
@@ -102,7 +102,7 @@ fn cells(row: &Row, medians: &Medians<'_>) -> String {
         per_gib(|s| s.cpu_restore),
         medians.of(|s| s.proxy_peak.map(mib)),
         medians.of(|s| s.cache.map(|c| mib(c.most))),
-        medians.of(|s| s.cache.map(|c| mib(c.last))),
+        medians.of(|s| s.cache.map(|c| mib(c.halfway))),
         medians.of(|s| s.cache.map(|c| mib(c.after))),
     ];
     cells.iter().map(|cell| format!("{} |", cell.map_or(String::new(), number))).collect::<Vec<_>>().join(" ")

@@ -97,7 +97,7 @@ pub struct Sample {
     pub cpu_restore: Option<f64>,
     /// Largest resident size of the proxy.
     pub proxy_peak: Option<u64>,
-    /// What the cache keeps in memory: at most, at the end of the restore, and once that is over.
+    /// What the cache keeps in memory: at most, half-way through the restore, and once that is over.
     pub cache: Option<daemon::Kept>,
 }
 
@@ -180,7 +180,7 @@ impl Place<'_> {
         words.extend(free.then_some("--free-as-read"));
         let restore = self.ours.run(self.reaper, &words, &out, false)?;
         let restored = cpu(restore) + daemon::cpu(target.pid);
-        let kept = watch.end(Duration::from_secs(5));
+        let kept = watch.end(restore.wall, Duration::from_secs(5));
         let sample = Sample {
             sent: acknowledged(&self.path("dump.log"))?,
             gap: None,
