@@ -29,7 +29,7 @@ mod ways;
 
 use std::{
     env,
-    path::PathBuf,
+    path::{self, PathBuf},
     process::{Command, ExitCode},
 };
 
@@ -116,7 +116,7 @@ fn options() -> Result<Options, String> {
             }
             "--runs" => options.runs = value()?.parse().map_err(|e| format!("--runs: {e}"))?,
             "--dir" => options.dir = value()?.into(),
-            "--ours" => options.ours = value()?.into(),
+            "--ours" => options.ours = path::absolute(value()?).map_err(|e| format!("--ours: {e}"))?,
             "--peer" => options.peer = value()?.into(),
             _ => return Err(format!("unknown word {name}; see the top of benches/remote/main.rs")),
         }

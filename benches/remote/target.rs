@@ -9,7 +9,7 @@ use std::{
     path::Path,
     process::{Command, ExitCode, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::sys::signal::{SigSet, Signal};
@@ -87,11 +87,12 @@ pub fn main(size: &str) -> ExitCode {
     let told = SignalFd::with_flags(&term, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).expect("signalfd");
     fs::write(dir.join("ready.new"), format!("{}\n", words.as_ptr().addr())).expect("say where");
     fs::rename(dir.join("ready.new"), dir.join("ready")).expect("say ready");
-    let (mut last, mut gap) = (Instant::now(), Duration::ZERO);
+    // Not the monotonic clock: CRIU lets that go on, by a time namespace, from where it was at the dump.
+    let (mut last, mut gap) = (SystemTime::now(), Duration::ZERO);
     while told.read_signal().expect("look for SIGTERM").is_none() {
         thread::sleep(LOOK);
-        let now = Instant::now();
-        gap = gap.max(now - last);
+        let now = SystemTime::now();
+        gap = gap.max(now.duration_since(last).unwrap_or_default());
         last = now;
     }
     if !words.iter().copied().eq(content().take(bytes / 8)) {
