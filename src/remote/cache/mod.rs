@@ -22,3 +22,37 @@ mod tests;
 
 pub use run::run;
 pub use serve::Cache;
+
+/// What a connection does to a cache that holds at most 16 MiB: `bytes` come in pieces as long as the numbers in
+/// `cuts` say, then it is lost. Without sockets, for fuzzing. The memory that is still taken by what can never be
+/// restored, which must be none.
+pub fn swallow(bytes: &[u8], cuts: &[u8]) -> u64 {
+    use super::pb::snapshot_info::State;
+    let mut shelf = shelf::Shelf::new(Some(16 << 20));
+    let mut source = source::Source::new(1, std::time::Duration::from_secs(1));
+    let mut cuts = cuts.iter().cycle();
+    let mut left = bytes;
+    while !left.is_empty() && !source.is_over() {
+        let len = cuts.next().map_or(left.len(), |cut| usize::from(*cut) + 1).min(left.len());
+        let (mut piece, rest) = left.split_at_checked(len).unwrap_or((left, &[]));
+        left = rest;
+        while !piece.is_empty() {
+            match source.feed(&mut shelf, &mut piece) {
+                Ok(source::Fed::All) => break,
+                // Nobody will make room.
+                Ok(source::Fed::Held(id)) => shelf.fail(id, shelf.does_not_fit(id)),
+                Err(failure) => {
+                    source.refuse(&mut shelf, &failure);
+                    break;
+                }
+            }
+        }
+    }
+    shelf.lost(1, "the end");
+    let kept = |state| matches!(state, State::Ready | State::InDoubt);
+    let needed: u64 = shelf.all().filter(|s| kept(s.state)).map(snapshot::Snapshot::charged).sum();
+    // Parents of those are in them too: one that is not, is not live and has images.
+    let parents: u64 =
+        shelf.all().filter(|s| !kept(s.state) && s.children > 0).map(snapshot::Snapshot::charged).sum();
+    shelf.used() - needed - parents
+}

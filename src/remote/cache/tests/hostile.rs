@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::remote::cache::swallow;
 
 #[test]
 fn frames_cut_at_every_byte() {
@@ -347,5 +348,23 @@ proptest! {
         bench.bring(&mut peer, small(1, "fine"));
         let restore = bench.take("fine");
         prop_assert_eq!(bench.read(&restore, "inventory.img"), b"inventory");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_in_any_pieces(
+        frames in prop::collection::vec(any_frame(), 0..30),
+        noise in any::<Vec<u8>>(),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        cuts in any::<Vec<u8>>(),
+    ) {
+        let mut bytes = [hello(1), frames.concat(), noise].concat();
+        prop_assert_eq!(swallow(&bytes, &cuts), 0);
+        for (at, with) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] ^= with;
+        }
+        prop_assert_eq!(swallow(&bytes, &cuts), 0);
     }
 }
