@@ -119,10 +119,18 @@ impl Packets {
 
     /// A refusal that has come already.
     fn last_word(&self) -> Option<Failure> {
-        match self.try_receive() {
-            Ok(Some((local_reply::What::Failed(failed), _))) => Some(failed.into()),
-            _ => None,
+        // An error of the socket is told before what lies in it, and once.
+        for _ in 0..2 {
+            match local::receive::<pb::LocalReply>(self.socket.as_fd()) {
+                Ok(Some(Packet { message, .. })) => match message.what {
+                    Some(local_reply::What::Failed(failed)) => return Some(failed.into()),
+                    _ => return None,
+                },
+                Err(e) if e.raw_os_error() == Some(libc::ECONNRESET) => {}
+                _ => return None,
+            }
         }
+        None
     }
 
     /// The next reply, if one is there. A refusal is an error.
@@ -138,7 +146,8 @@ impl Packets {
             }
             Ok(None) => Err(self.gone()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(e) => Err(self.broken(&e)),
+            // The reason may have come before the end.
+            Err(e) => Err(self.last_word().unwrap_or_else(|| self.broken(&e))),
         }
     }
 

@@ -1,0 +1,286 @@
+//! The daemons of live migration as processes: how they start, who may speak to them, how they end.
+
+use std::fs;
+use std::io::Read as _;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn crtool(dir: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_crtool"));
+    command.args(words).args(["--no-default-config", "-W"]).arg(dir).stdin(Stdio::null());
+    command
+}
+
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < until, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Ended: gone, or a zombie that nobody has reaped yet.
+fn has_ended(pid: i32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')),
+        Err(_) => true,
+    }
+}
+
+/// A daemon that was started with -d; it is told to end when this is dropped.
+struct Daemon {
+    pid: i32,
+    dir: PathBuf,
+}
+
+impl Daemon {
+    fn start(dir: &Path, words: &[&str]) -> Self {
+        let words: Vec<&str> = words.iter().copied().chain(["-d", "--pidfile", "pid", "-o", "log"]).collect();
+        let output = crtool(dir, &words).output().unwrap();
+        assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
+        // The caller hears of it when all is there.
+        let pid = fs::read_to_string(dir.join("pid")).unwrap().parse().unwrap();
+        Self { pid, dir: dir.to_owned() }
+    }
+
+    fn cache(dir: &Path, words: &[&str]) -> Self {
+        let all: Vec<&str> =
+            ["image-cache", "--address", "127.0.0.1", "--port", "0"].iter().chain(words).copied().collect();
+        Self::start(dir, &all)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap()
+    }
+
+    /// The port it listens on.
+    fn port(&self) -> u16 {
+        let log = self.log();
+        let rest = log.split("listening on 127.0.0.1:").nth(1).unwrap_or_else(|| panic!("{log}"));
+        rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+    }
+
+    fn end(&self) {
+        let _ = kill(Pid::from_raw(self.pid), Signal::SIGTERM);
+        wait_for("the daemon did not end", || has_ended(self.pid).then_some(()));
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if !has_ended(self.pid) {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The one line in which a command says why it failed.
+fn failure(command: &mut Command) -> String {
+    let output: Output = command.output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{command:?}: {error}");
+    let lines: Vec<&str> = error.lines().filter(|line| line.contains("Error (")).collect();
+    assert_eq!(lines.len(), 1, "{command:?}: {error}");
+    lines[0].to_owned()
+}
+
+fn socket(dir: &Path) -> PathBuf {
+    dir.join("img-cache.sock")
+}
+
+#[test]
+fn a_daemon_is_there_when_its_caller_returns_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::cache(dir.path(), &[]);
+    let meta = fs::symlink_metadata(socket(dir.path())).unwrap();
+    assert!(meta.file_type().is_socket());
+    assert_eq!(meta.permissions().mode() & 0o7777, 0o600);
+    assert!(TcpStream::connect(("127.0.0.1", daemon.port())).is_ok());
+    assert_eq!(fs::read_link(format!("/proc/{}/cwd", daemon.pid)).unwrap(), Path::new("/"));
+    for fd in 0..3 {
+        let open = fs::read_link(format!("/proc/{}/fd/{fd}", daemon.pid)).unwrap();
+        assert_eq!(open, Path::new("/dev/null"));
+    }
+    let listed = crtool(dir.path(), &["image-cache", "list"]).output().unwrap();
+    assert!(listed.status.success(), "{}", text(&listed.stderr));
+    assert!(text(&listed.stdout).starts_with("NAME"), "{}", text(&listed.stdout));
+    let status = crtool(dir.path(), &["image-cache", "status"]).output().unwrap();
+    assert!(
+        text(&status.stdout).contains(&format!("127.0.0.1:{}", daemon.port())),
+        "{}",
+        text(&status.stdout)
+    );
+    daemon.end();
+    assert!(!socket(dir.path()).exists());
+    assert!(!dir.path().join("pid").exists());
+    assert!(failure(&mut crtool(dir.path(), &["image-cache", "list"])).contains("is image-cache running"));
+}
+
+#[test]
+fn the_status_descriptor_and_signals() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let dir = tempfile::tempdir().unwrap();
+        // Standard output, as no other process of these tests inherits it.
+        let words = ["image-cache", "--address", "::1", "--port", "0", "--status-fd", "1"];
+        let mut command = crtool(dir.path(), &words);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut told = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut told).unwrap();
+        assert_eq!(told, [0]);
+        assert!(socket(dir.path()).exists());
+        kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{signal}");
+        assert!(!socket(dir.path()).exists());
+    }
+}
+
+#[test]
+fn a_second_daemon_says_what_is_in_its_way() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let daemon = Daemon::cache(dir.path(), &[]);
+    let port = daemon.port().to_string();
+    for detached in [&[][..], &["-d"]] {
+        let words = [&["image-cache", "--address", "127.0.0.1", "--port", "0"], detached].concat();
+        let error = failure(&mut crtool(dir.path(), &words));
+        assert!(error.contains(&format!("another image-cache (pid {}) uses it", daemon.pid)), "{error}");
+        let words = [&["image-cache", "--address", "127.0.0.1", "--port", &port], detached].concat();
+        let error = failure(&mut crtool(other.path(), &words));
+        assert!(error.contains(&format!("127.0.0.1:{port}: Address already in use")), "{error}");
+        assert!(!socket(other.path()).exists());
+    }
+    // The first one has not suffered.
+    assert!(crtool(dir.path(), &["image-cache", "list"]).output().unwrap().status.success());
+    daemon.end();
+}
+
+#[test]
+fn a_socket_left_by_a_killed_daemon_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::cache(dir.path(), &[]);
+    kill(Pid::from_raw(daemon.pid), Signal::SIGKILL).unwrap();
+    wait_for("the daemon did not die", || has_ended(daemon.pid).then_some(()));
+    assert!(socket(dir.path()).exists());
+    let daemon = Daemon::cache(dir.path(), &[]);
+    assert!(crtool(dir.path(), &["image-cache", "list"]).output().unwrap().status.success());
+    daemon.end();
+}
+
+#[test]
+fn what_cannot_be_had_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = |words: &[&str]| {
+        let all = [&["image-cache", "--address", "127.0.0.1", "--port", "0"], words].concat();
+        failure(&mut crtool(dir.path(), &all))
+    };
+    for detached in [&[][..], &["-d"]] {
+        let with = |words: &[&'static str]| cache(&[words, detached].concat());
+        let error = with(&["-o", "/no/such/log"]);
+        assert!(error.contains("/no/such/log: No such file or directory"), "{error}");
+        let error = with(&["--pidfile", "/no/such/pid"]);
+        assert!(error.contains("/no/such/pid: No such file or directory"), "{error}");
+        let error = with(&["--status-fd", "99"]);
+        assert!(error.contains("descriptor 99 is not open"), "{error}");
+        let error = with(&["--tls", "--tls-cacert", "/no/ca.pem"]);
+        assert!(error.contains("option --tls-cacert: /no/ca.pem: No such file or directory"), "{error}");
+        assert!(!socket(dir.path()).exists());
+        let all = [&["image-cache", "--address", "no host.invalid"][..], detached].concat();
+        let error = failure(&mut crtool(dir.path(), &all));
+        assert!(error.contains("address no host.invalid: it does not resolve"), "{error}");
+        let all = [&["image-proxy", "--address", "no host.invalid"][..], detached].concat();
+        let error = failure(&mut crtool(dir.path(), &all));
+        assert!(error.contains("address no host.invalid: it does not resolve"), "{error}");
+        let all = [&["image-proxy", "--address", "127.0.0.1"][..], detached].concat();
+        let error = failure(&mut crtool(Path::new("/proc/self"), &all));
+        assert!(error.contains("socket /proc/self/img-proxy.sock"), "{error}");
+    }
+    let error = failure(&mut crtool(dir.path(), &["image-cache", "--ps-socket", "0"]));
+    assert!(error.contains("--ps-socket: it is no socket"), "{error}");
+}
+
+#[test]
+fn other_users_are_sent_away() {
+    if !Uid::effective().is_root() {
+        eprintln!("skipped: to be another user takes root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // Where it was built others may have no business.
+    let program = dir.path().join("crtool");
+    fs::copy(env!("CARGO_BIN_EXE_crtool"), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let daemon = Daemon::cache(dir.path(), &[]);
+    let nobody = || {
+        let mut command = Command::new(&program);
+        command.args(["image-cache", "list", "--no-default-config", "-W"]).arg(dir.path());
+        command.current_dir("/").uid(65534).gid(65534);
+        failure(&mut command)
+    };
+    let error = nobody();
+    assert!(error.contains("Permission denied; it is for the user who started it"), "{error}");
+    // The mode is not the only thing in the way.
+    fs::set_permissions(socket(dir.path()), fs::Permissions::from_mode(0o666)).unwrap();
+    let error = nobody();
+    assert!(error.contains("this daemon is for uid 0 and for root"), "{error}");
+    assert!(daemon.log().contains("uid 65534"), "{}", daemon.log());
+    daemon.end();
+}
+
+#[test]
+fn listening_without_tls_is_worth_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::cache(dir.path(), &[]);
+    assert!(!daemon.log().contains("without --tls"), "{}", daemon.log());
+    daemon.end();
+    let daemon = Daemon::start(dir.path(), &["image-cache", "--port", "0"]);
+    assert!(daemon.log().contains("without --tls"), "{}", daemon.log());
+    daemon.end();
+}
+
+#[test]
+fn a_proxy_needs_no_cache_to_start() {
+    let dir = tempfile::tempdir().unwrap();
+    // Bound and not listening: nobody is there, and nobody else can be.
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = held.local_addr().unwrap().port().to_string();
+    drop(held);
+    let words = ["image-proxy", "--address", "127.0.0.1", "--port", &port, "--timeout", "1"];
+    let daemon = Daemon::start(dir.path(), &words);
+    let status = crtool(dir.path(), &["image-proxy", "status"]).output().unwrap();
+    assert!(status.status.success(), "{}", text(&status.stderr));
+    assert!(text(&status.stdout).contains(&format!("127.0.0.1:{port}")), "{}", text(&status.stdout));
+    daemon.end();
+    assert!(!dir.path().join("img-proxy.sock").exists());
+}
+
+#[test]
+fn help_explains_the_daemons() {
+    let dir = tempfile::tempdir().unwrap();
+    for (words, wanted) in [
+        (["image-cache", "--help"], ["--max-memory", "IN_DOUBT", "release", "--tls-cacrl"]),
+        (["-h", "image-proxy"], ["--address", "--compress lz4", "--timeout", "status"]),
+    ] {
+        let help = crtool(dir.path(), &words).output().unwrap();
+        assert!(help.status.success());
+        let help = text(&help.stdout);
+        assert!(wanted.iter().all(|word| help.contains(word)), "{help}");
+        assert!(help.lines().all(|line| line.len() <= 120), "{help}");
+    }
+}
