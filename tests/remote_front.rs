@@ -224,7 +224,9 @@ fn other_users_are_sent_away() {
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     // Where it was built others may have no business.
     let program = dir.path().join("crtool");
-    fs::copy(env!("CARGO_BIN_EXE_crtool"), &program).unwrap();
+    // By another process: a copy that a child of ours had open for a moment could not be run (ETXTBSY).
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_crtool")).arg(&program).status().unwrap();
+    assert!(copied.success());
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let daemon = Daemon::cache(dir.path(), &[]);
     let nobody = || {
@@ -268,6 +270,127 @@ fn a_proxy_needs_no_cache_to_start() {
     assert!(text(&status.stdout).contains(&format!("127.0.0.1:{port}")), "{}", text(&status.stdout));
     daemon.end();
     assert!(!dir.path().join("img-proxy.sock").exists());
+}
+
+/// A CA, and a certificate for 127.0.0.1 that it signed: `NAME-ca.pem`, `NAME.pem`, `NAME.key`.
+fn certify(dir: &Path, name: &str, year: i32) {
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    let ca = rcgen::CertifiedIssuer::self_signed(params, rcgen::KeyPair::generate().unwrap()).unwrap();
+    fs::write(dir.join(format!("{name}-ca.pem")), ca.pem()).unwrap();
+    let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.not_before = rcgen::date_time_ymd(2000, 1, 1);
+    params.not_after = rcgen::date_time_ymd(year, 1, 1);
+    let key = rcgen::KeyPair::generate().unwrap();
+    fs::write(dir.join(format!("{name}.pem")), params.signed_by(&key, &ca).unwrap().pem()).unwrap();
+    fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+}
+
+/// The options for a certificate of [`certify`] and a CA of it.
+fn tls(dir: &Path, name: &str, ca: &str) -> Vec<String> {
+    let path = |file: String| dir.join(file).display().to_string();
+    let mut words = vec!["--tls".to_owned()];
+    for (option, file) in [
+        ("--tls-cacert", format!("{ca}-ca.pem")),
+        ("--tls-cert", format!("{name}.pem")),
+        ("--tls-key", format!("{name}.key")),
+    ] {
+        words.extend([option.to_owned(), path(file)]);
+    }
+    words
+}
+
+/// A process to dump, with nothing of ours in it.
+struct Sleeper(std::process::Child);
+
+impl Sleeper {
+    fn start() -> Self {
+        let mut command = Command::new("setsid");
+        // Without what whoever runs the tests has left open.
+        let script = r#"for fd in /proc/$$/fd/*; do n=${fd##*/}; [ "$n" -gt 2 ] && eval "exec $n>&-"; done
+            exec sleep 100000"#;
+        command.args(["bash", "-c", script]).current_dir("/");
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().unwrap();
+        let comm = format!("/proc/{}/comm", child.id());
+        wait_for("no sleep", || (fs::read_to_string(&comm).ok()?.trim() == "sleep").then_some(()));
+        Self(child)
+    }
+
+    fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn dumps_go_to_a_cache_with_tls_if_each_trusts_the_other() {
+    if !Uid::effective().is_root() {
+        eprintln!("skipped: to dump takes root");
+        return;
+    }
+    let certs = tempfile::tempdir().unwrap();
+    for (name, year) in [("good", 2100), ("other", 2100), ("old", 2010)] {
+        certify(certs.path(), name, year);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let words = tls(certs.path(), "good", "good");
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let cache = Daemon::cache(dir.path(), &words);
+    let port = cache.port().to_string();
+    let sleeper = Sleeper::start();
+    let pid = sleeper.pid();
+    let dump = |name: &str, tls: &[String]| {
+        let words =
+            ["dump", "-t", &pid, "-R", "--remote", "-D", name, "--address", "127.0.0.1", "--port", &port];
+        let mut command = crtool(dir.path(), &words);
+        command.args(tls);
+        command
+    };
+    let list = || text(&crtool(dir.path(), &["image-cache", "list"]).output().unwrap().stdout);
+    for (name, ca, wanted) in [
+        ("other", "other", "TLS: its certificate is not signed by the CA in --tls-cacert"),
+        ("other", "good", "TLS"),
+        ("old", "good", "TLS"),
+    ] {
+        let error = failure(&mut dump("refused", &tls(certs.path(), name, ca)));
+        assert!(error.contains(wanted) || error.contains("Connection reset"), "{name} {ca}: {error}");
+        assert!(!list().contains("refused"), "{}", list());
+    }
+    failure(&mut dump("refused", &[]));
+    assert!(!list().contains("refused"), "{}", list());
+    let output = dump("direct", &tls(certs.path(), "good", "good")).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let is_ready = |name: &str| list().lines().any(|line| line.starts_with(name) && line.contains("READY"));
+    wait_for("direct is not ready", || is_ready("direct").then_some(()));
+
+    let proxy_dir = tempfile::tempdir().unwrap();
+    let words = ["image-proxy", "--address", "127.0.0.1", "--port", &port].map(str::to_owned).to_vec();
+    let words = [words, tls(certs.path(), "good", "good")].concat();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let proxy = Daemon::start(proxy_dir.path(), &words);
+    let words = ["dump", "-t", &pid, "-R", "--remote", "-D", "proxied"];
+    let output = crtool(proxy_dir.path(), &words).output().unwrap();
+    assert!(output.status.success(), "{}\n{}", text(&output.stderr), proxy.log());
+    wait_for("proxied is not ready", || is_ready("proxied").then_some(()));
+    proxy.end();
+    cache.end();
+
+    // The other way round: TLS to who has none.
+    let cache = Daemon::cache(dir.path(), &[]);
+    let port = cache.port().to_string();
+    let words = ["dump", "-t", &pid, "-R", "--remote", "--address", "127.0.0.1", "--port", &port];
+    let mut command = crtool(dir.path(), &words);
+    let error = failure(command.args(tls(certs.path(), "good", "good")));
+    assert!(error.contains("is --tls given there?"), "{error}");
+    cache.end();
 }
 
 #[test]
