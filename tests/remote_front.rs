@@ -364,7 +364,8 @@ fn dumps_go_to_a_cache_with_tls_if_each_trusts_the_other() {
         assert!(error.contains(wanted) || error.contains("Connection reset"), "{name} {ca}: {error}");
         assert!(!list().contains("refused"), "{}", list());
     }
-    failure(&mut dump("refused", &[]));
+    let error = failure(&mut dump("refused", &[]));
+    assert!(error.contains("wants TLS; --tls gives it"), "{error}");
     assert!(!list().contains("refused"), "{}", list());
     let output = dump("direct", &tls(certs.path(), "good", "good")).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -390,6 +391,7 @@ fn dumps_go_to_a_cache_with_tls_if_each_trusts_the_other() {
     let mut command = crtool(dir.path(), &words);
     let error = failure(command.args(tls(certs.path(), "good", "good")));
     assert!(error.contains("is --tls given there?"), "{error}");
+    wait_for("the log of the cache", || cache.log().contains("it speaks TLS").then_some(()));
     cache.end();
 }
 

@@ -215,7 +215,11 @@ impl Source {
             let Some((first, rest)) = input.split_first() else { return Ok(Fed::All) };
             if MAGIC.get(have) != Some(first) {
                 self.stage = Stage::Over;
-                return Err(Failure::new(FailCode::FailProtocol, "this is no crtool"));
+                let text = match (have, *first) {
+                    (0, 0x16) => "it speaks TLS, and this cache runs without --tls",
+                    _ => "this is no crtool",
+                };
+                return Err(Failure::new(FailCode::FailProtocol, text));
             }
             *input = rest;
             let have = have + 1;

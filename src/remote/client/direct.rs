@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::net::Stream;
+use super::super::net::{Stream, tls::looks_like_tls};
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
 use super::super::{Failure, host};
@@ -134,7 +134,14 @@ impl Shared {
     /// Reads what the cache says first.
     fn hello(&self, until: Instant) -> Result<pb::Hello, Failure> {
         let mut magic = [0; MAGIC.len()];
-        self.read_exact(&mut magic, until)?;
+        // What a cache with --tls says to us is shorter than the magic.
+        let (first, rest) = magic.split_at_mut(3);
+        self.read_exact(first, until)?;
+        if looks_like_tls(first) {
+            let text = format!("{} wants TLS; --tls gives it, with a certificate of ours", self.peer);
+            return Err(Failure::new(FailCode::FailProtocol, text));
+        }
+        self.read_exact(rest, until)?;
         if magic != MAGIC {
             let text = format!("{} is no image-cache: it answers with other bytes", self.peer);
             return Err(Failure::new(FailCode::FailProtocol, text));
