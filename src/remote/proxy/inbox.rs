@@ -82,3 +82,71 @@ impl Inbox {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Everything that is understood of bytes that come in such parts, and whether it ended in an error.
+    fn understood<'a>(parts: impl Iterator<Item = &'a [u8]>) -> (Vec<Heard>, bool) {
+        let mut inbox = Inbox::default();
+        let mut heard = Vec::new();
+        for part in parts {
+            inbox.feed(part);
+            loop {
+                match inbox.next() {
+                    Ok(Some(frame)) => heard.push(frame),
+                    Ok(None) => break,
+                    Err(_) => return (heard, true),
+                }
+            }
+        }
+        (heard, false)
+    }
+
+    fn talk() -> Vec<u8> {
+        [
+            MAGIC.to_vec(),
+            wire::frame(Kind::Hello, 0, 0, &pb::Hello { version: 1, ..Default::default() }),
+            wire::bare(Kind::Ping, 0, 0, 0).to_vec(),
+            wire::frame(Kind::Prepared, 1, 0, &pb::Prepared { bytes: 7 }),
+            wire::frame(Kind::Failed, 2, 0, &pb::Failed { code: 3, text: "why".to_owned() }),
+            wire::bare(Kind::Pong, 0, 0, 0).to_vec(),
+            wire::frame(Kind::Restored, 1, 0, &pb::Restored { ok: true, pid: 5, text: String::new() }),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn a_talk_cut_at_every_byte() {
+        let talk = talk();
+        let (heard, broken) = understood([&talk[..]].into_iter());
+        assert_eq!((heard.len(), broken), (6, false));
+        for cut in 0..=talk.len() {
+            let (a, b) = talk.split_at(cut);
+            assert_eq!(understood([a, b].into_iter()), (understood([&talk[..]].into_iter()).0, false));
+        }
+        assert_eq!(understood(talk.chunks(1)).0.len(), 6);
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_an_error_or_nothing(at in 0..200usize, bit in 0..8u32, step in 1..50usize) {
+            let mut talk = talk();
+            let at = at % talk.len();
+            talk[at] ^= 1 << bit;
+            let whole = understood([&talk[..]].into_iter());
+            prop_assert_eq!(&understood(talk.chunks(step)), &whole);
+            prop_assert!(whole.0.len() <= 6);
+        }
+
+        #[test]
+        fn any_bytes_are_understood_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let (_, broken) = understood([&bytes[..]].into_iter());
+            prop_assert!(broken || bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes));
+            let _ = understood([&MAGIC[..], &bytes].into_iter());
+        }
+    }
+}

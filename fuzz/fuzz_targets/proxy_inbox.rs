@@ -1,0 +1,32 @@
+//! Any bytes as what a cache says to a proxy: `cargo fuzz run proxy_inbox`.
+//!
+//! However they are cut, the same is understood, and no more is held than one message and one read.
+
+#![no_main]
+
+use crtool::remote::proxy::inbox::{Heard, Inbox};
+use libfuzzer_sys::fuzz_target;
+
+/// Everything that is understood, and whether it ended in an error.
+fn understood(parts: impl Iterator<Item = Vec<u8>>) -> (Vec<Heard>, bool) {
+    let mut inbox = Inbox::default();
+    let mut heard = Vec::new();
+    for part in parts {
+        inbox.feed(&part);
+        loop {
+            match inbox.next() {
+                Ok(Some(frame)) => heard.push(frame),
+                Ok(None) => break,
+                Err(_) => return (heard, true),
+            }
+        }
+    }
+    (heard, false)
+}
+
+fuzz_target!(|input: (usize, Vec<u8>)| {
+    let (step, bytes) = input;
+    let whole = understood(std::iter::once(bytes.clone()));
+    let parts = understood(bytes.chunks(step % 64 + 1).map(<[u8]>::to_vec));
+    assert_eq!(whole, parts);
+});
