@@ -173,14 +173,17 @@ impl Place<'_> {
         }
         let watch = Watch::start(cache.pid);
         let out = self.path("out");
+        // It may be started first, and then it is: nobody waits for it to start, as nobody would have to.
+        let mut restore_words = vec!["restore", "-d", "--remote", "-W", &work, "-o", "restore.log"];
+        restore_words.extend(free.then_some("--free-as-read"));
+        let restore = self.ours.start(&restore_words, &self.path("out.restore"))?;
         let before = daemon::cpu(target.pid);
         let dump = self.ours.run(self.reaper, &words, &out, false)?;
+        let sent = Instant::now();
         let in_its_name = self.gone(target, before)?;
-        let mut words = vec!["restore", "-d", "--remote", "-W", &work, "-o", "restore.log"];
-        words.extend(free.then_some("--free-as-read"));
-        let restore = self.ours.run(self.reaper, &words, &out, false)?;
+        let restore = restore.end(self.reaper, false)?;
         let restored = cpu(restore) + daemon::cpu(target.pid);
-        let kept = watch.end(restore.wall, Duration::from_secs(5));
+        let kept = watch.end(sent.elapsed(), Duration::from_secs(5));
         let sample = Sample {
             sent: acknowledged(&self.path("dump.log"))?,
             gap: None,

@@ -24,7 +24,7 @@ use crate::settings::NetSettings;
 /// Rest after the first failure; doubled after each further one.
 const FIRST_REST: Duration = Duration::from_millis(50);
 /// Longest rest.
-const LONGEST_REST: Duration = Duration::from_secs(1);
+const LONGEST_REST: Duration = Duration::from_millis(250);
 
 /// Where to connect to, checked.
 #[derive(Debug, Clone)]

@@ -53,7 +53,7 @@ impl Listeners {
                 Ok(socket) => sockets.push(socket),
                 // "localhost" has an IPv6 address in the hosts file of machines that have no IPv6.
                 Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) if !sockets.is_empty() => {}
-                Err(source) => return Err(NetError::Listen { address: wanted, source }),
+                Err(errno) => return Err(NetError::Listen { address: wanted, errno }),
             }
         }
         Ok(Self { sockets, timeout, tls: None })

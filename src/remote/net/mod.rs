@@ -40,8 +40,8 @@ pub enum NetError {
     TlsFile { option: &'static str, path: PathBuf, why: String },
     #[error("address {name}: {why}")]
     Resolve { name: String, why: String },
-    #[error("listen on {address}: {}{}", source.desc(), listen_hint(*source))]
-    Listen { address: SocketAddr, source: Errno },
+    #[error("listen on {address}: {}{}", errno.desc(), listen_hint(*errno))]
+    Listen { address: SocketAddr, errno: Errno },
     #[error("connect to {peer}: {}{}", plainly(source), connect_hint(source))]
     Connect { peer: String, source: io::Error },
     #[error("{what} {peer}: {}", plainly(source))]
