@@ -14,7 +14,9 @@ mod vdso;
 
 use std::{
     collections::HashSet,
-    os::fd::{AsFd, AsRawFd},
+    fs::File,
+    io::Write as _,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -47,7 +49,7 @@ use crate::{
         Errno,
         clone::{CloneArgs, clone_into},
         mapping::{Access, Mapping, memfd},
-        pidfd, ptrace, rseq, ticker,
+        pidfd, pipe, ptrace, rseq, ticker,
     },
     task,
     tracee::{Area, Deputy, List, Op, Placed, RemoteAddr, Want},
@@ -205,7 +207,10 @@ struct Cast<'i> {
     on_fail: RemoteAddr,
     /// Slots of all puppets' leaders.
     slots: Vec<RemoteAddr>,
-    go: RemoteAddr,
+    /// The first puppet waits for a byte from it. Our death is the end of the pipe, and its own.
+    go: File,
+    /// The other end, inherited.
+    _held: OwnedFd,
     first_list: Placed,
     supervisor: task::Supervisor,
     seccomp: task::seccomp::Plan,
@@ -253,8 +258,7 @@ impl<'i> Cast<'i> {
         let mut fail = List::new("after a failure");
         fail.op(Op::Trap);
         let on_fail = area.place(&fail)?.start;
-        let go = area.alloc(64, 64)?;
-        area.write(go, &0u32.to_ne_bytes())?;
+        let (held, go) = pipe::pipe2(libc::O_CLOEXEC).context("pipe")?;
         let mut slots = Vec::with_capacity(births.puppets.len());
         for _ in &births.puppets {
             slots.push(area.slot()?);
@@ -272,7 +276,7 @@ impl<'i> Cast<'i> {
             };
             let mut list = List::new(format!("birth of {}", puppet.pid));
             if index == births.first {
-                plan_first(&mut list, go);
+                plan_first(&mut list, held.as_raw_fd(), go.as_raw_fd());
             }
             let at = (stage.area.start().0, stage.area.len() as u64);
             let task = puppet.task.and_then(|t| images.tasks.get(t));
@@ -343,7 +347,8 @@ impl<'i> Cast<'i> {
             stage,
             on_fail,
             slots,
-            go,
+            go: File::from(go),
+            _held: held,
             first_list,
             supervisor,
             seccomp,
@@ -390,7 +395,7 @@ impl<'i> Cast<'i> {
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
             .or_else(|_| ptrace::seize(pid, options))
             .context("seize of the restored root")?;
-        self.stage.area.post(self.go, 1)?;
+        self.go.write_all(&[1]).context("word to the first puppet")?;
         Ok(Pid::from_raw(root))
     }
 
@@ -609,14 +614,19 @@ impl<'i> Cast<'i> {
 }
 
 /// What the first puppet does before anything else: hold until it is traced, shed what it has from us.
-fn plan_first(list: &mut List, go: RemoteAddr) {
+fn plan_first(list: &mut List, held: i32, go: i32) {
     list.call(
         "prctl(PR_SET_PDEATHSIG)",
         libc::SYS_prctl,
         &[PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
         Want::Zero,
     );
-    list.op(Op::WaitAtLeast(go, 1));
+    // The signal does not come if we are dead already, nor if we are not its parent. With nobody left who could
+    // write, the read gives nothing, which is a failure, and that is a trap, which ends who is not traced.
+    list.call("close(pipe)", libc::SYS_close, &[go.into()], Want::Zero);
+    let byte = list.bytes(&[0]);
+    list.call("read(pipe)", libc::SYS_read, &[held.into(), byte.into(), 1u64.into()], Want::Equal(1));
+    list.call("close(pipe)", libc::SYS_close, &[held.into()], Want::Zero);
     if let Some((at, len, signature)) = rseq::own() {
         list.call(
             "rseq(unregister)",
