@@ -59,6 +59,8 @@ use crate::{
 const AREA_LEN: u64 = 1 << 30;
 /// How long a dead task may take to be reaped by its parent: init on some machines needs a second.
 const REAP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a task that was killed a moment ago (by a dump on this machine) may look alive: until it gets a processor.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// Below the area, for the vdso of this kernel beside an old one.
 const VDSO_ROOM: u64 = 1 << 20;
 const CLONE_PTRACE: u64 = 0x2000;
@@ -745,11 +747,12 @@ fn log_list(list: &List) {
 
 /// Waits a moment for tasks that are dead but not reaped, and names whoever else is in the way.
 fn pids_are_free(images: &Images) -> Result<()> {
-    let deadline = Instant::now() + REAP_PATIENCE;
+    let begun = Instant::now();
     for tid in images.tasks.iter().flat_map(|t| &t.tids) {
         while let Some(stat) = who_is(*tid) {
             let dead = matches!(stat.state, stat::State::Zombie | stat::State::Dead);
-            if !dead || Instant::now() > deadline {
+            let patience = if dead { REAP_PATIENCE } else { DEATH_PATIENCE };
+            if begun.elapsed() > patience {
                 return Err(taken(*tid, Errno::EEXIST));
             }
             std::thread::sleep(Duration::from_millis(2));
