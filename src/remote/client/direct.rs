@@ -50,6 +50,8 @@ struct Shared {
     heard: Mutex<Heard>,
     news: Condvar,
     over: AtomicBool,
+    /// Past the point of no return Ctrl-C and the like change nothing any more.
+    deaf: AtomicBool,
     /// Ends the second thread's wait.
     wake: EventFd,
     timeout: Duration,
@@ -113,6 +115,7 @@ impl Shared {
             heard: Mutex::new(heard),
             news: Condvar::new(),
             over: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|e| failed(&e))?,
             timeout: net.timeout,
@@ -239,7 +242,10 @@ impl Shared {
                 }
             }
             let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLOUT)];
-            if !wait_for(&mut fds, until.min(Instant::now() + LOOK))? && Instant::now() > until {
+            self.heed()?;
+            // Whoever waits for room for longer than a look is asked again whether to go on.
+            let wait = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
+            if poll(&mut fds, wait).unwrap_or(0) == 0 && Instant::now() > until {
                 let text = format!("{} takes nothing any more", self.peer);
                 return Err(Failure::new(FailCode::FailTimeout, text));
             }
@@ -364,10 +370,16 @@ impl Shared {
                 return Err(Failure::new(FailCode::FailTimeout, text));
             }
             heard = self.news.wait_timeout(heard, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
-            if let Err(e) = interrupt::check() {
-                return Err(Failure::new(FailCode::FailAborted, e.to_string()));
-            }
+            self.heed()?;
         }
+    }
+
+    /// An error once a signal has come, as long as that matters.
+    fn heed(&self) -> Result<(), Failure> {
+        if self.deaf.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        interrupt::check().map_err(|e| Failure::new(FailCode::FailAborted, e.to_string()))
     }
 }
 
@@ -484,6 +496,7 @@ impl Link for Direct {
 
     fn confirm(&self, survives: bool) -> Result<(), Failure> {
         let confirm = pb::Confirm { survives };
+        self.shared.deaf.store(true, Ordering::Release);
         match self.word(&wire::frame(Kind::Confirm, STREAM, 0, &confirm)) {
             Ok(()) => Ok(()),
             Err(failure) => {
@@ -509,6 +522,7 @@ impl Link for Direct {
     }
 
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
+        self.shared.deaf.store(false, Ordering::Release);
         self.shared.wait(patience, "report a restore", |heard| heard.restored.clone())
     }
 }

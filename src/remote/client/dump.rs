@@ -25,6 +25,8 @@ pub struct RemoteDump {
     /// "remote:NAME", as messages say it.
     path: PathBuf,
     unfinished: Arc<AtomicBool>,
+    /// The cache has all of it: from here on only the end of the tree tells which of the two may run.
+    complete: AtomicBool,
     /// Nothing is left to be taken back.
     settled: AtomicBool,
 }
@@ -58,6 +60,7 @@ impl RemoteDump {
             outgoing: Arc::new(Outgoing::new(link, compress)),
             path,
             unfinished: Arc::default(),
+            complete: AtomicBool::new(false),
             settled: AtomicBool::new(false),
         })
     }
@@ -98,6 +101,7 @@ impl Store for RemoteDump {
         }
         self.outgoing.commit().map_err(self.failed("send"))?;
         let prepared = self.outgoing.link().prepared().map_err(self.failed("commit"))?;
+        self.complete.store(true, Ordering::Release);
         tracing::info!("the cache has all {} bytes", prepared.bytes);
         Ok(())
     }
@@ -138,8 +142,18 @@ impl Store for RemoteDump {
 
 impl Drop for RemoteDump {
     fn drop(&mut self) {
-        if !self.settled.load(Ordering::Acquire) {
-            self.outgoing.link().abort("the dump did not succeed; the tree runs on");
+        if self.settled.load(Ordering::Acquire) {
+            return;
         }
+        if self.complete.load(Ordering::Acquire) {
+            // Tasks may have been killed: to have the images thrown away could be the end of the tree. Without a word
+            // they are kept; the proxy looks whether the root lives, a cache without one is in doubt.
+            let name = self.path.display();
+            tracing::warn!(
+                "{name}: complete in the cache, but not confirmed; see `crtool image-cache list` there"
+            );
+            return;
+        }
+        self.outgoing.link().abort("the dump did not succeed; the tree runs on");
     }
 }

@@ -13,6 +13,7 @@ use super::super::local::{self, Packet};
 use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::{Failure, name};
 use crate::interrupt;
+use crate::sys::pidfd;
 
 /// How long a signal may go unseen.
 const LOOK: Duration = Duration::from_millis(100);
@@ -23,6 +24,8 @@ pub(super) struct Packets {
     socket: OwnedFd,
     path: PathBuf,
     daemon: &'static str,
+    /// The daemon itself; none where the kernel cannot tell.
+    process: Option<OwnedFd>,
 }
 
 fn lost(text: String) -> Failure {
@@ -65,7 +68,10 @@ impl Packets {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
             match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
-                Ok(()) => return Ok(Self { socket, path: path.to_owned(), daemon }),
+                Ok(()) => {
+                    let process = pidfd::of_peer(socket.as_fd()).ok();
+                    return Ok(Self { socket, path: path.to_owned(), daemon, process });
+                }
                 Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN) if Instant::now() < until => {
                     if !std::mem::replace(&mut told, true) {
                         tracing::info!("waiting for {daemon} at {}", path.display());
@@ -74,6 +80,21 @@ impl Packets {
                     std::thread::sleep(LOOK.min(Duration::from_millis(20)));
                 }
                 Err(e) => return Err(failed(e)),
+            }
+        }
+    }
+
+    /// Whether the daemon has ended, which is waited for: its sockets close before it does.
+    pub(super) fn has_ended(&self, patience: Duration) -> bool {
+        let Some(process) = &self.process else { return false };
+        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        let until = Instant::now() + patience;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match poll(&mut fds, PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO)) {
+                Ok(ready) if ready > 0 => return true,
+                _ if left.is_zero() => return false,
+                _ => {}
             }
         }
     }

@@ -168,7 +168,15 @@ impl Store for RemoteSnapshot {
         let packets = self.session.packets();
         match outcome {
             Outcome::Starting(root) => {
-                packets.tell(local_request::What::Starting(pb::Empty {}), &[root], PATIENCE).map_err(failed)
+                match packets.tell(local_request::What::Starting(pb::Empty {}), &[root], PATIENCE) {
+                    // With the cache the images are gone. Nobody else can restore them, and not to go on would be
+                    // the end of the tree.
+                    Err(failure) if failure.code == FailCode::FailLost && packets.has_ended(PATIENCE) => {
+                        tracing::warn!("{failure}; all has been read, the tree goes on");
+                        Ok(())
+                    }
+                    told => told.map_err(failed),
+                }
             }
             Outcome::Running(pid) => {
                 self.session.ran.store(true, Ordering::Release);

@@ -253,6 +253,23 @@ fn what_is_dropped_is_aborted() {
 }
 
 #[test]
+fn what_is_complete_is_not_thrown_away_without_a_word() {
+    let (port, played) = cache(Twist::None);
+    let store = connect(port, false, PATIENCE).unwrap();
+    write_pages(&store).unwrap();
+    store.commit().unwrap();
+    drop(store);
+    assert_eq!(played.join().unwrap().verdict, None);
+    let (port, played) = cache(Twist::None);
+    let store = connect(port, false, PATIENCE).unwrap();
+    write_pages(&store).unwrap();
+    store.commit().unwrap();
+    store.withdraw().unwrap();
+    drop(store);
+    assert_eq!(played.join().unwrap().verdict, Some(Kind::Abort));
+}
+
+#[test]
 fn an_image_without_its_end_prevents_the_commit() {
     let (port, played) = cache(Twist::None);
     let store = connect(port, false, PATIENCE).unwrap();
