@@ -30,6 +30,7 @@ pub mod runner;
 pub mod sched;
 pub mod task;
 pub mod ticker;
+pub mod tmpfs;
 pub mod tty;
 pub mod wait;
 

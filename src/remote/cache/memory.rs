@@ -1,14 +1,20 @@
 //! The bytes of one image in memory.
 //!
 //! Small images live on the heap, so that a hundred thousand of them need no descriptor each; larger ones live in
-//! a memfd, which also is what a reader gets. Bytes come through a buffer and pwrite(2): for 1 GiB over loopback
-//! that had 1.2 to 1.4 times the throughput of receiving into a mapping of the memfd, whose page faults and zeroed
-//! pages cost more than the second copy out of a warm cache. Zeros are holes.
+//! a file of a tmpfs that is mounted nowhere, which also is what a reader gets. It is like a memfd, but for its
+//! larger pages: a write allocates pages as large as itself, which takes a fifth of the time of one after the other,
+//! and giving them back takes next to none. Where such a tmpfs cannot be had it is a memfd. Bytes come through a
+//! buffer and pwrite(2): for 1 GiB over loopback that had 1.2 to 1.4 times the throughput of receiving into a mapping
+//! of a memfd, whose page faults and zeroed pages cost more than the second copy out of a warm cache. Zeros are holes.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::LazyLock;
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 
 use crate::sys;
 
@@ -33,6 +39,41 @@ enum Place {
         /// Pages before this one are allocated or stay holes.
         pages: u64,
     },
+}
+
+/// Where images lie that are not small.
+static LARGE: LazyLock<Option<OwnedFd>> = LazyLock::new(|| {
+    let made = tmpfs();
+    if let Err(e) = &made {
+        tracing::debug!("images are kept in memfds: no tmpfs with large pages: {e}");
+    }
+    made.ok()
+});
+
+/// Without a limit of its own, as memfds have none.
+fn tmpfs() -> io::Result<OwnedFd> {
+    let fs = sys::tmpfs::begin()?;
+    sys::tmpfs::set(fs.as_fd(), c"huge", c"within_size")?;
+    sys::tmpfs::set(fs.as_fd(), c"size", c"0")?;
+    sys::tmpfs::set(fs.as_fd(), c"nr_inodes", c"0")?;
+    let root = sys::tmpfs::mount(fs.as_fd())?;
+    // Before Linux 6.14 one page at the end of 2 MiB allocated all of them: holes would not be free.
+    let file = unnamed(&root)?;
+    file.write_all_at(&[1; PAGE as usize], (2 << 20) - PAGE)?;
+    if file.metadata()?.blocks() * 512 != PAGE {
+        return Err(io::Error::other("one byte takes more than a page"));
+    }
+    Ok(root)
+}
+
+fn unnamed(root: &OwnedFd) -> io::Result<File> {
+    let how = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    Ok(File::from(openat(root, ".", how, Mode::S_IRUSR | Mode::S_IWUSR)?))
+}
+
+/// A file for an image that is not small.
+fn large() -> io::Result<File> {
+    LARGE.as_ref().map_or_else(memfd, unnamed)
 }
 
 fn memfd() -> io::Result<File> {
@@ -78,10 +119,10 @@ impl Bytes {
         }
     }
 
-    /// From the heap into a memfd.
+    /// From the heap into a file.
     fn spill(&mut self) -> io::Result<()> {
         if let Place::Heap(bytes) = &self.place {
-            let file = memfd()?;
+            let file = large()?;
             file.write_all_at(bytes, 0)?;
             let pages = self.size.div_ceil(PAGE);
             self.charged = pages * PAGE;
