@@ -46,6 +46,7 @@ static CASES: &[Case] = &[
     ("log_per_pid", log_per_pid),
     ("pid_taken", pid_taken),
     ("pids_of_sessions_that_end", pids_of_sessions_that_end),
+    ("restores_at_once", restores_at_once),
 ];
 
 fn main() -> std::process::ExitCode {
@@ -66,7 +67,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// Counts until there is a file `end`, then ends with 7. A file `split` makes it leave an orphan
-/// in its session and one in that of a child. First it closes what the harness may have left open.
+/// in its session and one in that of a child, a file `grow` have 100 MB. First it closes what the harness may have left open.
 const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
     for ((i = 0; ; i++)); do
         echo $i >>count
@@ -75,6 +76,10 @@ const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval 
             rm split
             (sleep 1000 & echo $! >orphan)
             setsid bash -c '(sleep 1000 & echo $! >other); echo $$ >leader; exec sleep 1000' &
+        fi
+        if [ -e grow ]; then
+            printf -v large '%*s' 100000000 x
+            rm grow
         fi
         sleep 0.02
     done";
@@ -508,4 +513,30 @@ fn pids_of_sessions_that_end(work: &Work) {
     drop(other);
     ok(&restore.wait_with_output().expect("wait"));
     work.moves();
+}
+
+/// Several restores make threads that help with much memory, and look for ids for them at the same moment.
+fn restores_at_once(work: &Work) {
+    let more: Vec<Work> = (0..3).map(|_| Work::start()).collect();
+    let all: Vec<&Work> = more.iter().chain([work]).collect();
+    for work in &all {
+        fs::write(work.path("grow"), "").expect("grow");
+    }
+    for work in &all {
+        wait_for("the workload to grow", || !work.path("grow").exists());
+    }
+    for round in 0..2 {
+        all.iter().for_each(|work| work.saved());
+        let start = |work: &&Work| {
+            let mut command = work.command(&["restore", "-d", "-v4", "-W", ".", "-o", "log"]);
+            let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            command.spawn().expect("crtool starts")
+        };
+        let restores: Vec<_> = all.iter().map(start).collect();
+        for (work, restore) in all.iter().zip(restores) {
+            let out = restore.wait_with_output().expect("wait");
+            assert_eq!(out.status.code(), Some(0), "round {round}: {}", err(&out));
+            work.moves();
+        }
+    }
 }

@@ -1,13 +1,11 @@
 //! Threads that help a puppet to fill its memory, gone before it makes anybody.
 //!
 //! They are threads of the puppet (one address space), not traced: they end with it, and by themselves when
-//! their share is done. Their ids are taken from the far end of the range, where no task of the tree is.
-
-use std::collections::HashSet;
+//! their share is done.
 
 use anyhow::{Result, anyhow};
 
-use super::memory::Crew;
+use super::{memory::Crew, stage::Stage};
 use crate::{
     sys::clone::CloneArgs,
     tracee::{Area, List, Op, Placed, RemoteAddr, Want},
@@ -19,34 +17,19 @@ const MOST: usize = 7;
 /// All helping threads of a restore.
 #[derive(Debug)]
 pub(super) struct Fillers {
-    /// Ids of the tree and of threads hired.
-    taken: HashSet<i32>,
-    next: i32,
     size: usize,
     hired: Vec<(RemoteAddr, Placed)>,
 }
 
 impl Fillers {
-    pub(super) fn new(tree: impl Iterator<Item = i32>) -> Self {
-        let max = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok();
-        let next = max.and_then(|m| m.trim().parse::<i32>().ok()).unwrap_or(32768) - 1;
+    pub(super) fn new() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { taken: tree.collect(), next, size: (cpus - 1).min(MOST), hired: Vec::new() }
+        Self { size: (cpus - 1).min(MOST), hired: Vec::new() }
     }
 
-    /// With room for lists.
-    pub(super) fn at<'a>(&'a mut self, area: &'a mut Area) -> Hiring<'a> {
-        Hiring { fillers: self, area }
-    }
-
-    fn free_tid(&mut self) -> i32 {
-        while self.taken.contains(&self.next)
-            || std::path::Path::new(&format!("/proc/{}", self.next)).exists()
-        {
-            self.next -= 1;
-        }
-        self.taken.insert(self.next);
-        self.next
+    /// With room for lists, and ids.
+    pub(super) fn at<'a>(&'a mut self, stage: &'a mut Stage) -> Hiring<'a> {
+        Hiring { fillers: self, stage }
     }
 
     /// Fails when a thread could not do its share.
@@ -60,10 +43,10 @@ impl Fillers {
     }
 }
 
-/// Hires into one area.
+/// Hires for one stage.
 pub(super) struct Hiring<'a> {
     fillers: &'a mut Fillers,
-    area: &'a mut Area,
+    stage: &'a mut Stage,
 }
 
 impl Crew for Hiring<'_> {
@@ -72,16 +55,17 @@ impl Crew for Hiring<'_> {
     }
 
     fn hire(&mut self, mut work: List, maker: &mut List) -> Result<RemoteAddr> {
-        let done = self.area.alloc(64, 64)?;
-        self.area.write(done, &0u32.to_ne_bytes())?;
+        let area = &mut self.stage.area;
+        let done = area.alloc(64, 64)?;
+        area.write(done, &0u32.to_ne_bytes())?;
         let mut end = List::new("end of filling");
         end.op(Op::Post(done, 1));
         end.call("exit", libc::SYS_exit, &[0u64.into()], Want::Any);
-        let end = self.area.place(&end)?;
+        let end = area.place(&end)?;
         work.op(Op::Jump(end.start));
-        let work = self.area.place(&work)?;
-        let slot = self.area.slot()?;
-        self.area.arm(slot, work.start, end.start)?;
+        let work = area.place(&work)?;
+        let slot = area.slot()?;
+        area.arm(slot, work.start, end.start)?;
         let flags = libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES
@@ -89,7 +73,7 @@ impl Crew for Hiring<'_> {
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM;
         let args = CloneArgs { flags: flags as u64, ..CloneArgs::default() };
-        let tid = self.fillers.free_tid();
+        let tid = self.stage.spare.pick()?;
         maker.clone3(format!("clone of a filling thread {tid}"), &args, &[tid], slot);
         self.fillers.hired.push((slot, work));
         Ok(done)

@@ -9,6 +9,7 @@ mod images;
 mod inherit;
 mod memory;
 mod shared;
+mod spare;
 mod stage;
 mod vdso;
 
@@ -33,6 +34,7 @@ use self::{
     inherit::Heritage,
     memory::{Made, MappedObjects, Pages, Space},
     shared::SharedObjects,
+    spare::Spare,
     stage::Stage,
 };
 use crate::{
@@ -93,11 +95,13 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
 
     let images = Images::read(store)?;
     cpuinfo::check(store, settings.common.cpu_cap)?;
-    let births = plan_births(&images, settings)?;
+    let mut spare =
+        Spare::new(images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid])));
+    let births = plan_births(&images, settings, &mut spare)?;
     let tables = images.tasks.iter().map(|t| t.ids.files_id).collect();
     let mut files = FilesRestore::read(store, settings, &tables)?;
     files.open_early()?;
-    let mut cast = Cast::plan(store, &images, births, files)?;
+    let mut cast = Cast::plan(store, &images, births, files, spare)?;
     pids_are_free(&images)?;
     interrupt::check()?;
 
@@ -144,7 +148,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
 }
 
 /// Who makes whom; with `--shell-job` what came from outside is replaced by our own session and group.
-fn plan_births(images: &Images, settings: &RestoreSettings) -> Result<Births> {
+fn plan_births(images: &Images, settings: &RestoreSettings, spare: &mut Spare) -> Result<Births> {
     let root = images.tasks.first().context("no task")?;
     let ours = (getsid(None)?.as_raw(), getpgrp().as_raw());
     let foreign_session = (root.sid != root.pid).then_some(root.sid);
@@ -180,19 +184,9 @@ fn plan_births(images: &Images, settings: &RestoreSettings) -> Result<Births> {
         core.thread_core.as_ref().is_some_and(|c| c.pdeath_sig.is_some_and(|signal| signal != 0))
     };
     if settings.detached && !settings.sibling && root.cores.iter().any(|core| asks(&core)) {
-        births.add_midwife(free_pid(images).context("no pid is free")?);
+        births.add_midwife(spare.pick()?);
     }
     Ok(births)
-}
-
-/// A pid that nobody has or is going to have: one that was given out not long ago, as the kernel does not take it
-/// again soon.
-fn free_pid(images: &Images) -> Option<i32> {
-    let own = std::process::id().cast_signed();
-    let wanted: HashSet<i32> =
-        images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid])).collect();
-    let nobody = |pid: i32| crate::sys::task::kill(pid, 0) == Err(Errno::ESRCH);
-    (2..own).rev().chain(own..i32::from(i16::MAX)).find(|pid| !wanted.contains(pid) && nobody(*pid))
 }
 
 /// Everything that takes part.
@@ -240,6 +234,7 @@ impl<'i> Cast<'i> {
         images: &'i Images,
         births: Births,
         mut files: FilesRestore<'i>,
+        spare: Spare,
     ) -> Result<Self> {
         let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
         for task in &images.tasks {
@@ -265,10 +260,10 @@ impl<'i> Cast<'i> {
         for _ in &births.puppets {
             slots.push(area.slot()?);
         }
-        let mut stage = Stage::new(area);
+        let mut stage = Stage::new(area, spare);
         let mut first_list = None;
         let own_vdso = vdso::Own::read()?;
-        let mut fillers = Fillers::new(images.tasks.iter().flat_map(|t| &t.tids).copied());
+        let mut fillers = Fillers::new();
         let mut made = Vec::with_capacity(births.puppets.len());
         for (index, puppet) in births.puppets.iter().enumerate() {
             let label = match puppet.task {
@@ -302,13 +297,8 @@ impl<'i> Cast<'i> {
                     }
                     let space =
                         Space { pid: puppet.pid, mm, pages: &pages[index], exe_fd, heritage, area: at, vdso };
-                    memory::plan(
-                        &mut list,
-                        &space,
-                        &mut (&mut files, &shared),
-                        &mut fillers.at(&mut stage.area),
-                    )
-                    .with_context(|| format!("memory of task {}", puppet.pid))?
+                    memory::plan(&mut list, &space, &mut (&mut files, &shared), &mut fillers.at(&mut stage))
+                        .with_context(|| format!("memory of task {}", puppet.pid))?
                 }
             });
             if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.cores.first()?.tc.as_ref()) {
@@ -368,28 +358,33 @@ impl<'i> Cast<'i> {
     /// Clones the first puppet and takes it under ptrace before it does anything. Tells the root's pid.
     fn make_first(&mut self, settings: &RestoreSettings) -> Result<Pid> {
         let root = self.images.tasks.first().context("no root")?.pid;
-        let first = self.births.puppets.get(self.births.first).context("no first puppet")?.pid;
         let slot = *self.slots.get(self.births.first).context("no slot")?;
-        let set_tid = [first];
+        let first = self.births.puppets.get_mut(self.births.first).context("no first puppet")?;
         let sibling = settings.detached && settings.sibling;
-        let args = CloneArgs {
-            flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
-            exit_signal: if sibling { 0 } else { libc::SIGCHLD as u64 },
-            set_tid: set_tid.as_ptr() as u64,
-            set_tid_size: 1,
-            ..CloneArgs::default()
-        };
         let all = SigSet::all();
         let mut old = SigSet::empty();
         let runner = self.stage.area.runner().0;
         let pid = loop {
+            let set_tid = [first.pid];
+            let args = CloneArgs {
+                flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
+                exit_signal: if sibling { 0 } else { libc::SIGCHLD as u64 },
+                set_tid: set_tid.as_ptr() as u64,
+                set_tid_size: 1,
+                ..CloneArgs::default()
+            };
             sigprocmask(SigmaskHow::SIG_SETMASK, Some(&all), Some(&mut old))?;
             let made = clone_into(&args, runner, self.first_list.start.0, slot.0);
             sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
             match made {
                 Ok(pid) => break pid,
-                Err(Errno::EEXIST) if self.stage.may_become_free(first) => interrupt::check()?,
-                Err(error) => return Err(taken(first, error)),
+                Err(Errno::EEXIST) if self.stage.spare.gave(first.pid) => {
+                    let other = self.stage.spare.pick()?;
+                    self.stage.rename(first.pid, other);
+                    first.pid = other;
+                }
+                Err(Errno::EEXIST) if self.stage.may_become_free(first.pid) => interrupt::check()?,
+                Err(error) => return Err(taken(first.pid, error)),
             }
         };
         self.stage.running(pid);
@@ -750,9 +745,7 @@ fn pids_are_free(images: &Images) -> Result<()> {
     let begun = Instant::now();
     for tid in images.tasks.iter().flat_map(|t| &t.tids) {
         while let Some(stat) = who_is(*tid) {
-            let dead = matches!(stat.state, stat::State::Zombie | stat::State::Dead);
-            let patience = if dead { REAP_PATIENCE } else { DEATH_PATIENCE };
-            if begun.elapsed() > patience {
+            if begun.elapsed() > patience(Some(&stat)) {
                 return Err(taken(*tid, Errno::EEXIST));
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -760,6 +753,14 @@ fn pids_are_free(images: &Images) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How long whoever has a pid may go on having it; nobody may, for a while.
+fn patience(owner: Option<&stat::Stat>) -> Duration {
+    match owner.map(|stat| stat.state) {
+        None | Some(stat::State::Zombie | stat::State::Dead) => REAP_PATIENCE,
+        Some(_) => DEATH_PATIENCE,
+    }
 }
 
 fn who_is(pid: i32) -> Option<stat::Stat> {

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::spare::Spare;
 use crate::{
     interrupt,
     sys::{Errno, ptrace, task, wait, wait::Status},
@@ -49,13 +50,14 @@ pub(super) struct Stage {
     /// Process ids, in the order of their birth.
     pids: Vec<i32>,
     armed: bool,
+    pub(super) spare: Spare,
     /// The id that was found to be taken last, and when that was found first.
     taken: Option<(i32, Instant)>,
 }
 
 impl Stage {
-    pub(super) fn new(area: Area) -> Self {
-        Self { area, members: HashMap::new(), pids: Vec::new(), armed: true, taken: None }
+    pub(super) fn new(area: Area, spare: Spare) -> Self {
+        Self { area, members: HashMap::new(), pids: Vec::new(), armed: true, spare, taken: None }
     }
 
     /// Announces a thread that a list is going to make.
@@ -170,13 +172,18 @@ impl Stage {
 
     /// Lets a thread that could not clone `id`, because that id was taken, try again, if there is hope.
     fn again(&mut self, tid: i32, id: i32) -> Result<bool> {
-        if !self.may_become_free(id) {
+        let slot = self.members.get(&tid).context("nobody to try again")?.slot;
+        if self.spare.gave(id) {
+            let other = self.spare.pick()?;
+            tracing::debug!("pid {id} has been taken by somebody else; {other} does as well");
+            self.area.set_child_id(slot, other)?;
+        } else if !self.may_become_free(id) {
             return Err(super::taken(id, Errno::EEXIST));
         }
         interrupt::check()?;
         let member = self.members.get_mut(&tid).context("nobody to try again")?;
         let mut regs = ptrace::get_regs(tid)?;
-        regs.rbx = self.area.retry(member.slot)?.0;
+        regs.rbx = self.area.retry(slot)?.0;
         regs.rip = self.area.runner().0;
         regs.orig_rax = u64::MAX;
         ptrace::set_regs(tid, &regs)?;
@@ -185,13 +192,23 @@ impl Stage {
         Ok(false)
     }
 
-    /// Whether an id that is taken may be free in a moment, which is waited for: no task has it any more, but the kernel
-    /// gives it back somewhat later than the parent of its last owner is told, or what keeps it is a group or session
-    /// of the dead.
+    /// A process that is expected as `old` will be `new`.
+    pub(super) fn rename(&mut self, old: i32, new: i32) {
+        if let Some(member) = self.members.remove(&old) {
+            self.members.insert(new, member);
+        }
+        for pid in self.pids.iter_mut().filter(|pid| **pid == old) {
+            *pid = new;
+        }
+    }
+
+    /// Whether an id that is taken may be free in a moment, which is waited for: the kernel gives it back somewhat later
+    /// than the parent of its last owner is told, what keeps it is a group or session of the dead, or whoever has it
+    /// came after all ids had been found free, and may be gone as fast.
     pub(super) fn may_become_free(&mut self, id: i32) -> bool {
         let since = self.taken.filter(|(last, _)| *last == id).map_or_else(Instant::now, |(_, since)| since);
         self.taken = Some((id, since));
-        let may = super::who_is(id).is_none() && since.elapsed() < super::REAP_PATIENCE;
+        let may = since.elapsed() < super::patience(super::who_is(id).as_ref());
         if may {
             std::thread::sleep(Duration::from_micros(500));
         }

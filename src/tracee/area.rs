@@ -3,13 +3,16 @@
 //! crtool maps it too, so that lists are written and results read directly. Space is handed out once
 //! and never taken back: an area lives for one injection or one restore.
 
-use std::{mem::size_of, sync::Arc};
+use std::{
+    mem::{offset_of, size_of},
+    sync::Arc,
+};
 
 use super::{
     CallId, Data, List, RemoteAddr, TraceError,
     list::{Entry, Slot},
 };
-use crate::sys::{mapping::Mapping, pod, runner};
+use crate::sys::{clone::CloneArgs, mapping::Mapping, pod, runner};
 
 const PAGE: usize = 4096;
 /// Calls whose first arguments are a range.
@@ -165,6 +168,14 @@ impl Area {
         let failed = self.value::<u64>(slot.plus(8))?;
         self.write(slot, &0u64.to_ne_bytes())?;
         Ok(RemoteAddr(failed))
+    }
+
+    /// Changes the id that the clone3 asks for whose failure a slot reports.
+    pub fn set_child_id(&self, slot: RemoteAddr, id: i32) -> Result<(), TraceError> {
+        let failed = self.value::<u64>(slot.plus(8))?;
+        let args = self.value::<u64>(RemoteAddr(failed + 8))?;
+        let ids = self.value::<u64>(RemoteAddr(args + offset_of!(CloneArgs, set_tid) as u64))?;
+        self.write(RemoteAddr(ids), &id.to_ne_bytes())
     }
 
     /// The failure a slot reports, named by whichever of `lists` it happened in.

@@ -1,0 +1,55 @@
+//! Ids for what a restore makes for itself: helping threads, and the midwife of a detached root.
+//!
+//! They are taken from the far end of the range, where no task of the tree is and the kernel, which counts upwards,
+//! rarely comes. Another restore may look for some at the same moment, and whoever comes second takes others.
+
+use std::{collections::HashSet, path::Path};
+
+use anyhow::{Context, Result};
+
+/// Hands out ids, each once.
+#[derive(Debug)]
+pub(super) struct Spare {
+    tree: HashSet<i32>,
+    given: HashSet<i32>,
+    /// All above have been looked at.
+    next: i32,
+}
+
+impl Spare {
+    /// Ids that are not in `tree`.
+    pub(super) fn new(tree: impl Iterator<Item = i32>) -> Self {
+        let max = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok();
+        let next = max.and_then(|m| m.trim().parse::<i32>().ok()).unwrap_or(32768);
+        Self { tree: tree.collect(), given: HashSet::new(), next }
+    }
+
+    /// An id that nobody has at this moment.
+    pub(super) fn pick(&mut self) -> Result<i32> {
+        let nobody = |id: &i32| !self.tree.contains(id) && !Path::new(&format!("/proc/{id}")).exists();
+        let id = (2..self.next).rev().find(nobody).context("no pid is free")?;
+        self.next = id;
+        self.given.insert(id);
+        Ok(id)
+    }
+
+    /// Whether `id` is from here: any other does as well.
+    pub(super) fn gave(&self, id: i32) -> bool {
+        self.given.contains(&id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_is_given_once_and_none_of_the_tree() {
+        let first = Spare::new(std::iter::empty()).pick().unwrap();
+        let mut spare = Spare::new([first, first - 2].into_iter());
+        let picked: Vec<i32> = (0..5).map(|_| spare.pick().unwrap()).collect();
+        assert!(picked.iter().all(|id| *id < first && *id != first - 2 && spare.gave(*id)), "{picked:?}");
+        assert!(picked.is_sorted_by(|a, b| a > b), "{picked:?}");
+        assert!(!spare.gave(first));
+    }
+}
