@@ -14,9 +14,10 @@ use crate::sys;
 /// Writes the one zero byte and closes the descriptor.
 pub(crate) fn ready(fd: Option<RawFd>) -> anyhow::Result<()> {
     let Some(fd) = fd else { return Ok(()) };
-    sys::fd::adopt(fd)
+    sys::fd::dup(fd)
         .map_err(io::Error::from)
         .and_then(|fd| File::from(fd).write_all(&[0]))
+        .and_then(|()| Ok(sys::fd::give_up(fd)?))
         .with_context(|| format!("write to status descriptor {fd}"))
 }
 

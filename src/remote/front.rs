@@ -160,7 +160,8 @@ impl Readiness {
 /// One zero byte, and closed.
 fn tell(fd: RawFd) -> io::Result<()> {
     use std::io::Write as _;
-    File::from(sys::fd::adopt(fd)?).write_all(&[0])
+    File::from(sys::fd::dup(fd)?).write_all(&[0])?;
+    Ok(sys::fd::give_up(fd)?)
 }
 
 /// A process at the local socket, allowed to be there.

@@ -1,6 +1,6 @@
 //! Calls on descriptors that std and nix lack.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use super::{Result, ret_int};
 
@@ -20,6 +20,23 @@ pub fn adopt(fd: i32) -> Result<OwnedFd> {
     ret_int(unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
     // SAFETY: it is open, and the caller says that it was given to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Closes a descriptor that was handed to this process by number. Standard input, output and error lead to /dev/null
+/// from then on, or what is opened next would take their place. EBADF when it is not open.
+pub fn give_up(fd: i32) -> Result<()> {
+    let given = adopt(fd)?;
+    if (0..=2).contains(&fd) {
+        // SAFETY: a string that ends in 0.
+        let null = ret_int(unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) })?;
+        // SAFETY: it was just opened, and is ours alone.
+        let null = unsafe { OwnedFd::from_raw_fd(null) };
+        // SAFETY: no pointers; what `fd` stood for was given to us.
+        ret_int(unsafe { libc::dup2(null.as_raw_fd(), fd) })?;
+        // The number is not ours any more.
+        let _ = given.into_raw_fd();
+    }
+    Ok(())
 }
 
 /// A close-on-exec duplicate of a descriptor that is named by number only. EBADF when it is not open.

@@ -251,6 +251,10 @@ impl Cache {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
+                    // TLS that one of the two sides will not have.
+                    if e.kind() == io::ErrorKind::InvalidData && !line.source.is_known() {
+                        tracing::warn!("connection from {} is refused: {e}", line.stream.peer());
+                    }
                     line.end(&mut self.shelf, &e.to_string());
                     break;
                 }

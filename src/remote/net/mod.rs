@@ -154,7 +154,7 @@ impl Stream {
             return Err(bad("it is not connected"));
         }
         // The number itself is of no use any more, and would keep the connection open.
-        drop(crate::sys::fd::adopt(fd));
+        let _ = crate::sys::fd::give_up(fd);
         let peer = peer_of(&owned);
         Self::new(owned, peer.clone(), timeout).map_err(|source| NetError::Io {
             what: "connection to",

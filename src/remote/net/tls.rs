@@ -130,6 +130,7 @@ impl TlsClient {
         let verifier = WebPkiServerVerifier::builder_with_provider(files.roots, provider())
             .with_crls(files.crls)
             .allow_unknown_revocation_status()
+            .enforce_revocation_expiration()
             .build()
             .map_err(|e| bad_crl(settings, &e))?;
         let verifier: Arc<dyn ServerCertVerifier> =
@@ -153,6 +154,7 @@ impl TlsServer {
         let verifier = WebPkiClientVerifier::builder_with_provider(files.roots, provider())
             .with_crls(files.crls)
             .allow_unknown_revocation_status()
+            .enforce_revocation_expiration()
             .build()
             .map_err(|e| bad_crl(settings, &e))?;
         let mut config = ServerConfig::builder_with_provider(provider())
@@ -402,6 +404,10 @@ fn theirs(why: &CertificateError) -> String {
             "its certificate is not valid yet; are the clocks right?".to_owned()
         }
         CertificateError::Revoked => "its certificate is revoked (--tls-cacrl)".to_owned(),
+        // Nobody knows what has been revoked since.
+        CertificateError::ExpiredRevocationList | CertificateError::ExpiredRevocationListContext { .. } => {
+            "the revocation list (--tls-cacrl) has expired; get a new one from the CA".to_owned()
+        }
         CertificateError::UnknownIssuer | CertificateError::BadSignature => {
             "its certificate is not signed by the CA in --tls-cacert".to_owned()
         }
@@ -431,7 +437,9 @@ fn ours(alert: AlertDescription) -> String {
     let why = match alert {
         AlertDescription::CertificateExpired => "it has expired",
         AlertDescription::CertificateRevoked => "it is revoked",
-        AlertDescription::UnknownCA => "it is not signed by the CA there",
+        AlertDescription::UnknownCA => {
+            "it is not signed by the CA there, or the revocation list there has expired"
+        }
         AlertDescription::CertificateRequired => "it was not sent",
         AlertDescription::UnsupportedCertificate => {
             "it is not for this side of a connection (extendedKeyUsage)"

@@ -377,6 +377,10 @@ impl<D: Dial> Link<D> {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                // TLS that one of the two sides will not have: no try will change that.
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    return Err(Failure::new(FailCode::FailProtocol, e.to_string()));
+                }
                 Err(e) => return Err(lost(e.to_string())),
             };
             self.alive = now;

@@ -1,0 +1,53 @@
+//! Live migration as those use it who type the commands: a process with memory that can be told from any other goes
+//! through the daemons, and what runs afterwards looks whether all of it is still right.
+//!
+//! One binary, two roles: the harness, and the process that is migrated (`REMOTE_USE_TARGET`). All of it is on this
+//! host and over its loopback. None runs without root.
+
+#![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
+
+mod certificates;
+mod compress;
+mod given;
+mod program;
+mod site;
+mod tls;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Trial};
+
+type Run = fn();
+
+const TRIALS: &[(&str, Run)] = &[
+    ("compressed_directly", compress::directly),
+    ("compressed_by_a_proxy", compress::by_a_proxy),
+    ("what_does_not_get_smaller_goes_as_it_is", compress::noise),
+    ("dump_over_a_given_connection", given::dump),
+    ("proxy_over_a_given_connection", given::proxy),
+    ("cache_over_a_given_connection", given::cache),
+    ("daemons_over_given_connections_in_the_background", given::in_the_background),
+    ("given_connection_with_tls", given::with_tls),
+    ("given_what_is_no_connection", given::what_is_none),
+    ("revoked_source", tls::revoked_source),
+    ("revoked_cache", tls::revoked_cache),
+    ("expired_list", tls::expired_list),
+    ("list_of_others", tls::list_of_others),
+];
+
+fn main() -> ExitCode {
+    if let Some(status) = program::main() {
+        return status;
+    }
+    let args = Arguments::from_args();
+    let trials = TRIALS.iter().map(|&(name, run)| {
+        Trial::ignorable_test(name, move || {
+            if !nix::unistd::geteuid().is_root() {
+                return Ok(Completion::ignored_with("needs root"));
+            }
+            run();
+            Ok(Completion::Completed)
+        })
+    });
+    libtest_mimic::run(&args, trials.collect()).exit_code()
+}
