@@ -36,7 +36,8 @@ fn to_cache(
     remote: &RemoteSettings,
 ) -> anyhow::Result<(DumpStats, anyhow::Result<()>)> {
     let store = RemoteDump::connect(remote, settings)?;
-    let stats = crate::dump::dump_to(&store, settings)?;
+    let stats =
+        crate::dump::dump_to(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))?;
     let Some(patience) = remote.wait_restored else { return Ok((stats, Ok(()))) };
     let waited = match store.wait_restored(patience) {
         Ok(restored) if restored.ok => {

@@ -12,6 +12,7 @@ mod given;
 mod program;
 mod site;
 mod tls;
+mod waiting;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("revoked_cache", tls::revoked_cache),
     ("expired_list", tls::expired_list),
     ("list_of_others", tls::list_of_others),
+    ("a_restore_waits_and_the_dump_fails", waiting::the_dump_fails),
+    ("a_restore_after_a_dump_that_failed", waiting::the_dump_has_failed),
+    ("daemons_end", waiting::daemons_end),
+    ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];
 
 fn main() -> ExitCode {

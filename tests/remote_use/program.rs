@@ -3,6 +3,7 @@
 
 use std::{
     env, fs,
+    io::Write as _,
     os::unix::fs::FileExt as _,
     path::Path,
     process::{Command, ExitCode, Stdio},
@@ -16,7 +17,7 @@ const DIR: &str = "REMOTE_USE_TARGET";
 const KIND: &str = "REMOTE_USE_KIND";
 
 /// How much memory it has.
-pub const BYTES: usize = 8 << 20;
+pub const BYTES: usize = 4 << 20;
 
 /// What is in its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,22 +37,23 @@ impl Memory {
     }
 
     fn bytes(self) -> Vec<u8> {
-        match self {
-            Self::Text => {
-                let lines = (0u32..).flat_map(|n| format!("this is line {n} of a long text\n").into_bytes());
-                lines.take(BYTES).collect()
-            }
-            Self::Noise => {
-                let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-                let words = std::iter::repeat_with(|| {
+        let mut bytes = Vec::with_capacity(BYTES + 64);
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for number in 0u64.. {
+            match self {
+                Self::Text => writeln!(bytes, "this is line {number} of a long text").expect("room"),
+                Self::Noise => {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
-                    state.to_le_bytes()
-                });
-                words.flatten().take(BYTES).collect()
+                    bytes.extend_from_slice(&state.to_le_bytes());
+                }
+            }
+            if bytes.len() >= BYTES {
+                break;
             }
         }
+        bytes
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -130,7 +130,8 @@ impl Drop for Daemon {
 
 pub struct Site {
     dir: tempfile::TempDir,
-    tree: Option<Child>,
+    /// Waits for its first end, at once: a dump waits until nobody has the pid any more.
+    reaper: Option<JoinHandle<()>>,
     /// Pid of the tree, wherever it runs.
     pub pid: i32,
 }
@@ -139,9 +140,10 @@ impl Site {
     /// With a tree that counts.
     pub fn new(memory: Memory) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let child = program::command(dir.path(), memory).spawn().unwrap();
+        let mut child = program::command(dir.path(), memory).spawn().unwrap();
         let pid = child.id().cast_signed();
-        let site = Self { dir, tree: Some(child), pid };
+        let reaper = thread::spawn(move || drop(child.wait()));
+        let site = Self { dir, reaper: Some(reaper), pid };
         site.counts();
         site
     }
@@ -237,8 +239,8 @@ impl Site {
 
     /// Waits for the end that a dump gave the tree.
     pub fn reap(&mut self) {
-        if let Some(mut tree) = self.tree.take() {
-            tree.wait().unwrap();
+        if let Some(reaper) = self.reaper.take() {
+            reaper.join().unwrap();
         }
     }
 

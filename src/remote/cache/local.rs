@@ -29,7 +29,7 @@ const LAST_LOOK: Duration = Duration::from_secs(2);
 /// A request that waits for its answer.
 #[derive(Debug)]
 enum Pending {
-    Get { get: pb::Get, until: Option<Instant>, seen: Option<u64>, doubt: Option<Instant> },
+    Get { get: pb::Get, until: Option<Instant>, newest: u64, seen: Option<u64>, doubt: Option<Instant> },
     Read(pb::ReadImage),
     Starting,
 }
@@ -240,7 +240,8 @@ impl Client {
             return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
         }
         let until = Instant::now().checked_add(Duration::from_millis(get.wait_ms));
-        self.pending = Some(Pending::Get { get, until, seen: None, doubt: None });
+        let newest = shelf.newest();
+        self.pending = Some(Pending::Get { get, until, newest, seen: None, doubt: None });
         Ok(None)
     }
 
@@ -290,8 +291,9 @@ impl Client {
     pub(super) fn retry(&mut self, shelf: &mut Shelf, now: Instant) {
         let reply = match self.pending.take() {
             None => Ok(None),
-            Some(Pending::Get { get, until, mut seen, mut doubt }) => {
+            Some(Pending::Get { get, until, newest, mut seen, mut doubt }) => {
                 let reader = Reader { client: self.id, pid: self.pid };
+                seen = seen.or_else(|| shelf.failed_since(&get.name, newest));
                 match shelf.take(&get.name, &mut seen, get.early, reader) {
                     Ok(Some(id)) => {
                         self.taken = Some(id);
@@ -308,7 +310,7 @@ impl Client {
                         if until.is_some_and(|until| now >= until) {
                             Err(shelf.not_found(&get.name, Duration::from_millis(get.wait_ms)))
                         } else {
-                            self.pending = Some(Pending::Get { get, until, seen, doubt });
+                            self.pending = Some(Pending::Get { get, until, newest, seen, doubt });
                             Ok(None)
                         }
                     }

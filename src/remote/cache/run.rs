@@ -45,6 +45,7 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
             match token {
                 SIGNALS => {
                     if front.is_told_to_end() {
+                        cache.part();
                         return Ok(());
                     }
                 }

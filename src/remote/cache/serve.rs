@@ -112,6 +112,14 @@ impl Cache {
         self.torn
     }
 
+    /// The last thing before its end: the other sides see an orderly one, and the log has what is lost by it.
+    pub fn part(&mut self) {
+        for line in self.lines.values_mut() {
+            let _ = line.stream.end();
+        }
+        self.shelf.part();
+    }
+
     fn token(&mut self) -> u64 {
         self.last += 1;
         self.last

@@ -454,6 +454,23 @@ impl Shelf {
 
     // ---- How it ends.
 
+    /// The cache ends. Says what goes with it.
+    pub(super) fn part(&self) {
+        for s in self.snapshots.values().filter(|s| s.is_live()) {
+            let pb::SnapshotBegin { name, pid, comm, host, .. } = &s.begin;
+            let line = format!("snapshot {name} of task {pid} ({comm}) at {host} ends with this cache");
+            match s.state {
+                State::Ready if !s.survives => {
+                    tracing::error!("{line}: it was all there was of its tree");
+                }
+                State::InDoubt => {
+                    tracing::error!("{line}: it was in doubt, and may be all there was of its tree")
+                }
+                state => tracing::warn!("{line}: {}", word(state)),
+            }
+        }
+    }
+
     /// A snapshot has come to an end: what it takes is freed, unless others need it.
     fn end(&mut self, id: u64, state: State, why: Failure) {
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
@@ -563,6 +580,18 @@ impl Shelf {
             }
             _ => Ok(None),
         }
+    }
+
+    /// The number of the newest snapshot.
+    pub(super) fn newest(&self) -> u64 {
+        self.last
+    }
+
+    /// One of that name that has begun after `newest`, and failed before anybody could see it arrive.
+    pub(super) fn failed_since(&self, name: &str, newest: u64) -> Option<u64> {
+        let failed = |s: &Snapshot| s.state == State::Failed && s.begin.name == name;
+        let found = self.snapshots.range(newest + 1..).find(|(_, s)| failed(s)).map(|(id, _)| *id);
+        found.filter(|_| self.named(name).is_none())
     }
 
     /// Why a name is not to be had, after waiting.

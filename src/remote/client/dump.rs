@@ -70,6 +70,15 @@ impl RemoteDump {
         self.outgoing.link().restored(patience)
     }
 
+    /// Says why the dump failed, for those who wait at the cache. To be called before it is dropped.
+    pub fn give_up(&self, reason: &str) {
+        if self.complete.load(Ordering::Acquire) || self.settled.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let reason: Vec<&str> = reason.split_whitespace().collect();
+        self.outgoing.link().abort(&format!("the dump failed and the tree runs on: {}", reason.join(" ")));
+    }
+
     fn failed(&self, action: &'static str) -> impl Fn(Failure) -> ImageError + '_ {
         move |failure| image_error(action, &self.path, failure)
     }

@@ -5,19 +5,24 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
 
-use super::super::pb::{self, FailCode, local_reply, local_request};
+use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{CACHE_SOCKET, Failure};
+use super::control::{self, Daemon};
 use super::image_error;
-use super::packets::{Packets, checked};
+use super::packets::{Packets, checked, wait_for};
 use crate::image::{ImageError, ImageSink, Outcome, PagesSink, Store};
 use crate::settings::RemoteSettings;
 
 /// How long the cache may take for an answer it need not wait for.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A wait is worth a line after this.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// What has begun to arrive comes to an end by itself, one way or the other: the cache watches over that.
 const ARRIVAL: Duration = Duration::from_secs(24 * 3600);
@@ -41,6 +46,28 @@ struct Session {
     ran: AtomicBool,
 }
 
+/// Somebody may sit in front of a restore that waits: one line tells for what, and what became of the last one.
+fn tell_what_is_awaited(remote: &RemoteSettings) {
+    let (name, limit) = (&remote.snapshot, remote.wait_snapshot.as_secs());
+    let Ok((all, _)) = control::snapshots(Daemon::Cache, &remote.work_dir) else { return };
+    let last = all.iter().rev().find(|info| info.name == *name);
+    let over =
+        |info: &pb::SnapshotInfo| matches!(info.state(), State::Failed | State::Dropped | State::Restored);
+    let line = match last {
+        Some(info) if !over(info) => {
+            tracing::info!("snapshot {name} has begun to arrive: {} bytes so far", info.bytes);
+            return;
+        }
+        Some(info) => {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+            let (state, ago) = (info.state().as_str_name(), now.saturating_sub(info.since));
+            format!("; the last one of that name is {state} since {ago} s: {}", info.text)
+        }
+        None => String::new(),
+    };
+    tracing::warn!("waiting at most {limit} s (--timeout) for a snapshot {name} to come{line}");
+}
+
 impl Session {
     fn packets(&self) -> MutexGuard<'_, Packets> {
         self.packets.lock().unwrap_or_else(PoisonError::into_inner)
@@ -57,6 +84,10 @@ impl RemoteSnapshot {
         let get = local_request::What::Get(pb::Get { name, wait_ms, early: false });
         let until = Instant::now() + PATIENCE;
         packets.send(get, &[], until)?;
+        let mut fds = [PollFd::new(packets.fd(), PollFlags::POLLIN)];
+        if !wait_for(&mut fds, Instant::now() + QUIET)? {
+            tell_what_is_awaited(remote);
+        }
         // What has begun to arrive is waited for: the cache says when it does not come.
         let (reply, _) = packets.receive(Instant::now() + remote.wait_snapshot + ARRIVAL)?;
         let local_reply::What::Snapshot(info) = reply else { return Err(packets.unexpected(&reply)) };

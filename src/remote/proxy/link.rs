@@ -19,6 +19,8 @@ use crate::remote::wire::{self, Kind, MAGIC};
 use crate::remote::{Failure, pb, pb::FailCode};
 use crate::sys;
 
+/// How a connection ends of which nothing is wanted any more.
+pub(super) const CLOSED: &str = "the cache closed the connection";
 /// Read at once.
 const CHUNK: usize = 16 << 10;
 /// Reads in a row before others get their turn.
@@ -373,7 +375,7 @@ impl<D: Dial> Link<D> {
         let mut chunk = [0; CHUNK];
         for _ in 0..READS {
             let n = match conn.read(&mut chunk) {
-                Ok(0) => return Err(lost("the cache closed the connection")),
+                Ok(0) => return Err(lost(CLOSED)),
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,

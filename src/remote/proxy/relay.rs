@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::client::{Client, shorten};
 use super::guard::{LOOK, Root, Verdict, Watch};
 use super::inbox::Heard;
-use super::link::{Dial, Link, News};
+use super::link::{CLOSED, Dial, Link, News};
 use super::outbox::Pumped;
 use super::pipe::{Next, Pipe};
 use super::snapshot::{Phase, Snapshot, Word, unix_now};
@@ -302,11 +302,7 @@ impl<D: Dial> Relay<D> {
 
     /// Whether there is nothing left to do.
     fn ended(&self, now: Instant) -> Option<Ended> {
-        let open = |s: &Snapshot| match s.phase {
-            Phase::Over | Phase::Waiting => false,
-            Phase::Settled => !s.acked,
-            _ => true,
-        };
+        let open = |s: &Snapshot| s.phase != Phase::Waiting && s.is_under_way();
         if let Some(by) = self.ending {
             let settled = !self.snapshots.values().any(open) && self.link.is_drained();
             if settled || now >= by {
@@ -748,11 +744,20 @@ impl<D: Dial> Relay<D> {
             return;
         }
         let target = self.link.target();
+        let greeted = self.link.is_up();
         self.link.close(&self.poll, failure);
         self.streams.clear();
         self.starved = None;
         let text = format!("the connection to {target} is lost: {}", failure.text);
-        tracing::error!("{text}");
+        let under_way = self.snapshots.values().any(Snapshot::is_under_way);
+        let awaited = self.snapshots.values().any(|s| s.phase == Phase::Settled);
+        if under_way || !greeted {
+            tracing::error!("{text}");
+        } else if awaited || failure.text != CLOSED {
+            tracing::warn!("{text}");
+        } else {
+            tracing::info!("{target} has closed the connection; nothing was on its way");
+        }
         let code = if failure.code == FailCode::FailUnknown { FailCode::FailLost } else { failure.code };
         let failure = Failure::new(code, text);
         let ids: Vec<u64> = self.snapshots.keys().copied().collect();

@@ -115,6 +115,14 @@ impl Snapshot {
         }
     }
 
+    /// The loss of a connection would be the loss of something.
+    pub(super) fn is_under_way(&self) -> bool {
+        match self.phase {
+            Phase::Settled => !self.acked,
+            phase => phase != Phase::Over,
+        }
+    }
+
     /// Its name.
     pub(super) fn name(&self) -> &str {
         &self.begin.name

@@ -53,6 +53,23 @@ fn a_waiting_restore_hears_of_the_end() {
 }
 
 #[test]
+fn a_waiting_restore_hears_of_one_that_came_and_went_at_once() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    // What failed before it asked is no answer to it.
+    bench.send(&mut peer, &[small(1, "a").frames, abort(1)].concat());
+    let restore = bench.command();
+    restore.say(get_within("a", 600_000));
+    bench.no_answer(&restore);
+    bench.send(&mut peer, &[small(2, "b").frames, abort(2)].concat());
+    bench.no_answer(&restore);
+    let both = [small(3, "a").frames, abort(3)].concat();
+    std::io::Write::write_all(&mut peer.socket, &both).unwrap();
+    let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+    assert_eq!(failed.text, "snapshot a failed: changed its mind");
+}
+
+#[test]
 fn two_restores_at_once() {
     let mut bench = Bench::new();
     let mut peer = bench.source();

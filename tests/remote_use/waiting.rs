@@ -1,0 +1,163 @@
+//! Restores that wait, dumps that fail meanwhile or before, and daemons that are told to end.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Child, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    certificates::Ca,
+    program::Memory,
+    site::{PATIENCE, Site, wait_for},
+};
+
+const NONE: &[&str] = &[];
+
+/// A restore that has not ended.
+struct Waiting {
+    child: Child,
+    begin: Instant,
+}
+
+impl Waiting {
+    fn start(site: &Site, more: &[&str]) -> Self {
+        let words = [&["restore", "--remote", "-d"], more].concat();
+        let child = site.crtool("dst", &words).stderr(Stdio::piped()).spawn().unwrap();
+        Self { child, begin: Instant::now() }
+    }
+
+    /// What it says until it ends, and its status.
+    fn ended(mut self) -> (Option<i32>, Vec<String>, Duration) {
+        let lines = BufReader::new(self.child.stderr.take().unwrap()).lines().map_while(Result::ok).collect();
+        let code = wait_for("a restore does not end", || self.child.try_wait().unwrap()).code();
+        assert!(self.begin.elapsed() < PATIENCE);
+        (code, lines, self.begin.elapsed())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn said(lines: &[String], word: &str) -> Vec<String> {
+    lines.iter().filter(|line| line.starts_with(word)).cloned().collect()
+}
+
+/// A dump that fails after it has begun: an action script of it does not like what it sees.
+fn failing(site: &Site, more: &[&str]) -> String {
+    let words = [&["--action-script", "false"], more].concat();
+    let error = Site::run(&mut site.dump(&words)).failed();
+    assert!(error.contains("false"), "{error}");
+    site.counts();
+    error
+}
+
+/// Whoever waits for a dump that fails hears why, and how the tree is.
+pub fn the_dump_fails() {
+    for proxied in [true, false] {
+        let mut site = Site::new(Memory::Text);
+        let cache = site.cache(NONE);
+        let port = cache.port().to_string();
+        let direct = ["--address", "127.0.0.1", "--port", &port];
+        let proxy = proxied.then(|| site.proxy(cache.port(), NONE));
+        let restore = Waiting::start(&site, NONE);
+        wait_for("nobody waits", || {
+            let fds = std::fs::read_dir(format!("/proc/{}/fd", restore.child.id())).ok()?;
+            fds.flatten().find(|fd| {
+                std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+            })
+        });
+        // It may have connected and not asked yet.
+        thread::sleep(Duration::from_millis(100));
+        failing(&site, if proxied { NONE } else { &direct });
+        let (code, lines, _) = restore.ended();
+        let errors = said(&lines, "Error");
+        assert_eq!((code, errors.len()), (Some(1), 1), "{lines:?}");
+        for part in ["snapshot default failed: the dump failed and the tree runs on: ", "false"] {
+            assert!(errors[0].contains(part), "{lines:?}");
+        }
+        drop(proxy);
+        site.end();
+    }
+}
+
+/// Who comes later may wait for the next one, and is told so; it is told what became of the last one.
+pub fn the_dump_has_failed() {
+    let mut site = Site::new(Memory::Text);
+    let cache = site.cache(NONE);
+    let _proxy = site.proxy(cache.port(), NONE);
+    failing(&site, NONE);
+    let (code, lines, took) = Waiting::start(&site, &["--timeout", "2"]).ended();
+    let (warnings, errors) = (said(&lines, "Warn"), said(&lines, "Error"));
+    assert_eq!((code, warnings.len(), errors.len()), (Some(1), 1, 1), "{lines:?}");
+    let wanted =
+        "waiting at most 2 s (--timeout) for a snapshot default to come; the last one of that name is FAILED";
+    assert!(warnings[0].contains(wanted), "{lines:?}");
+    assert!(warnings[0].contains("false"), "{lines:?}");
+    assert!(errors[0].contains("no snapshot default has come in 2 s"), "{lines:?}");
+    assert!((2..20).contains(&took.as_secs()), "{took:?}");
+    // The next one comes.
+    let restore = Waiting::start(&site, NONE);
+    Site::run(&mut site.dump(NONE)).succeeded();
+    site.reap();
+    let (code, lines, _) = restore.ended();
+    assert_eq!(code, Some(0), "{lines:?}");
+    site.counts();
+    site.end();
+}
+
+/// Daemons that have nothing to do end without an error, whichever is first.
+pub fn daemons_end() {
+    for (proxy_first, tls) in [(false, false), (true, false), (false, true)] {
+        let mut site = Site::new(Memory::Text);
+        let ca = Ca::new(site.path());
+        let member = |serial| if tls { ca.member(serial) } else { Vec::new() };
+        let mut cache = site.cache(&member(1));
+        let mut proxy = site.proxy(cache.port(), &member(2));
+        proxy.says("connected to crtool");
+        if proxy_first {
+            // Also after work that is done.
+            Site::run(&mut site.dump(NONE)).succeeded();
+            site.restore_and_end();
+            assert_eq!(proxy.stop(), Some(0), "{}", proxy.log());
+            assert_eq!(cache.stop(), Some(0), "{}", cache.log());
+        } else {
+            assert_eq!(cache.stop(), Some(0), "{}", cache.log());
+            proxy.says("has closed the connection; nothing was on its way");
+            assert_eq!(proxy.stop(), Some(0), "{}", proxy.log());
+            site.end();
+        }
+        for daemon in [&cache, &proxy] {
+            let odd: Vec<String> = daemon
+                .log()
+                .lines()
+                .filter(|l| l.contains("Error (") || l.contains("Warn "))
+                .map(str::to_owned)
+                .collect();
+            assert_eq!(odd, Vec::<String>::new());
+        }
+    }
+}
+
+/// A cache that ends with the only copy of a tree says so.
+pub fn a_cache_ends_with_a_tree() {
+    let mut site = Site::new(Memory::Text);
+    let mut cache = site.cache(NONE);
+    let proxy = site.proxy(cache.port(), NONE);
+    Site::run(&mut site.dump(NONE)).succeeded();
+    site.reap();
+    let pid = site.pid;
+    wait_for("the snapshot is not ready", || cache.log().contains("is ready to be restored").then_some(()));
+    assert_eq!(cache.stop(), Some(0), "{}", cache.log());
+    let errors = cache.errors();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert!(errors[0].contains(&format!("snapshot default of task {pid} (")), "{errors:?}");
+    assert!(errors[0].contains("it was all there was of its tree"), "{errors:?}");
+    proxy.says("is lost: the cache closed the connection");
+    assert_eq!(proxy.errors(), Vec::<String>::new());
+}
