@@ -1,4 +1,4 @@
-//! Any bytes as an image: `cargo fuzz run image` (needs a nightly toolchain and cargo-fuzz).
+//! Any bytes as an image: `cargo fuzz run image` (see README.md).
 //!
 //! Reading must neither panic nor take much memory, and what can be encoded again must come
 //! out as an image that shows the same.

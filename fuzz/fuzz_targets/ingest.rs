@@ -1,4 +1,4 @@
-//! Any bytes from a source to a cache: `cargo fuzz run ingest` (needs a nightly toolchain and cargo-fuzz).
+//! Any bytes from a source to a cache: `cargo fuzz run ingest` (see README.md).
 //!
 //! Whatever comes, in whatever pieces, nothing panics, memory stays bounded, and what can never be restored
 //! leaves nothing behind.

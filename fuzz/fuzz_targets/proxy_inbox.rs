@@ -1,4 +1,4 @@
-//! Any bytes as what a cache says to a proxy: `cargo fuzz run proxy_inbox`.
+//! Any bytes as what a cache says to a proxy: `cargo fuzz run proxy_inbox` (see README.md).
 //!
 //! However they are cut, the same is understood, and no more is held than one message and one read.
 
