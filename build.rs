@@ -2,12 +2,14 @@
 //!
 //! Text fields of the image messages become `Vec<u8>` in the generated Rust: CRIU writes
 //! path names and comm as they are, and neither need be UTF-8. The untouched descriptors
-//! are kept beside the code, for the JSON of `crtool image`.
+//! are kept beside the code, for the JSON of `crtool image`. What `image::wire` has to know of the
+//! image messages becomes a table: a restore must not spend its time on building one.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{collections::BTreeMap, env, error::Error, fmt::Write, fs, path::PathBuf};
 
 use prost::Message;
-use prost_types::field_descriptor_proto::Type;
+use prost_types::field_descriptor_proto::{Label, Type};
+use prost_types::{DescriptorProto, FileDescriptorSet};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
@@ -18,6 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     images.sort();
     let set = protox::compile(&images, ["proto"])?;
     fs::write(out.join("images.fds"), set.encode_to_vec())?;
+    fs::write(out.join("wire_types.rs"), wire_types(&set)?)?;
 
     let mut typed = set;
     for file in &mut typed.file {
@@ -46,4 +49,62 @@ fn main() -> Result<(), Box<dyn Error>> {
     let remote = protox::compile(["proto/remote.proto"], ["proto"])?;
     prost_build::Config::new().compile_fds(remote)?;
     Ok(())
+}
+
+/// All image messages, by their full names.
+fn messages(set: &FileDescriptorSet) -> BTreeMap<String, &DescriptorProto> {
+    fn add<'a>(scope: &str, message: &'a DescriptorProto, all: &mut BTreeMap<String, &'a DescriptorProto>) {
+        let name = format!("{scope}.{}", message.name());
+        for nested in &message.nested_type {
+            add(&name, nested, all);
+        }
+        all.insert(name, message);
+    }
+    let mut all = BTreeMap::new();
+    for file in set.file.iter().filter(|file| file.package() == "images") {
+        for message in &file.message_type {
+            add("images", message, &mut all);
+        }
+    }
+    all
+}
+
+/// `static TYPES: [Type; _]` of `image::wire`, sorted by full name.
+fn wire_types(set: &FileDescriptorSet) -> Result<String, Box<dyn Error>> {
+    let all = messages(set);
+    let index = |name: &str| all.keys().position(|key| name.strip_prefix('.') == Some(key));
+    let mut text = format!("static TYPES: [Type; {}] = [\n", all.len());
+    for (full_name, message) in &all {
+        let mut required: Vec<&str> = Vec::new();
+        let mut fields: Vec<String> = Vec::new();
+        for field in &message.field {
+            let number = usize::try_from(field.number())?;
+            if fields.len() <= number {
+                fields.resize(number + 1, "NO_FIELD".to_owned());
+            }
+            let bit = (field.label() == Label::Required).then_some(required.len());
+            if bit.is_some() {
+                required.push(field.name());
+            }
+            let (nested, packable) = match field.r#type() {
+                Type::Message => (index(field.type_name()), false),
+                Type::Bytes | Type::String => (None, false),
+                Type::Group => return Err(format!("{full_name}.{}: a group", field.name()).into()),
+                _ => (None, field.label() == Label::Repeated),
+            };
+            fields[number] =
+                format!("Field {{ required: {bit:?}, nested: {nested:?}, packable: {packable} }}");
+        }
+        if required.len() > 64 {
+            return Err(format!("more than 64 required fields in {full_name}").into());
+        }
+        let name = message.name();
+        let fields = fields.join(", ");
+        writeln!(
+            text,
+            "Type {{ full_name: {full_name:?}, name: {name:?}, required: &{required:?}, fields: &[{fields}] }},"
+        )?;
+    }
+    text.push_str("];\n");
+    Ok(text)
 }
