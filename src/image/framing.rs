@@ -61,6 +61,8 @@ pub struct EntryReader<R> {
     /// Number of the entry being read, with what follows it.
     entry: usize,
     buffer: Vec<u8>,
+    /// The table of the message decoded last, and its name: images have thousands of one kind.
+    table: Option<(&'static str, Option<wire::Table>)>,
 }
 
 impl<R: Read> EntryReader<R> {
@@ -74,6 +76,7 @@ impl<R: Read> EntryReader<R> {
             entries: 0,
             entry: 0,
             buffer: Vec::new(),
+            table: None,
         }
     }
 
@@ -133,17 +136,34 @@ impl<R: Read> EntryReader<R> {
 
     /// The next entry, or `None` at the end of the image. Required fields are there.
     pub fn next_entry<M: Message + Name + Default>(&mut self) -> Result<Option<M>, ImageError> {
-        let (entry, path) = (self.entries, self.path.clone());
-        match self.next_bytes()? {
-            Some(bytes) => decode(bytes, &path, entry).map(Some),
-            None => Ok(None),
+        if self.next_bytes()?.is_none() {
+            return Ok(None);
         }
+        self.decoded().map(Some)
     }
 
     /// As [`Self::inner_bytes`], decoded. Required fields are there.
     pub fn inner<M: Message + Name + Default>(&mut self) -> Result<M, ImageError> {
-        let (entry, path) = (self.entry, self.path.clone());
-        decode(self.inner_bytes()?, &path, entry)
+        self.inner_bytes()?;
+        self.decoded()
+    }
+
+    /// What has been read last, if its required fields are there.
+    fn decoded<M: Message + Name + Default>(&mut self) -> Result<M, ImageError> {
+        let table = match self.table {
+            Some((name, table)) if name == M::NAME => table,
+            _ => wire::table(&M::full_name()),
+        };
+        self.table = Some((M::NAME, table));
+        let (bytes, path, entry) = (&self.buffer, &self.path, self.entry);
+        // Before decoding: what lacks a field may be small on disk and large in memory.
+        if let Some(wire::Missing { message, field }) = survey(table, bytes, path, entry)? {
+            return Err(ImageError::MissingField { path: path.to_owned(), entry, message, field });
+        }
+        M::decode(bytes.as_slice()).map_err(|source| {
+            let (path, message) = (path.to_owned(), M::NAME.to_owned());
+            ImageError::Decode { path, entry, message, source }
+        })
     }
 
     /// The encoded message of the next entry, or `None` at the end of the image.
@@ -247,28 +267,16 @@ impl<R: Read> EntryReader<R> {
 
 /// Refuses an entry that no dump can have written; else says what it lacks, if anything.
 pub(super) fn survey(
-    full_name: &str,
+    table: Option<wire::Table>,
     bytes: &[u8],
     path: &Path,
     entry: usize,
 ) -> Result<Option<wire::Missing>, ImageError> {
-    let survey = wire::survey(full_name, bytes);
+    let survey = wire::survey(table, bytes);
     if survey.group || survey.values > wire::VALUES_LIMIT {
         return Err(ImageError::Crafted { path: path.to_owned(), entry });
     }
     Ok(survey.missing)
-}
-
-/// The message in `bytes`, if its required fields are there.
-fn decode<M: Message + Name + Default>(bytes: &[u8], path: &Path, entry: usize) -> Result<M, ImageError> {
-    // Before decoding: what lacks a field may be small on disk and large in memory.
-    if let Some(wire::Missing { message, field }) = survey(&M::full_name(), bytes, path, entry)? {
-        return Err(ImageError::MissingField { path: path.to_owned(), entry, message, field });
-    }
-    M::decode(bytes).map_err(|source| {
-        let (path, message) = (path.to_owned(), M::NAME.to_owned());
-        ImageError::Decode { path, entry, message, source }
-    })
 }
 
 /// Writes the entries of one image in order.

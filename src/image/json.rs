@@ -175,7 +175,7 @@ fn decoded(
     entry: usize,
 ) -> Result<DynamicMessage, ImageError> {
     // What is missing is shown as missing here.
-    framing::survey(descriptor.full_name(), bytes, &path, entry)?;
+    framing::survey(wire::table(descriptor.full_name()), bytes, &path, entry)?;
     let message = descriptor.name().to_owned();
     DynamicMessage::decode(descriptor, bytes).map_err(|source| ImageError::Decode {
         path,
@@ -189,7 +189,7 @@ fn decoded(
 fn put(bytes: &mut Vec<u8>, message: &DynamicMessage, entry: usize) -> Result<(), JsonError> {
     let encoded = message.encode_to_vec();
     if let Some(wire::Missing { message, field }) =
-        wire::survey(message.descriptor().full_name(), &encoded).missing
+        wire::survey(wire::table(message.descriptor().full_name()), &encoded).missing
     {
         return Err(JsonError::Missing { entry, message, field });
     }

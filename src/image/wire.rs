@@ -60,11 +60,20 @@ const NO_FIELD: Field = Field { required: None, nested: None, packable: false };
 
 include!(concat!(env!("OUT_DIR"), "/wire_types.rs"));
 
-/// Walks over `bytes`, an encoded message of type `full_name` (`images.core_entry`). Bytes
-/// that are no valid protobuf are left to the decoder, which refuses them.
-pub fn survey(full_name: &str, bytes: &[u8]) -> Survey {
+/// What is known of one message type.
+#[derive(Debug, Clone, Copy)]
+pub struct Table(usize);
+
+/// Finds the table of a message type (`images.core_entry`).
+pub fn table(full_name: &str) -> Option<Table> {
+    TYPES.binary_search_by_key(&full_name, |t| t.full_name).ok().map(Table)
+}
+
+/// Walks over `bytes`, an encoded message of this type. Bytes that are no valid protobuf are left to the decoder,
+/// which refuses them.
+pub fn survey(table: Option<Table>, bytes: &[u8]) -> Survey {
     let mut survey = Survey::default();
-    if let Ok(index) = TYPES.binary_search_by_key(&full_name, |t| t.full_name) {
+    if let Some(Table(index)) = table {
         walk(index, bytes, 0, &mut survey);
     }
     survey
@@ -132,7 +141,7 @@ mod tests {
 
     #[test]
     fn an_empty_core_is_no_core() {
-        let missing = survey("images.core_entry", &[]).missing.unwrap();
+        let missing = survey(table("images.core_entry"), &[]).missing.unwrap();
         assert_eq!((missing.message, missing.field), ("core_entry", "mtype"));
     }
 
@@ -140,36 +149,36 @@ mod tests {
     fn nested_messages_are_looked_at() {
         let whole = pb::MmEntry { vmas: vec![pb::VmaEntry::default()], ..Default::default() };
         let bytes = whole.encode_to_vec();
-        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        assert_eq!(survey(table("images.mm_entry"), &bytes).missing, None);
         // The same with an empty vma (field 14, no bytes) at the end.
         let broken = [bytes, vec![14 << 3 | 2, 0]].concat();
-        assert_eq!(survey("images.mm_entry", &broken).missing.unwrap().message, "vma_entry");
+        assert_eq!(survey(table("images.mm_entry"), &broken).missing.unwrap().message, "vma_entry");
     }
 
     #[test]
     fn nothing_hides_behind_a_group() {
         // Field 99: a group that begins and ends.
         let bytes = [0x9b, 0x06, 0x9c, 0x06];
-        assert!(survey("images.core_entry", &bytes).group);
+        assert!(survey(table("images.core_entry"), &bytes).group);
     }
 
     #[test]
     fn packed_numbers_are_counted() {
         let packed = [vec![13 << 3 | 2, 100], vec![0; 100]].concat();
-        assert!(survey("images.mm_entry", &packed).values >= 100);
+        assert!(survey(table("images.mm_entry"), &packed).values >= 100);
         let text = [vec![6 << 3 | 2, 100], vec![b'a'; 100]].concat();
-        assert_eq!(survey("images.reg_file_entry", &text).values, 1);
+        assert_eq!(survey(table("images.reg_file_entry"), &text).values, 1);
     }
 
     #[test]
     fn twenty_thousand_mappings_take_a_moment() {
         let mm = pb::MmEntry { vmas: vec![pb::VmaEntry::default(); 20_000], ..Default::default() };
         let bytes = mm.encode_to_vec();
-        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        assert_eq!(survey(table("images.mm_entry"), &bytes).missing, None);
         // The time of this thread, whatever else the machine has to do.
         let now = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap();
         let start = now();
-        assert_eq!(survey("images.mm_entry", &bytes).missing, None);
+        assert_eq!(survey(table("images.mm_entry"), &bytes).missing, None);
         let took = now() - start;
         // A few ms without optimisation.
         assert!(took.tv_sec() == 0, "{took}");

@@ -39,6 +39,12 @@ pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast::<u8>(), size_of::<T>()) }
 }
 
+/// The bytes of all `values`.
+pub fn bytes_of_all<T: Pod>(values: &[T]) -> &[u8] {
+    // SAFETY: as above, for as many values as there are.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
 /// The value whose bytes are at the start of `bytes`; `None` when there are too few.
 pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     let bytes = bytes.get(..size_of::<T>())?;

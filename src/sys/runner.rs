@@ -2,14 +2,35 @@
 //!
 //! It is copied into a shared mapping and entered with rbx = first [`Entry`](crate::tracee::list)
 //! and rbp = the slot of the executing thread. It uses no stack and no memory but the list and the slot.
-//! Layouts (offsets in bytes) are asserted in `tracee/list.rs`:
+//! Layouts (offsets in bytes) are asserted here and in `tracee/list.rs`:
 //! entry: 0 op, 8..56 arguments, 56 flags, 64 expected, 72 child's slot, 80 result; 88 bytes.
 //! slot: 0 status, 8 failed entry, 16 entry to go on with after a failure, 24 first entry, 32 next list.
 //! Operations: >= 0 system call number, -1 jump to argument 0, -2 sigreturn with the frame at argument 0,
 //! -3 wait while `*(u32 *)arg0 < arg1`, -4 trap, -5 copy the word at arg0 to arg1,
 //! -6 store arg1 at `*(u32 *)arg0` and wake its waiters, -7 go on at the slot's next list.
 
-use std::arch::global_asm;
+use std::{
+    arch::global_asm,
+    mem::{offset_of, size_of},
+};
+
+use super::pod::Pod;
+
+/// One step as the runner sees it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Entry {
+    pub op: i64,
+    pub args: [u64; 6],
+    pub flags: u64,
+    pub expect: u64,
+    pub child_slot: u64,
+    pub result: u64,
+}
+const _: () = assert!(size_of::<Entry>() == 88);
+const _: () = assert!(offset_of!(Entry, result) == 80);
+// SAFETY: integers only, without padding.
+unsafe impl Pod for Entry {}
 
 global_asm!(
     ".pushsection .rodata.crtool_runner, \"a\", @progbits",

@@ -8,11 +8,13 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    CallId, Data, List, RemoteAddr, TraceError,
-    list::{Entry, Slot},
+use super::{CallId, Data, List, RemoteAddr, TraceError, list::Slot};
+use crate::sys::{
+    clone::CloneArgs,
+    mapping::Mapping,
+    pod,
+    runner::{self, Entry},
 };
-use crate::sys::{clone::CloneArgs, mapping::Mapping, pod, runner};
 
 const PAGE: usize = 4096;
 /// Calls whose first arguments are a range.
@@ -35,7 +37,7 @@ pub struct Placed {
     entries: usize,
     data: RemoteAddr,
     label: String,
-    names: Vec<std::borrow::Cow<'static, str>>,
+    names: Arc<Vec<std::borrow::Cow<'static, str>>>,
 }
 
 impl Area {
@@ -129,24 +131,23 @@ impl Area {
     /// Gives `list` its place and writes it.
     pub fn place(&mut self, list: &List) -> Result<Placed, TraceError> {
         let data = self.alloc(list.blob.len(), 64)?;
-        let start = self.alloc(list.steps.len() * size_of::<Entry>(), 64)?;
-        let (entries, blob) = list.encode(start, data);
-        self.write(data, &blob)?;
-        let mut at = start;
-        for entry in &entries {
-            let mut words = [0u64; 11];
-            words[0] = entry.op.cast_unsigned();
-            words[1..7].copy_from_slice(&entry.args);
-            words[7..11].copy_from_slice(&[entry.flags, entry.expect, entry.child_slot, entry.result]);
-            self.write(at, pod::bytes_of(&words))?;
-            at = at.plus(size_of::<Entry>() as u64);
+        let start = self.alloc(list.entries.len() * size_of::<Entry>(), 64)?;
+        self.write(data, &list.blob)?;
+        for &(at, to) in &list.pointers {
+            if at + 8 <= list.blob.len() as u64 {
+                self.write(data.plus(at), &data.plus(to).0.to_ne_bytes())?;
+            }
+        }
+        self.write(start, pod::bytes_of_all(&list.entries))?;
+        for (at, address) in list.addresses(start, data) {
+            self.write(start.plus(at), &address.to_ne_bytes())?;
         }
         Ok(Placed {
             start,
-            entries: list.steps.len(),
+            entries: list.entries.len(),
             data,
             label: list.label.to_string(),
-            names: list.steps.iter().map(|s| s.name.clone()).collect(),
+            names: Arc::clone(&list.names),
         })
     }
 

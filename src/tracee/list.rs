@@ -13,24 +13,17 @@
 //! assert_eq!(list.len(), 3); // open, hand the result on, close
 //! ```
 
-use std::{borrow::Cow, mem::size_of};
+use std::{
+    borrow::Cow,
+    mem::{offset_of, size_of},
+    sync::Arc,
+};
 
 use super::RemoteAddr;
-use crate::sys::pod::{self, Pod};
-
-/// One step as the runner sees it.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Entry {
-    pub(super) op: i64,
-    pub(super) args: [u64; 6],
-    pub(super) flags: u64,
-    pub(super) expect: u64,
-    pub(super) child_slot: u64,
-    pub(super) result: u64,
-}
-const _: () = assert!(size_of::<Entry>() == 88);
-const _: () = assert!(std::mem::offset_of!(Entry, result) == 80);
+use crate::sys::{
+    pod::{self, Pod},
+    runner::Entry,
+};
 
 /// What a thread that executes lists leaves to be read.
 #[derive(Debug, Clone, Copy, Default)]
@@ -48,6 +41,9 @@ pub struct Slot {
     pub next: u64,
 }
 const _: () = assert!(size_of::<Slot>() == 40);
+
+/// Copies a result into an argument.
+const COPY: i64 = -5;
 
 const FLAG_OK: u64 = 1;
 const FLAG_EQUAL: u64 = 2;
@@ -155,21 +151,32 @@ pub enum Op {
     Next,
 }
 
-#[derive(Debug, Clone)]
-pub(super) struct Step {
-    pub(super) name: Cow<'static, str>,
-    pub(super) op: i64,
-    pub(super) args: [Arg; 6],
-    pub(super) flags: u64,
-    pub(super) expect: u64,
-    pub(super) child_slot: u64,
+/// What an argument is counted from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Base {
+    /// The first entry.
+    List,
+    /// The first byte of data.
+    Data,
+}
+
+/// An argument that becomes an address when the list gets its place.
+#[derive(Debug, Clone, Copy)]
+struct Moved {
+    entry: usize,
+    arg: usize,
+    base: Base,
 }
 
 /// A list being built.
 #[derive(Debug, Clone)]
 pub struct List {
     pub(super) label: Cow<'static, str>,
-    pub(super) steps: Vec<Step>,
+    /// As they will lie in the target, but for what moves.
+    pub(super) entries: Vec<Entry>,
+    /// One for each entry. Lists have tens of thousands of them, so whoever places a list shares them.
+    pub(super) names: Arc<Vec<Cow<'static, str>>>,
+    moved: Vec<Moved>,
     pub(super) blob: Vec<u8>,
     /// Words in the blob that hold addresses of other data: (where, what).
     pub(super) pointers: Vec<(u64, u64)>,
@@ -178,17 +185,24 @@ pub struct List {
 impl List {
     /// An empty list; `label` names it in errors.
     pub fn new(label: impl Into<Cow<'static, str>>) -> Self {
-        Self { label: label.into(), steps: Vec::new(), blob: Vec::new(), pointers: Vec::new() }
+        Self {
+            label: label.into(),
+            entries: Vec::new(),
+            names: Arc::default(),
+            moved: Vec::new(),
+            blob: Vec::new(),
+            pointers: Vec::new(),
+        }
     }
 
     /// Number of steps so far.
     pub fn len(&self) -> usize {
-        self.steps.len()
+        self.entries.len()
     }
 
     /// Whether there are no steps.
     pub fn is_empty(&self) -> bool {
-        self.steps.is_empty()
+        self.entries.is_empty()
     }
 
     /// Adds data, 16-byte aligned.
@@ -233,7 +247,28 @@ impl List {
         expect: u64,
         child_slot: u64,
     ) {
-        self.steps.push(Step { name, op, args, flags, expect, child_slot });
+        let mut values = [0; 6];
+        for (index, arg) in args.into_iter().enumerate() {
+            let base = match arg {
+                // A result is copied: from the entry of its call, to an argument in the list.
+                Arg::Result(_) if op == COPY => Some(Base::List),
+                Arg::Val(_) if op == COPY && index == 1 => Some(Base::List),
+                Arg::Data(_) => Some(Base::Data),
+                Arg::Val(_) | Arg::Result(_) => None,
+            };
+            values[index] = match arg {
+                Arg::Val(value) => value,
+                Arg::Data(data) => data.0,
+                Arg::Result(call) if op == COPY => {
+                    (call.0 * size_of::<Entry>() + offset_of!(Entry, result)) as u64
+                }
+                // Overwritten by the copy step before it.
+                Arg::Result(_) => 0,
+            };
+            self.moved.extend(base.map(|base| Moved { entry: self.entries.len(), arg: index, base }));
+        }
+        Arc::make_mut(&mut self.names).push(name);
+        self.entries.push(Entry { op, args: values, flags, expect, child_slot, result: 0 });
     }
 
     /// Adds a system call; missing arguments are 0. `name` is for errors and logs and may name the object too.
@@ -257,13 +292,13 @@ impl List {
             Want::OkRetry => (FLAG_OK | FLAG_RETRY, 0),
         };
         self.push(name.into(), nr, full, flags, expect, 0);
-        CallId(self.steps.len() - 1)
+        CallId(self.entries.len() - 1)
     }
 
     /// Before a call that uses results come steps that copy them into its arguments.
     fn hand_on_results(&mut self, args: &[Arg; 6]) {
         let copies = args.iter().filter(|a| matches!(a, Arg::Result(_))).count();
-        let target = self.steps.len() + copies;
+        let target = self.entries.len() + copies;
         for (index, arg) in args.iter().enumerate() {
             if let Arg::Result(from) = arg {
                 let args = [
@@ -274,7 +309,7 @@ impl List {
                     Arg::Val(0),
                     Arg::Val(0),
                 ];
-                self.push("hand on a result".into(), -5, args, 0, 0, 0);
+                self.push("hand on a result".into(), COPY, args, 0, 0, 0);
             }
         }
     }
@@ -305,7 +340,7 @@ impl List {
             Arg::Val(0),
         ];
         self.push(name.into(), libc::SYS_clone3, full, FLAG_OK | FLAG_CLONE, 0, child_slot.0);
-        CallId(self.steps.len() - 1)
+        CallId(self.entries.len() - 1)
     }
 
     /// Adds a step that is no system call.
@@ -326,47 +361,38 @@ impl List {
     pub fn describe(&self) -> String {
         use std::fmt::Write;
         let mut text = String::new();
-        for (index, step) in self.steps.iter().enumerate() {
-            let _ = writeln!(text, "{} {index}: {} op {} {:x?}", self.label, step.name, step.op, step.args);
+        let mut moved = self.moved.iter().peekable();
+        for (index, (entry, name)) in self.entries.iter().zip(self.names.iter()).enumerate() {
+            let _ = write!(text, "{} {index}: {name} op {} (", self.label, entry.op);
+            for (arg, value) in entry.args.iter().enumerate() {
+                let base = match moved.next_if(|moved| (moved.entry, moved.arg) == (index, arg)) {
+                    Some(Moved { base: Base::List, .. }) => "list+",
+                    Some(Moved { base: Base::Data, .. }) => "data+",
+                    None => "",
+                };
+                let _ = write!(text, "{}{base}{value:#x}", if arg == 0 { "" } else { ", " });
+            }
+            text.push_str(")\n");
         }
         text
     }
 
-    /// Entries as they lie at `at`, with data at `blob`; and the blob with its pointers set.
-    pub(super) fn encode(&self, at: RemoteAddr, blob: RemoteAddr) -> (Vec<Entry>, Vec<u8>) {
-        let entry = |index: usize| at.0 + (index * size_of::<Entry>()) as u64;
-        let entries = self
-            .steps
-            .iter()
-            .map(|step| {
-                let copy = step.op == -5;
-                let mut args = [0u64; 6];
-                for (index, arg) in step.args.iter().enumerate() {
-                    args[index] = match *arg {
-                        Arg::Val(offset) if copy && index == 1 => at.0 + offset,
-                        Arg::Val(value) => value,
-                        Arg::Data(data) => blob.0 + data.0,
-                        Arg::Result(call) if copy => entry(call.0) + 80,
-                        // Overwritten by the copy step before it.
-                        Arg::Result(_) => 0,
-                    };
-                }
-                Entry {
-                    op: step.op,
-                    args,
-                    flags: step.flags,
-                    expect: step.expect,
-                    child_slot: step.child_slot,
-                    result: 0,
-                }
-            })
-            .collect();
-        let mut bytes = self.blob.clone();
-        for &(where_, what) in &self.pointers {
-            if let Some(word) = usize::try_from(where_).ok().and_then(|w| bytes.get_mut(w..w + 8)) {
-                word.copy_from_slice(&(blob.0 + what).to_ne_bytes());
-            }
-        }
-        (entries, bytes)
+    /// The words of entries that are addresses when the entries lie at `at` and the data at `blob`: where they are,
+    /// counted from the first entry, and what they say.
+    pub(super) fn addresses(
+        &self,
+        at: RemoteAddr,
+        blob: RemoteAddr,
+    ) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.moved.iter().filter_map(move |moved| {
+            let value = self.entries.get(moved.entry)?.args.get(moved.arg)?;
+            let word =
+                moved.entry * size_of::<Entry>() + offset_of!(Entry, args) + moved.arg * size_of::<u64>();
+            let base = match moved.base {
+                Base::List => at,
+                Base::Data => blob,
+            };
+            Some((word as u64, base.0 + value))
+        })
     }
 }
