@@ -150,8 +150,8 @@ impl<D: Dial> Relay<D> {
         let mut busy = false;
         loop {
             let asked = Instant::now();
-            self.dial(asked);
-            let deadline = if busy { Some(asked) } else { self.deadline() };
+            let greets = self.dial(asked);
+            let deadline = if busy || greets { Some(asked) } else { self.deadline() };
             let events = self.poll.wait(deadline)?;
             let now = Instant::now();
             for event in events {
@@ -265,20 +265,23 @@ impl<D: Dial> Relay<D> {
         }
     }
 
-    /// Goes on to connect as long as somebody needs it, and for a while after the start.
-    fn dial(&mut self, now: Instant) {
+    /// Goes on to connect as long as somebody needs it, and for a while after the start. Whether there is a connection
+    /// now that was not there before: the other side says nothing before it was greeted.
+    fn dial(&mut self, now: Instant) -> bool {
         let owed = |s: &Snapshot| s.phase == Phase::Waiting || s.owes() && !s.acked;
         let awaited = self.clients.values().any(|c| c.waits.is_some());
         if awaited || self.snapshots.values().any(owed) {
             self.link.need(now);
         }
-        let Some(failure) = self.link.dial(&self.poll, now) else { return };
+        let open = self.link.is_open();
+        let Some(failure) = self.link.dial(&self.poll, now) else { return self.link.is_open() && !open };
         // It will not get better by waiting.
         let waits = |s: &Snapshot| s.phase == Phase::Waiting;
         let ids: Vec<u64> = self.snapshots.iter().filter(|(_, s)| waits(s)).map(|(id, _)| *id).collect();
         for id in ids {
             self.fail(id, &failure);
         }
+        false
     }
 
     /// Told to end: what can be taken back is, what cannot has a while to be settled.

@@ -410,6 +410,23 @@ fn a_dump_waits_for_the_connection() {
 }
 
 #[test]
+fn a_cache_that_waits_for_the_first_word_gets_it_at_once() {
+    // Nothing else happens in an hour.
+    let proxy = Proxy::start(Duration::from_secs(3600));
+    let mut cache = proxy.lay();
+    let mut dumps = Vec::new();
+    for name in ["a", "b"] {
+        let mut magic = [0; MAGIC.len()];
+        cache.socket.read_exact(&mut magic).unwrap();
+        assert_eq!(magic, MAGIC);
+        assert_eq!(cache.frame().0.kind, Kind::Hello);
+        drop(cache);
+        cache = proxy.lay();
+        dumps.push(proxy.dump(name));
+    }
+}
+
+#[test]
 fn a_connection_that_does_not_come() {
     let proxy = Proxy::start(Duration::from_millis(200));
     let failed = proxy.dump("a").failed();
