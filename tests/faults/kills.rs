@@ -8,8 +8,9 @@ use std::{
 
 use nix::sys::signal::Signal;
 
+use crate::aim::Aim;
 use crate::reaper::End;
-use crate::site::{Aim, LIMIT, Site, processes};
+use crate::site::{LIMIT, Site, processes};
 
 /// Whether the snapshot in a directory is complete.
 fn complete(images: &Path) -> bool {

@@ -7,12 +7,14 @@
 
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
+mod aim;
 mod damage;
 mod kills;
 #[path = "../real/reaper.rs"]
 mod reaper;
 mod refusals;
 mod site;
+mod stepper;
 mod steps;
 mod sys;
 mod target;

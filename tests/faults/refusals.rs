@@ -4,8 +4,9 @@ use std::{fs, path::Path, process::Command, thread, time::Duration};
 
 use nix::sys::signal::Signal;
 
+use crate::aim::Aim;
 use crate::reaper::End;
-use crate::site::{Aim, Site};
+use crate::site::Site;
 
 pub fn sigint(site: &mut Site) -> Result<(), String> {
     interrupted(site, Signal::SIGINT)

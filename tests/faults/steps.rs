@@ -2,25 +2,15 @@
 
 use std::{
     env, fs,
-    os::unix::process::ExitStatusExt as _,
     path::PathBuf,
     process::{Command, ExitCode},
     thread,
     time::{Duration, Instant},
 };
 
-use nix::{
-    sys::{
-        ptrace::{self, Options},
-        signal::{Signal, kill},
-        wait::{WaitStatus, waitpid},
-    },
-    unistd::Pid,
-};
-
 use crate::reaper::End;
 use crate::site::{Run, Site, processes};
-use crate::sys;
+use crate::stepper::Stepper;
 use crate::target::IDLE;
 
 /// Exit status of a stepper whose tool has come to its end by itself.
@@ -30,39 +20,24 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// The stepper: runs the command of its arguments after the first under ptrace. From when the file that the first one
 /// names is there, it counts returns from system calls, and kills the tool at the one asked for.
-#[expect(clippy::zombie_processes, reason = "a tool that has ended by itself was waited for by then")]
 pub fn main(at: &str) -> ExitCode {
     let at: usize = at.parse().expect("FAULTS_STEPPER");
     let mut words = env::args_os().skip(1);
     let from = PathBuf::from(words.next().expect("a file"));
     let mut command = Command::new(words.next().expect("a tool"));
-    command.args(words).env_remove("FAULTS_STEPPER");
-    sys::traced(&mut command);
-    let mut child = command.spawn().expect("start the tool");
-    let pid = Pid::from_raw(child.id().cast_signed());
-    let mut pass = match waitpid(pid, None).expect("wait for the tool") {
-        WaitStatus::Stopped(_, Signal::SIGTRAP) => None,
-        other => panic!("the tool begins with {other:?}"),
-    };
-    ptrace::setoptions(pid, Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_EXITKILL).expect("options");
+    let mut tool = Stepper::start(command.args(words).env_remove("FAULTS_STEPPER"));
     let mut stops = 0;
     loop {
-        ptrace::syscall(pid, pass.take()).expect("go on");
-        match waitpid(pid, None).expect("wait for the tool") {
-            WaitStatus::PtraceSyscall(_) if stops > 0 || from.exists() => {
-                stops += 1;
-                // The first is a return from the call that made the file; entries and returns take turns.
-                if stops == 2 * at - 1 {
-                    kill(pid, Signal::SIGKILL).expect("kill the tool");
-                    let end = child.wait().expect("wait for the tool");
-                    assert_eq!(end.signal(), Some(libc::SIGKILL), "{end:?}");
-                    return ExitCode::SUCCESS;
-                }
-            }
-            WaitStatus::PtraceSyscall(_) => {}
-            WaitStatus::Stopped(_, signal) => pass = Some(signal),
-            WaitStatus::Exited(_, 0) => return ExitCode::from(ENDED),
-            other => panic!("the tool ends with {other:?}"),
+        match tool.step() {
+            Some(0) => return ExitCode::from(ENDED),
+            Some(status) => panic!("the tool ends with status {status}"),
+            None if stops > 0 || from.exists() => stops += 1,
+            None => {}
+        }
+        // The first is a return from the call that made the file; entries and returns take turns.
+        if stops == 2 * at - 1 {
+            tool.kill();
+            return ExitCode::SUCCESS;
         }
     }
 }

@@ -55,13 +55,6 @@ pub fn stuck() {
     }
 }
 
-/// Has the program that `command` starts traced by its parent, from its exec on.
-pub fn traced(command: &mut std::process::Command) {
-    use std::os::unix::process::CommandExt as _;
-    // SAFETY: one system call, without memory of its own.
-    unsafe { command.pre_exec(|| nix::sys::ptrace::traceme().map_err(Into::into)) };
-}
-
 /// What the caller's shell left open is not for the trial.
 pub fn close_inherited() {
     let open: Vec<i32> = fs::read_dir("/proc/self/fd")

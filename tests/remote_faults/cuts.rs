@@ -4,21 +4,21 @@ use std::{net::SocketAddr, time::Duration};
 
 use crtool::remote::wire::Kind;
 
-use crate::forwarder::{Fault, Forwarder, Spot};
+use crate::forwarder::{Fault, Forwarder, Frame, Spot};
 use crate::hosts::Host;
 use crate::kills::{Fate, Plan, Victim, expect, settle};
 use crate::reaper::End;
-use crate::site::{Site, Way};
+use crate::site::{PROXY, Site, Way};
 
 /// A way between the hosts with a forwarder in each direction.
-struct Road {
+pub struct Road {
     forwarders: [Forwarder; 2],
     /// Frames of a migration without trouble, from the source and from the cache.
     frames: (usize, usize),
 }
 
 impl Road {
-    fn open(site: &mut Site, way: Way) -> Result<Self, String> {
+    pub fn open(site: &mut Site, way: Way) -> Result<Self, String> {
         let to = |host: Host| SocketAddr::new(host.ipv4().parse().expect("an address"), 9996);
         let start = |on: Host| Forwarder::start(&site.hosts, on, to(on.other()));
         let forwarders = [start(Host::Left)?, start(Host::Right)?];
@@ -34,7 +34,7 @@ impl Road {
         Ok(road)
     }
 
-    fn at(&self, host: Host) -> &Forwarder {
+    pub fn at(&self, host: Host) -> &Forwarder {
         &self.forwarders[host as usize]
     }
 
@@ -46,9 +46,13 @@ impl Road {
         spot: Spot,
         name: &str,
     ) -> Result<(Option<Kind>, Fate), String> {
-        site.daemons(way)?;
         let forwarder = self.at(site.at);
+        if spot.frame == Frame::First(Kind::Hello) {
+            // It is said when a proxy starts.
+            site.stop(site.at, PROXY)?;
+        }
         forwarder.arm(Some(spot));
+        site.daemons(way)?;
         let dump = site.begin_dump(way, name)?.end()?;
         let plan = Plan { way, victim: Victim::Nobody, early: false };
         if !matches!(dump.end, End::Exited(0..=2)) {
@@ -86,48 +90,65 @@ fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Fate> {
     }
 }
 
-fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str) -> Result<(), String> {
+/// One migration with a fault; whether it has happened.
+fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str) -> Result<bool, String> {
     let (hit, fate) = road.migrate(site, way, spot, name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
     match certain(way, spot, hit) {
         Some(must) if must != fate => Err(format!("{name}, {spot:?}, which was {hit:?}: the tree {fate:?}")),
-        _ => Ok(()),
+        _ => Ok(hit.is_some()),
     }
 }
 
 const CUTS: [Fault; 4] = [Fault::Before, Fault::InHeader, Fault::BeforeEnd, Fault::After];
 
-/// The first and the last frames of each direction, each broken in each way.
+/// Kinds of frames of a migration; which come in any.
+pub const KINDS: [(bool, Kind, bool); 11] = [
+    (true, Kind::Hello, true),
+    (true, Kind::SnapshotBegin, true),
+    (true, Kind::ImageBegin, true),
+    (true, Kind::Data, true),
+    (true, Kind::Zero, false),
+    (true, Kind::ImageEnd, true),
+    (true, Kind::Commit, true),
+    (true, Kind::Confirm, true),
+    (false, Kind::Hello, true),
+    (false, Kind::Prepared, true),
+    (false, Kind::Restored, false),
+];
+
+/// The first frame of each kind, broken in each way.
 pub fn kinds(site: &mut Site) -> Result<(), String> {
     for way in [Way::Proxied, Way::Direct] {
         let road = Road::open(site, way)?;
-        let (source, cache) = road.frames;
-        let ends = |from_source: bool, frames: usize| {
-            let last = frames.saturating_sub(3)..frames;
-            (0..3.min(frames)).chain(last).map(move |frame| (from_source, frame))
-        };
-        let spots: Vec<_> = ends(true, source).chain(ends(false, cache)).collect();
-        for (number, (from_source, frame)) in spots.into_iter().enumerate() {
+        let mut hits = 0;
+        for (from_source, kind, always) in KINDS {
             for fault in CUTS {
-                let name = format!("{way:?} {number} {fault:?}");
-                one(&road, site, way, Spot { from_source, frame, fault }, &name)?;
+                let name = format!("{way:?} {kind:?} {from_source} {fault:?}");
+                let spot = Spot { from_source, frame: Frame::First(kind), fault };
+                let hit = one(&road, site, way, spot, &name)?;
+                hits += usize::from(hit);
+                if always && !hit {
+                    return Err(format!("{name}: there was none"));
+                }
             }
         }
+        println!("{way:?}: {hits} connections cut");
         site.finish()?;
     }
     Ok(())
 }
 
 pub fn random(site: &mut Site) -> Result<(), String> {
-    at_random(site, Way::Proxied, 50, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
+    at_random(site, Way::Proxied, 25, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
 }
 
 pub fn random_direct(site: &mut Site) -> Result<(), String> {
-    at_random(site, Way::Direct, 40, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
+    at_random(site, Way::Direct, 20, |site| CUTS[usize::try_from(site.random(4)).unwrap_or(0)])
 }
 
 /// Whatever bit is another on its way: the cache finds out, or it makes no difference.
 pub fn flips(site: &mut Site) -> Result<(), String> {
-    at_random(site, Way::Proxied, 30, |site| Fault::Flip {
+    at_random(site, Way::Proxied, 20, |site| Fault::Flip {
         bit: usize::try_from(site.random(1 << 20)).unwrap_or(0),
         header: site.random(2) == 0,
     })
@@ -140,19 +161,23 @@ fn at_random(
     fault: impl Fn(&mut Site) -> Fault,
 ) -> Result<(), String> {
     let road = Road::open(site, way)?;
-    for number in 0..Site::times(times) {
+    let (times, mut hits) = (Site::times(times), 0);
+    for number in 0..times {
         let fault = fault(site);
         let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
-        let spot = Spot { from_source: true, frame, fault };
+        let spot = Spot { from_source: true, frame: Frame::Number(frame), fault };
         let name = format!("random {number}");
         match fault {
             // Bits of a header may say the same as before, to whom it concerns.
             Fault::Flip { header: true, .. } => {
-                road.migrate(site, way, spot, &name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+                let (hit, _) =
+                    road.migrate(site, way, spot, &name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+                hits += usize::from(hit.is_some());
             }
-            _ => one(&road, site, way, spot, &name)?,
+            _ => hits += usize::from(one(&road, site, way, spot, &name)?),
         }
     }
+    println!("{way:?}: {hits} faults in {times} migrations");
     Ok(())
 }
 
@@ -162,7 +187,7 @@ pub fn split(site: &mut Site) -> Result<(), String> {
         let road = Road::open(site, way)?;
         for number in 0..12 {
             let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
-            let spot = Spot { from_source: true, frame, fault: Fault::Split(3000) };
+            let spot = Spot { from_source: true, frame: Frame::Number(frame), fault: Fault::Split(3000) };
             let (_, fate) = road.migrate(site, way, spot, &format!("split {number}"))?;
             if fate != Fate::Moved {
                 return Err(format!("{spot:?}: a frame in pieces was not taken"));
@@ -177,7 +202,7 @@ pub fn split(site: &mut Site) -> Result<(), String> {
 pub fn stalls(site: &mut Site) -> Result<(), String> {
     let road = Road::open(site, Way::Proxied)?;
     for (number, seconds, fate) in [(0, 2, Fate::Moved), (1, 2, Fate::Moved), (2, 40, Fate::Stayed)] {
-        let frame = road.frames.0 / 2 + number;
+        let frame = Frame::Number(road.frames.0 / 2 + number);
         let spot = Spot { from_source: true, frame, fault: Fault::Stall(Duration::from_secs(seconds)) };
         let (_, became) = road.migrate(site, Way::Proxied, spot, &format!("stall {number}"))?;
         if became != fate {

@@ -5,7 +5,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicI32, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -14,6 +14,7 @@ use std::{
 use crtool::remote::wire::{HEADER, Header, Kind, MAGIC};
 
 use crate::hosts::{Host, Hosts};
+use crate::tree::kill_dead;
 
 /// What is done to a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,27 +31,46 @@ pub enum Fault {
     Flip { bit: usize, header: bool },
     /// It stops there for so long.
     Stall(Duration),
+    /// The process that is aimed at is killed, before or after it.
+    Kill { after: bool },
     /// Each byte from here on for this many bytes goes in a packet of its own.
     Split(usize),
 }
 
-/// Which frame.
+/// Which frame, since the spot was armed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frame {
+    /// The one before which so many have passed.
+    Number(usize),
+    /// The first of its kind.
+    First(Kind),
+}
+
+/// Which frame, and what is done to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Spot {
     /// From the source, or from the cache.
     pub from_source: bool,
-    /// Frames that pass before it, on the first connection.
-    pub frame: usize,
+    pub frame: Frame,
     pub fault: Fault,
+}
+
+impl Frame {
+    fn is(self, number: usize, kind: Kind) -> bool {
+        match self {
+            Self::Number(this) => this == number,
+            Self::First(this) => this == kind,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    spot: Mutex<Option<Spot>>,
+    /// What is to happen, and what has happened to a frame of which kind.
+    spot: Mutex<(Option<Spot>, Option<Kind>)>,
+    victim: AtomicI32,
     /// Frames since the last [`Forwarder::arm`], from the source and from the cache.
     frames: [AtomicUsize; 2],
-    /// What the frame was that the fault has happened to.
-    hit: Mutex<Option<Kind>>,
 }
 
 #[derive(Debug)]
@@ -85,8 +105,8 @@ impl Forwarder {
 
     /// The next fault; counts frames from here.
     pub fn arm(&self, spot: Option<Spot>) {
-        *self.shared.spot.lock().expect("the spot") = spot;
-        *self.shared.hit.lock().expect("the hit") = None;
+        *self.shared.spot.lock().expect("the spot") = (spot, None);
+        self.shared.victim.store(0, Ordering::SeqCst);
         self.shared.frames.iter().for_each(|n| n.store(0, Ordering::SeqCst));
     }
 
@@ -98,7 +118,19 @@ impl Forwarder {
 
     /// What the frame was that the fault has happened to.
     pub fn hit(&self) -> Option<Kind> {
-        *self.shared.hit.lock().expect("the hit")
+        self.shared.spot.lock().expect("the spot").1
+    }
+
+    /// Nothing happens from here on. What the frame was that the fault has happened to.
+    pub fn disarm(&self) -> Option<Kind> {
+        let mut spot = self.shared.spot.lock().expect("the spot");
+        spot.0 = None;
+        spot.1
+    }
+
+    /// Who is killed; the fault waits for this.
+    pub fn aim_at(&self, pid: i32) {
+        self.shared.victim.store(pid, Ordering::SeqCst);
     }
 }
 
@@ -132,12 +164,12 @@ fn hand_on(shared: &Shared, from_source: bool, mut from: &TcpStream, mut to: &Tc
         let number = shared.frames[usize::from(!from_source)].fetch_add(1, Ordering::SeqCst);
         let fault = {
             let mut spot = shared.spot.lock().expect("the spot");
-            let here = spot.is_some_and(|s| s.from_source == from_source && s.frame == number);
-            if here { spot.take().map(|s| s.fault) } else { None }
+            let here =
+                spot.0.is_some_and(|s| s.from_source == from_source && s.frame.is(number, header.kind));
+            let fault = if here { spot.0.take().map(|s| s.fault) } else { None };
+            spot.1 = fault.map(|_| header.kind).or(spot.1);
+            fault
         };
-        if fault.is_some() {
-            *shared.hit.lock().expect("the hit") = Some(header.kind);
-        }
         let end = frame.len();
         let upto = match fault {
             Some(Fault::Before) => Some(0),
@@ -148,6 +180,21 @@ fn hand_on(shared: &Shared, from_source: bool, mut from: &TcpStream, mut to: &Tc
                 let part = if header || end == HEADER { &mut frame[..HEADER] } else { &mut frame[HEADER..] };
                 let bit = bit % (part.len() * 8);
                 part[bit / 8] ^= 1 << (bit % 8);
+                None
+            }
+            Some(Fault::Kill { after }) => {
+                if after {
+                    to.write_all(&frame)?;
+                    frame.clear();
+                }
+                let pid = loop {
+                    match shared.victim.load(Ordering::SeqCst) {
+                        0 => thread::sleep(Duration::from_micros(200)),
+                        pid => break pid,
+                    }
+                };
+                // Only when it is dead goes what is left of the frame on its way.
+                kill_dead(pid);
                 None
             }
             Some(Fault::Stall(time)) => {

@@ -8,8 +8,12 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::aim::Aim;
 use crate::reaper::End;
 use crate::site::{CACHE, LIMIT, PROXY, Site, Tool, Way};
+
+/// Kills as often as are wanted take at most so many times as many attempts.
+const PATIENCE: usize = 20;
 
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,37 +46,37 @@ pub enum Fate {
 }
 
 pub fn dump(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Proxied, victim: Victim::Dump, early: false }, 45)
+    series(site, Plan { way: Way::Proxied, victim: Victim::Dump, early: false }, 20)
 }
 
 pub fn dump_direct(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Direct, victim: Victim::Dump, early: false }, 35)
+    series(site, Plan { way: Way::Direct, victim: Victim::Dump, early: false }, 15)
 }
 
 pub fn proxy(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Proxied, victim: Victim::Proxy, early: false }, 45)
+    series(site, Plan { way: Way::Proxied, victim: Victim::Proxy, early: false }, 20)
 }
 
 pub fn cache(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Proxied, victim: Victim::Cache, early: false }, 30)
+    series(site, Plan { way: Way::Proxied, victim: Victim::Cache, early: false }, 15)
 }
 
 pub fn cache_direct(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Direct, victim: Victim::Cache, early: false }, 20)
+    series(site, Plan { way: Way::Direct, victim: Victim::Cache, early: false }, 10)
 }
 
 pub fn restore(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: false }, 45)
+    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: false }, 20)
 }
 
 pub fn early_restore(site: &mut Site) -> Result<(), String> {
-    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: true }, 25)
+    series(site, Plan { way: Way::Proxied, victim: Victim::Restore, early: true }, 10)
 }
 
 /// Everyone in turn, while a restore waits for what comes.
 pub fn anyone(site: &mut Site) -> Result<(), String> {
-    for (victim, times) in [(Victim::Dump, 15), (Victim::Proxy, 15), (Victim::Cache, 15)] {
-        series(site, Plan { way: Way::Proxied, victim, early: true }, times)?;
+    for victim in [Victim::Dump, Victim::Proxy, Victim::Cache] {
+        series(site, Plan { way: Way::Proxied, victim, early: true }, 8)?;
     }
     Ok(())
 }
@@ -82,95 +86,89 @@ fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
     if site.members(site.at).is_empty() {
         site.start_tree(0)?;
     }
-    let mut spans = Vec::new();
-    for number in 0..4 {
+    let mut usual = Duration::ZERO;
+    for number in 0..2 {
         let (dump, restore) = site.migrate(plan.way, &format!("probe {:?} {number}", plan.victim))?;
-        spans.push(match (plan.victim, plan.early) {
-            (_, true) => dump + restore,
+        usual = match (plan.victim, plan.early) {
+            (Victim::Restore | Victim::Cache, true) => dump + restore,
             (Victim::Restore, false) => restore,
             _ => dump,
-        });
+        };
     }
-    spans.sort();
-    let mut span = spans[spans.len() / 2];
-    let mut cut = 0;
-    let times = Site::times(times);
-    for number in 0..times {
+    let mut aim = Aim::within(usual);
+    let (wanted, mut cut, mut fates) = (Site::times(times), 0, [0; 3]);
+    for number in 0..wanted * PATIENCE {
+        if cut == wanted {
+            break;
+        }
         // The end is where it gets interesting.
-        let moment =
-            if number % 3 == 0 { span / 2 + site.moment(span * 2 / 3) } else { site.moment(span * 11 / 10) };
+        let late = number % 3 == 0;
+        let moment = if late { aim.later() } else { aim }.moment(|limit| site.random(limit));
         let name = format!("{:?} {number}", plan.victim);
         let (fate, in_time) = one(site, plan, &name, moment).map_err(|text| {
-            format!("{plan:?}, number {number}, killed after {moment:?} of {span:?}: {text}")
+            format!("{plan:?}, number {number}, killed after {moment:?} of {aim:?}: {text}")
         })?;
         // As fast as the machine is just now.
-        span = if in_time { span * 51 / 50 } else { span * 24 / 25 };
+        match in_time {
+            true => aim.hit(),
+            false if late => {}
+            false => aim.too_late(moment),
+        }
         cut += usize::from(in_time);
+        fates[fate as usize] += 1;
         if fate == Fate::LostWithCache {
             site.start_tree(0)?;
         }
     }
-    println!("{plan:?}: {cut} of {times} were killed before their end");
-    if cut * 5 < times {
-        return Err(format!(
-            "only {cut} of {times} were killed before their end: the moments are badly chosen"
-        ));
+    let [stayed, moved, lost] = fates;
+    println!("{plan:?}: {cut} killed, {stayed} trees stayed, {moved} moved, {lost} were lost with the cache");
+    if cut < wanted {
+        return Err(format!("only {cut} were killed before their end: the moments are badly chosen"));
     }
     Ok(())
 }
 
 /// One migration in which the victim is killed so long after its start; afterwards the tree works in one place. Also
-/// tells whether the victim had not ended before.
+/// tells whether what it took part in had not ended before.
 fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Fate, bool), String> {
     site.daemons(plan.way)?;
     let (from, to) = (site.at, site.at.other());
-    let waiting = if plan.early { Some(site.begin_restore(name)?) } else { None };
+    let mut restore = if plan.early { Some(site.begin_restore(name)?) } else { None };
     let dump = site.begin_dump(plan.way, name)?;
-    let mut in_time = true;
-    let late = plan.victim == Victim::Restore && !plan.early;
-    if !late {
-        thread::sleep(moment);
-        match plan.victim {
-            Victim::Dump => dump.signal(Signal::SIGKILL),
-            Victim::Restore => waiting.iter().for_each(|tool| tool.signal(Signal::SIGKILL)),
-            Victim::Proxy => kill_daemon(site.pid_of(from, PROXY)),
-            Victim::Cache => kill_daemon(site.pid_of(to, CACHE)),
-            Victim::Nobody => {}
-        }
+    if plan.victim == Victim::Restore && !plan.early {
+        dump.end()?.succeeded()?;
+        restore = Some(site.begin_restore(name)?);
+    }
+    thread::sleep(moment);
+    let part = match (&restore, plan.victim) {
+        (Some(restore), Victim::Restore | Victim::Cache) => restore,
+        _ => &dump,
+    };
+    let in_time = part.end_within(Duration::ZERO).is_none();
+    match plan.victim {
+        Victim::Dump | Victim::Restore => part.signal(Signal::SIGKILL),
+        Victim::Proxy => kill_daemon(site.pid_of(from, PROXY)),
+        Victim::Cache => kill_daemon(site.pid_of(to, CACHE)),
+        Victim::Nobody => {}
     }
     let ended = dump.end()?;
     match plan.victim {
-        Victim::Dump => in_time = ended.end == End::Killed(libc::SIGKILL),
-        Victim::Proxy => {
-            in_time = ended.end != End::Exited(0);
-            site.gone(from, PROXY)?;
-        }
-        Victim::Cache => {
-            in_time = ended.end != End::Exited(0);
-            site.gone(to, CACHE)?;
-        }
-        Victim::Restore | Victim::Nobody => {}
+        Victim::Proxy => site.gone(from, PROXY)?,
+        Victim::Cache => site.gone(to, CACHE)?,
+        _ => {}
     }
     let killed = ended.end == End::Killed(libc::SIGKILL) && plan.victim == Victim::Dump;
     if !killed && !matches!(ended.end, End::Exited(0..=2)) {
         return Err(format!("the dump ended with {:?}: {}", ended.end, ended.said));
     }
-    if late {
-        let ended = ended.succeeded()?;
-        let restore = site.begin_restore(name)?;
-        thread::sleep(moment);
-        restore.signal(Signal::SIGKILL);
-        let end = restore.end()?.end;
-        in_time = end == End::Killed(libc::SIGKILL);
-        let fate = settle(site, plan, name, None, ended.end)?;
-        return expect(fate, ended.end).map(|fate| (fate, in_time));
+    if let (Victim::Restore, Some(tool)) = (plan.victim, &restore) {
+        let restored = tool.end()?;
+        if !matches!(restored.end, End::Exited(0) | End::Killed(libc::SIGKILL)) {
+            return Err(format!("the restore ended with {:?}: {}", restored.end, restored.said));
+        }
+        restore = None;
     }
-    if plan.victim == Victim::Restore
-        && let Some(tool) = &waiting
-    {
-        in_time = tool.end()?.end == End::Killed(libc::SIGKILL);
-    }
-    let fate = settle(site, plan, name, waiting.filter(|_| plan.victim != Victim::Restore), ended.end)?;
+    let fate = settle(site, plan, name, restore, ended.end)?;
     expect(fate, ended.end).map(|fate| (fate, in_time))
 }
 
@@ -251,14 +249,20 @@ pub fn settle(
             None | Some(State::Failed | State::Dropped)
                 if site.pid_of(to, CACHE).is_some() || dump != End::Exited(0) =>
             {
-                if let Some(tool) = waiting.take() {
-                    gives_up(&tool)?;
+                if let Some(tool) = waiting.take()
+                    && !gives_up(&tool)?
+                {
+                    site.arrived()?;
+                    return Ok(Fate::Moved);
                 }
                 return stayed(site, dump);
             }
             None => {
-                if let Some(tool) = waiting.take() {
-                    gives_up(&tool)?;
+                if let Some(tool) = waiting.take()
+                    && !gives_up(&tool)?
+                {
+                    site.arrived()?;
+                    return Ok(Fate::Moved);
                 }
                 return gone_with_cache(site);
             }
@@ -268,8 +272,9 @@ pub fn settle(
     }
 }
 
-/// A restore that waits for what does not come hears of it, or is told to end.
-fn gives_up(tool: &Tool) -> Result<(), String> {
+/// A restore that waits for what does not come hears of it, or is told to end. If it had all of the tree when the
+/// cache died, it goes on: `false`.
+fn gives_up(tool: &Tool) -> Result<bool, String> {
     let ended = match tool.end_within(Duration::from_millis(50)) {
         Some(ended) => ended,
         None => {
@@ -278,7 +283,8 @@ fn gives_up(tool: &Tool) -> Result<(), String> {
         }
     };
     match ended.end {
-        End::Exited(1) => Ok(()),
+        End::Exited(0) => Ok(false),
+        End::Exited(1) if !ended.said.trim().is_empty() => Ok(true),
         end => Err(format!("a restore of what does not come ended with {end:?}: {}", ended.said)),
     }
 }

@@ -3,12 +3,15 @@
 //!
 //! One binary, many roles: the harness; the worker of one trial, init of its own pid namespace (`REMOTE_WORKER`); the
 //! init of each of its two hosts (`REMOTE_INIT`), which have a pid, mount and network namespace each; what starts a
-//! program on a host (`REMOTE_ENTER`); and the tree (`REMOTE_TARGET`). Random moments come from a fixed seed;
-//! `REMOTE_SEED` takes another, `REMOTE_FACTOR` (say 10) makes all loops that much longer, `REMOTE_KEEP` keeps the
-//! directories.
+//! program on a host (`REMOTE_ENTER`); a debugger of the tools (`REMOTE_STEPPER`); and the tree (`REMOTE_TARGET`). Random moments come from a fixed seed;
+//! `REMOTE_SEED` takes another, `REMOTE_FACTOR` (say 10) makes all loops that much longer, `CRTOOL_SOAK` is the number
+//! of rounds of `soak`, `REMOTE_KEEP` keeps the directories.
 
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
+#[allow(dead_code)] // here nothing comes too early
+#[path = "../faults/aim.rs"]
+mod aim;
 mod cases;
 mod cuts;
 mod forwarder;
@@ -19,6 +22,10 @@ mod kills;
 mod reaper;
 mod roles;
 mod site;
+mod soak;
+#[path = "../faults/stepper.rs"]
+mod stepper;
+mod steps;
 mod target;
 mod tree;
 
@@ -27,14 +34,6 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Trial};
 
 use roles::Run;
-
-/// Trials that take minutes: they run with `--include-ignored`.
-const LONG: &[&str] = &[
-    "bits_flipped",
-    "cut_at_every_kind_of_frame",
-    "cache_killed_direct",
-    "anyone_killed_while_restore_waits",
-];
 
 /// Every trial.
 const TRIALS: &[(&str, Run)] = &[
@@ -55,6 +54,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("cable", cases::cable),
     ("slow_network", cases::slow_network),
     ("large", cases::large),
+    ("soak", soak::soak),
     ("dump_killed", kills::dump),
     ("dump_killed_direct", kills::dump_direct),
     ("proxy_killed", kills::proxy),
@@ -62,6 +62,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("cache_killed_direct", kills::cache_direct),
     ("restore_killed", kills::restore),
     ("early_restore_killed", kills::early_restore),
+    ("dump_at_every_step", steps::dump),
+    ("dump_at_every_step_direct", steps::dump_direct),
+    ("restore_at_every_step", steps::restore),
+    ("killed_at_every_kind_of_frame", steps::kinds),
     ("cut_at_every_kind_of_frame", cuts::kinds),
     ("cut_at_random_frames", cuts::random),
     ("cut_at_random_frames_direct", cuts::random_direct),
@@ -75,9 +79,10 @@ fn main() -> ExitCode {
     if let Some(status) = roles::other_than_harness(TRIALS) {
         return status;
     }
-    let args = Arguments::from_args();
-    let trials = TRIALS.iter().map(|&(name, _)| {
-        Trial::ignorable_test(name, move || roles::trial(name)).with_ignored_flag(LONG.contains(&name))
-    });
+    let mut args = Arguments::from_args();
+    // Much of the time they wait for somebody who is dead.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    args.test_threads.get_or_insert((processors * 3).div_ceil(2));
+    let trials = TRIALS.iter().map(|&(name, _)| Trial::ignorable_test(name, move || roles::trial(name)));
     libtest_mimic::run(&args, trials.collect()).exit_code()
 }

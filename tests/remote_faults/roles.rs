@@ -21,11 +21,11 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{site::Site, target};
+use crate::{site::Site, soak, steps, target};
 
 pub type Run = fn(&mut Site) -> Result<(), String>;
 
-/// A trial that takes longer is stuck: each of its steps has a limit of its own.
+/// A trial of the usual length that takes longer is stuck: each of its steps has a limit of its own.
 const TRIAL_LIMIT: Duration = Duration::from_secs(600);
 
 const WORKER: &str = "REMOTE_WORKER";
@@ -39,6 +39,9 @@ pub fn other_than_harness(trials: &[(&str, Run)]) -> Option<ExitCode> {
     let role = |name| env::var_os(name).map(|value| value.to_string_lossy().into_owned());
     if let Some(init) = role(ENTER) {
         return Some(enter(&init));
+    }
+    if let Some(order) = role(steps::STEPPER) {
+        return Some(steps::main(&order));
     }
     if let Some(role) = role(target::ROLE) {
         return Some(target::main(&role));
@@ -67,25 +70,31 @@ pub fn trial(name: &str) -> Result<Completion, Failed> {
         .stderr(out)
         .spawn()?;
     let begin = Instant::now();
+    let limit = TRIAL_LIMIT * u32::try_from(Site::times(1)).unwrap_or(1) + soak::limit();
     let status = loop {
         match child.try_wait()? {
             Some(status) => break status,
-            None if begin.elapsed() > TRIAL_LIMIT => {
+            None if begin.elapsed() > limit => {
                 child.kill()?;
                 child.wait()?;
                 let said = String::from_utf8_lossy(&fs::read(&verdict)?).into_owned();
-                return Err(Failed::from(format!("stuck for {TRIAL_LIMIT:?}\n{said}")));
+                return Err(Failed::from(format!("stuck for {limit:?}\n{said}")));
             }
             None => thread::sleep(Duration::from_millis(5)),
         }
     };
     let said = String::from_utf8_lossy(&fs::read(&verdict)?).into_owned();
     if env::var_os("REMOTE_KEEP").is_some() {
-        eprintln!("{name}, kept in {}:\n{said}", dir.keep().display());
+        eprintln!("{name}: kept in {}", dir.keep().display());
     }
     match (status.success(), said.strip_prefix("skipped: ")) {
         (true, Some(reason)) => Ok(Completion::ignored_with(reason.trim())),
-        (true, None) => Ok(Completion::Completed),
+        (true, None) => {
+            // Its numbers.
+            let lines: String = said.lines().map(|line| format!("{name}: {line}\n")).collect();
+            eprint!("{lines}");
+            Ok(Completion::Completed)
+        }
         (false, _) => Err(Failed::from(format!("{status}\n{said}"))),
     }
 }

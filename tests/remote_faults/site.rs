@@ -26,6 +26,7 @@ use nix::{
 use crate::hosts::{Host, Hosts};
 use crate::reaper::{End, Reaper};
 use crate::roles;
+use crate::steps::Steps;
 use crate::target;
 use crate::tree::{Journals, Member, held, members};
 
@@ -80,6 +81,7 @@ pub struct Tool {
     words: String,
     out: PathBuf,
     reaper: Reaper,
+    ended: Cell<Option<(End, Duration)>>,
 }
 
 impl Site {
@@ -128,9 +130,9 @@ impl Site {
         (self.random >> 11) % limit.max(1)
     }
 
-    /// A random moment within a time.
-    pub fn moment(&mut self, within: Duration) -> Duration {
-        Duration::from_micros(self.random(u64::try_from(within.as_micros()).unwrap_or(u64::MAX)))
+    /// Pid of the init of a host.
+    pub fn init(&self, host: Host) -> i32 {
+        self.inits[host as usize]
     }
 
     pub fn work(&self, host: Host) -> PathBuf {
@@ -171,23 +173,31 @@ impl Site {
 
     /// Starts crtool on a host, with its work dir.
     pub fn begin(&self, host: Host, words: &[&str]) -> Result<Tool, String> {
+        self.begin_stepped(host, words, None)
+    }
+
+    /// Starts it in the hands of a stepper, if there is one.
+    pub fn begin_stepped(&self, host: Host, words: &[&str], steps: Option<&Steps>) -> Result<Tool, String> {
         let work = self.work(host);
         let number = self.runs.replace(self.runs.get() + 1);
         let out = self.dir.join(format!("{number}.out"));
         let tool = env::var_os("REMOTE_TOOL").unwrap_or_else(|| env!("CARGO_BIN_EXE_crtool").into());
-        let mut all = vec![tool.as_os_str()];
+        let own = env::current_exe().map_err(|e| e.to_string())?;
+        let mut all: Vec<&OsStr> = steps.iter().map(|_| own.as_os_str()).chain([tool.as_os_str()]).collect();
         all.extend(words.iter().map(OsStr::new));
         if !words.contains(&"-W") {
             all.extend([OsStr::new("-W"), work.as_os_str()]);
         }
         let begin = Instant::now();
-        let pid = self.start(host, &all, |_| (), &out)?;
+        let set = |command: &mut Command| steps.iter().for_each(|steps| steps.order(command));
+        let pid = self.start(host, &all, set, &out)?;
         Ok(Tool {
             pid,
             begin,
             words: format!("crtool {}", words.join(" ")),
             out,
             reaper: self.reaper.clone(),
+            ended: Cell::new(None),
         })
     }
 
@@ -264,17 +274,22 @@ impl Site {
         }
     }
 
-    /// Starts the tree, and waits until it counts.
+    /// Starts the tree with so many MiB besides its own, and waits until it counts.
     pub fn start_tree(&mut self, ballast: usize) -> Result<(), String> {
+        self.start_tree_with(1, ballast)
+    }
+
+    /// Starts the tree with so many MiB that change, and so many that do not.
+    pub fn start_tree_with(&mut self, changing: usize, ballast: usize) -> Result<(), String> {
         let exe = env::current_exe().map_err(|e| e.to_string())?;
         let dir = self.dir.clone();
-        for name in target::JOURNALS.iter().chain(&["ready", "end"]) {
+        for name in target::JOURNALS.iter().chain(&[target::CHECKS, "ready", "end"]) {
             let _ = fs::remove_file(dir.join(name));
         }
         self.journals = Journals::new(&dir);
         let set = |command: &mut Command| {
             command.env(target::ROLE, target::ROOT).env(target::DIR, &dir);
-            command.env(target::BALLAST, ballast.to_string());
+            command.env(target::CHANGING, changing.to_string()).env(target::BALLAST, ballast.to_string());
         };
         // Its output is nowhere: a file of ours would be the same on both hosts, and need not be.
         let set = |command: &mut Command| {
@@ -326,9 +341,9 @@ impl Site {
         if way == Way::Direct {
             let (address, port) = self.cache_address();
             words.extend(["--address".to_owned(), address, "--port".to_owned(), port]);
-            // A cache that is not there is waited for so long.
-            words.extend(["--timeout".to_owned(), "5".to_owned()]);
         }
+        // Who is not there is waited for so long.
+        words.extend(["--timeout".to_owned(), "5".to_owned()]);
         words
     }
 
@@ -339,7 +354,11 @@ impl Site {
 
     /// Starts a restore on the other host.
     pub fn begin_restore(&self, name: &str) -> Result<Tool, String> {
-        self.begin(self.at.other(), &["restore", "--remote", "-d", "-D", name, "-v4", "-o", "restore.log"])
+        self.begin(self.at.other(), &Self::restore_words(name))
+    }
+
+    pub fn restore_words(name: &str) -> [&str; 8] {
+        ["restore", "--remote", "-d", "-D", name, "-v4", "-o", "restore.log"]
     }
 
     /// A migration without trouble; how long dump and restore took.
@@ -371,14 +390,14 @@ impl Site {
 
     /// The tree counts where it is said to be, whole, and nowhere else.
     pub fn works(&mut self) -> Result<(), String> {
-        let before = self.journals.counts()?;
+        let (before, checks) = (self.journals.counts()?, self.journals.checks());
         let begin = Instant::now();
         loop {
             let now = self.journals.counts()?;
             let there = self.members(self.at);
             let roots = there.iter().filter(|m| m.inner == self.root).count();
-            // Two counts more: the first may have been under way.
-            let counts = (0..2).all(|n| now[n] > before[n] + 1);
+            // Two counts and checks more: the first may have been under way.
+            let counts = (0..2).all(|n| now[n] > before[n] + 1) && self.journals.checks() > checks + 1;
             let held: Vec<_> = there.iter().flat_map(|m| held(m.pid)).collect();
             if counts && roots == 1 && there.len() == 2 && held.is_empty() {
                 break;
@@ -546,8 +565,12 @@ impl Tool {
 
     /// Its end, if it comes within a time.
     pub fn end_within(&self, limit: Duration) -> Option<Ended> {
-        let end = self.reaper.wait(self.pid, limit)?;
-        Some(Ended { end, said: format!("{}: {}", self.words, self.said()), took: self.begin.elapsed() })
+        if self.ended.get().is_none() {
+            let end = self.reaper.wait(self.pid, limit)?;
+            self.ended.set(Some((end, self.begin.elapsed())));
+        }
+        let (end, took) = self.ended.get()?;
+        Some(Ended { end, said: format!("{}: {}", self.words, self.said()), took })
     }
 
     /// Waits for its end.

@@ -2,7 +2,7 @@
 //! a count out, is found out by what is written there.
 //!
 //! - A thread counts: it changes its memory, appends the count to `journal`, and sends it to a child.
-//! - A thread sums the memory up.
+//! - A thread compares the memory with a checksum that goes with every change; `checks` says how often it has.
 //! - The child gets counts from a pipe, looks whether one is missing, and appends them to `journal.child`.
 //!
 //! What the tree itself finds wrong is in the file `wrong`. SIGTERM ends it: the file `end` says how.
@@ -11,12 +11,12 @@ use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::{Arc, Mutex},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::{SigSet, Signal};
@@ -27,19 +27,48 @@ pub const ROOT: &str = "root";
 pub const CHILD: &str = "child";
 /// Where its files are.
 pub const DIR: &str = "REMOTE_TARGET_DIR";
+/// MiB of memory that it changes all the time.
+pub const CHANGING: &str = "REMOTE_TARGET_CHANGING";
 /// MiB of memory that it has besides.
 pub const BALLAST: &str = "REMOTE_TARGET_BALLAST";
 /// What its processes are called.
 pub const COMM: &str = "counting";
 /// The counts of the root and of the child, 8 bytes each.
 pub const JOURNALS: [&str; 2] = ["journal", "journal.child"];
+/// How often the memory was compared, 8 bytes.
+pub const CHECKS: &str = "checks";
 
-/// Words of memory that the counting changes.
-const WORDS: usize = (1 << 20) / 8;
+/// Words of memory that change with each count.
+const CHANGES: u64 = 16;
 
 struct State {
     count: u64,
     words: Vec<u64>,
+    /// Checksum of the words.
+    sum: u64,
+}
+
+impl State {
+    fn new(mebibytes: usize) -> Self {
+        let words = ballast(mebibytes);
+        Self { count: 0, sum: sum(&words), words }
+    }
+
+    /// Counts on, and changes words far from each other.
+    fn next(&mut self) {
+        self.count += 1;
+        for n in self.count * CHANGES..(self.count + 1) * CHANGES {
+            let at = usize::try_from(n.wrapping_mul(7919)).unwrap_or(0) % self.words.len();
+            let more = n | 1;
+            self.words[at] = self.words[at].wrapping_add(more);
+            self.sum = self.sum.wrapping_add(weight(at).wrapping_mul(more));
+        }
+    }
+}
+
+/// Which words are where, as a number.
+fn sum(words: &[u64]) -> u64 {
+    words.iter().enumerate().fold(0, |sum: u64, (n, &word)| sum.wrapping_add(weight(n).wrapping_mul(word)))
 }
 
 pub fn main(role: &str) -> ExitCode {
@@ -76,8 +105,8 @@ fn root(dir: &Path) -> ExitCode {
     nix::unistd::setsid().expect("new session");
     let term: SigSet = [Signal::SIGTERM].into_iter().collect();
     term.thread_block().expect("block SIGTERM");
-    let mebibytes = env::var(BALLAST).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-    let ballast = ballast(mebibytes);
+    let mebibytes = |name| env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let ballast = ballast(mebibytes(BALLAST));
     let mut command = Command::new(env::current_exe().expect("own path"));
     command.env(ROLE, CHILD).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
     #[allow(clippy::zombie_processes)] // it ends when its input does, with this process
@@ -86,16 +115,14 @@ fn root(dir: &Path) -> ExitCode {
     // A small pipe: the counting waits for the child now and then.
     let _ = nix::fcntl::fcntl(&to_child, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096));
 
-    let state = Arc::new(Mutex::new(State { count: 0, words: vec![0; WORDS] }));
+    let state = Arc::new(Mutex::new(State::new(mebibytes(CHANGING).max(1))));
     let mut journal = journal(dir, JOURNALS[0]);
     let (own, of) = (state.clone(), dir.to_owned());
     let counting = move || {
         loop {
             let mut state = own.lock().expect("the state");
-            state.count += 1;
+            state.next();
             let count = state.count;
-            let at = usize::try_from(count.wrapping_mul(7919) % WORDS as u64).unwrap_or(0);
-            state.words[at] += 1;
             if journal.write_all(&count.to_le_bytes()).is_err() {
                 wrong(&of, "a count could not be written down");
             }
@@ -107,14 +134,20 @@ fn root(dir: &Path) -> ExitCode {
             thread::sleep(Duration::from_micros(500));
         }
     };
+    let checks = File::create(dir.join(CHECKS)).expect("make the file of checks");
     let (own, of) = (state.clone(), dir.to_owned());
     let summing = move || {
-        loop {
+        for number in 1u64.. {
+            let begin = Instant::now();
             if let Err(text) = check(&own) {
                 wrong(&of, &text);
                 return;
             }
-            thread::sleep(Duration::from_millis(7));
+            if checks.write_all_at(&number.to_le_bytes(), 0).is_err() {
+                wrong(&of, "a check could not be written down");
+            }
+            // The counting waits meanwhile: most of the time is for that.
+            thread::sleep((2 * begin.elapsed()).clamp(Duration::from_millis(7), Duration::from_millis(500)));
         }
     };
     thread::Builder::new().stack_size(128 << 10).spawn(counting).expect("start a thread");
@@ -142,14 +175,14 @@ fn weight(n: usize) -> u64 {
     (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// Every count added one to some word.
+/// The memory is what the counting has made of it.
 fn check(state: &Mutex<State>) -> Result<(), String> {
     let state = state.lock().map_err(|_| "a thread has panicked".to_owned())?;
-    let sum: u64 = state.words.iter().sum();
-    if sum == state.count {
+    let sum = sum(&state.words);
+    if sum == state.sum {
         Ok(())
     } else {
-        Err(format!("the memory sums up to {sum} at count {}", state.count))
+        Err(format!("the checksum of the memory is {sum:x} at count {}, not {:x}", state.count, state.sum))
     }
 }
 

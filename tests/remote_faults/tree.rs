@@ -4,9 +4,16 @@ use std::{
     fs::{self, File},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
-use crate::target::{COMM, JOURNALS};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+use crate::target::{CHECKS, COMM, JOURNALS};
 
 /// What the files of the tree say.
 #[derive(Debug)]
@@ -46,6 +53,13 @@ impl Journals {
             }
         }
         Ok(self.seen)
+    }
+
+    /// How often the tree has found its memory to be right.
+    pub fn checks(&self) -> u64 {
+        let mut word = [0; 8];
+        let read = File::open(self.dir.join(CHECKS)).and_then(|file| file.read_exact_at(&mut word, 0));
+        read.map_or(0, |()| u64::from_le_bytes(word))
     }
 }
 
@@ -91,4 +105,13 @@ pub fn held(pid: i32) -> Vec<String> {
         held.then(|| format!("{}: {state}, tracer {tracer}", task.path().display()))
     });
     held.collect()
+}
+
+/// `kill -9`; the process is dead afterwards.
+pub fn kill_dead(pid: i32) {
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    let lives = |line: &str| line.strip_prefix("State:").is_some_and(|s| !s.trim().starts_with(['Z', 'X']));
+    while fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default().lines().any(lives) {
+        thread::sleep(Duration::from_micros(200));
+    }
 }
