@@ -327,7 +327,8 @@ fn at_frame(
         thread::sleep(Duration::from_millis(1));
     }
     let killed = forwarder.disarm().is_some();
-    if !matches!(dump.end, End::Exited(0..=2)) && !(killed && plan.victim == Victim::Dump) {
+    let itself = killed && plan.victim == Victim::Dump;
+    if !itself && !matches!(dump.end, End::Exited(0..=2)) {
         return Err(format!("the dump ended with {:?}: {}", dump.end, dump.said));
     }
     if killed {
