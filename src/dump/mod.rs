@@ -22,6 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::unistd::Pid;
 
 use self::{
     ids::Ids,
@@ -29,7 +30,7 @@ use self::{
     tree::{Process, State, Tree},
 };
 use crate::{
-    action::{self, Action},
+    action::{self, Action, ActionScripts},
     cpuinfo,
     files::FilesDump,
     finding::Finding,
@@ -110,9 +111,10 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         store.guard(pidfd::open(root.pid, 0).context("pidfd of the root")?.as_fd())?;
     }
     store.commit()?;
-    if let Err(error) = action::run(scripts, Action::PostDump, root) {
+    // After this nothing can be taken back.
+    if let Err(error) = post_dump(store, scripts, root) {
         store.withdraw()?;
-        return Err(error.into());
+        return Err(error);
     }
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
@@ -122,6 +124,16 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         stats.frozen_time = frozen.elapsed();
     }
     Ok(stats)
+}
+
+/// Runs the scripts that want to see all images, and looks what has happened in the time they took.
+fn post_dump(store: &dyn Store, scripts: &ActionScripts, root: Option<Pid>) -> Result<()> {
+    action::run(scripts, Action::PostDump, root)?;
+    interrupt::check()?;
+    if !scripts.scripts.is_empty() {
+        store.recheck()?;
+    }
+    Ok(())
 }
 
 fn not_ourselves(pid: i32) -> Result<()> {

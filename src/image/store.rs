@@ -102,6 +102,11 @@ pub trait Store: Send + Sync {
         Ok(())
     }
 
+    /// After [`Self::commit`], when time has passed since: whether what was written is still where it was brought.
+    fn recheck(&self) -> Result<(), ImageError> {
+        Ok(())
+    }
+
     /// The last word of a dump, after [`Self::commit`]: from now on the snapshot may be restored. The tree has
     /// been killed or, with `survives`, goes on on purpose.
     fn confirm(&self, _survives: bool) -> Result<(), ImageError> {

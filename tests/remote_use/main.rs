@@ -36,6 +36,8 @@ const TRIALS: &[(&str, Run)] = &[
     ("list_of_others", tls::list_of_others),
     ("a_restore_waits_and_the_dump_fails", waiting::the_dump_fails),
     ("a_restore_after_a_dump_that_failed", waiting::the_dump_has_failed),
+    ("killed_in_a_script", waiting::killed_in_a_script),
+    ("interrupted_in_a_script", waiting::interrupted_in_a_script),
     ("daemons_end", waiting::daemons_end),
     ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];

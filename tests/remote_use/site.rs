@@ -84,6 +84,10 @@ impl Daemon {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Port of a cache.
     pub fn port(&self) -> u16 {
         let log = self.log();

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -142,6 +142,64 @@ pub fn daemons_end() {
             assert_eq!(odd, Vec::<String>::new());
         }
     }
+}
+
+/// An action script that does something when all images are there.
+fn script(site: &Site, line: &str) -> String {
+    let script = site.path().join("script").display().to_string();
+    // By another process: what a child of ours had open for a moment could not be run (ETXTBSY).
+    let made = format!(
+        "cat > {script} <<'END'; chmod 755 {script}\n#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n{line}\nEND"
+    );
+    assert!(Command::new("sh").args(["-c", &made]).status().unwrap().success());
+    script
+}
+
+/// Whoever carried the images or has them is killed while the script works: nobody would ever restore them, so the
+/// tree runs on.
+pub fn killed_in_a_script() {
+    for (proxied, victim) in [(true, "proxy"), (true, "cache"), (false, "cache")] {
+        let mut site = Site::new(Memory::Text);
+        let cache = site.cache(NONE);
+        let port = cache.port().to_string();
+        let proxy = site.proxy(cache.port(), NONE);
+        let pid = if victim == "proxy" { proxy.pid() } else { cache.pid() };
+        let script = script(&site, &format!("kill -KILL {pid}; sleep 0.5"));
+        let direct = ["--address", "127.0.0.1", "--port", &port];
+        let words = [&["--action-script", &script][..], if proxied { NONE } else { &direct }].concat();
+        let ended = Site::run(&mut site.dump(&words));
+        let error = ended.failed();
+        assert!(error.contains("keep remote:default: "), "{error}");
+        site.counts();
+        site.end();
+    }
+}
+
+/// A script after the last image takes its time, and the dump is told to end meanwhile: the tree runs on, and what
+/// has arrived is forgotten.
+pub fn interrupted_in_a_script() {
+    let mut site = Site::new(Memory::Text);
+    let cache = site.cache(NONE);
+    let port = cache.port().to_string();
+    let _proxy = site.proxy(cache.port(), NONE);
+    let script = script(&site, "kill -TERM $PPID");
+    let script = ["--action-script", &script];
+    let direct = ["--address", "127.0.0.1", "--port", &port];
+    let images = site.work("images").display().to_string();
+    let local = ["-D", &images];
+    let pid = site.pid.to_string();
+    for words in [
+        [&["dump", "--remote", "-t", &pid][..], &script].concat(),
+        [&["dump", "--remote", "-t", &pid][..], &script, &direct].concat(),
+        [&["dump", "-t", &pid][..], &script, &local].concat(),
+    ] {
+        let error = Site::run(&mut site.crtool("src", &words)).failed();
+        assert!(error.contains("interrupted by SIGTERM"), "{error}");
+        site.counts();
+    }
+    let held = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&held.stdout).lines().count(), 1);
+    site.end();
 }
 
 /// A cache that ends with the only copy of a tree says so.

@@ -494,6 +494,14 @@ impl Link for Direct {
         Ok(())
     }
 
+    fn recheck(&self) -> Result<(), Failure> {
+        {
+            let _frame = lock(&self.shared.frame);
+            self.shared.ping_held()?;
+        }
+        self.answered()
+    }
+
     fn confirm(&self, survives: bool) -> Result<(), Failure> {
         let confirm = pb::Confirm { survives };
         self.shared.deaf.store(true, Ordering::Release);

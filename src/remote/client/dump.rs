@@ -22,7 +22,7 @@ use crate::settings::{DumpSettings, Leave, RemoteSettings};
 #[derive(Debug)]
 pub struct RemoteDump {
     outgoing: Arc<Outgoing>,
-    /// "remote:NAME", as messages say it.
+    /// `remote:NAME`, as messages say it.
     path: PathBuf,
     unfinished: Arc<AtomicBool>,
     /// The cache has all of it: from here on only the end of the tree tells which of the two may run.
@@ -49,7 +49,7 @@ impl RemoteDump {
             id: 0,
             name,
         };
-        let path = Path::new("remote:").join(&remote.snapshot);
+        let path = PathBuf::from(format!("remote:{}", remote.snapshot));
         let link: Box<dyn super::link::Link> = match &remote.direct {
             None => Box::new(Proxied::open(&remote.work_dir, begin, remote.timeout)?),
             Some(net) => Box::new(Direct::open(net, begin)?),
@@ -141,6 +141,10 @@ impl Store for RemoteDump {
 
     fn guard(&self, root: BorrowedFd<'_>) -> Result<(), ImageError> {
         self.outgoing.link().guard(root).map_err(self.failed("commit"))
+    }
+
+    fn recheck(&self) -> Result<(), ImageError> {
+        self.outgoing.link().recheck().map_err(self.failed("keep"))
     }
 
     fn confirm(&self, survives: bool) -> Result<(), ImageError> {

@@ -24,6 +24,9 @@ pub(super) trait Link: Send + Sync + Debug {
     /// Shows the root of the tree to whoever outlives this process.
     fn guard(&self, root: BorrowedFd<'_>) -> Result<(), Failure>;
 
+    /// Some time after `prepared`: whether the cache still has it, as far as can be known.
+    fn recheck(&self) -> Result<(), Failure>;
+
     /// The last word: the snapshot may be restored.
     fn confirm(&self, survives: bool) -> Result<(), Failure>;
 

@@ -5,7 +5,8 @@
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::uio::writev;
 
-use super::super::pb::{self, FailCode, local_reply, local_request};
+use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{Failure, PROXY_SOCKET};
+use super::control::{self, Daemon};
 use super::link::Link;
 use super::packets::{Packets, wait_for};
 
@@ -26,7 +28,11 @@ const MOST_PARTS: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Proxied {
     packets: Packets,
+    work_dir: PathBuf,
+    name: String,
     pipe: Mutex<OwnedFd>,
+    /// The cache has all of it.
+    complete: AtomicBool,
     features: u64,
     /// The proxy gives the cache up after this; we wait a little longer for its word.
     patience: Duration,
@@ -41,6 +47,7 @@ impl Proxied {
     ) -> Result<Self, Failure> {
         let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), timeout)?;
         let patience = timeout * 3;
+        let (work_dir, name) = (work_dir.to_owned(), begin.name.clone());
         let (reply, mut fds) = packets.ask(local_request::What::Open(begin), &[], patience)?;
         let local_reply::What::Opened(opened) = reply else { return Err(packets.unexpected(&reply)) };
         let pipe = fds.pop().ok_or_else(|| {
@@ -48,7 +55,8 @@ impl Proxied {
         })?;
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|e| Failure::new(FailCode::FailInternal, format!("pipe of image-proxy: {e}")))?;
-        Ok(Self { packets, pipe: Mutex::new(pipe), features: opened.features, patience })
+        let (pipe, complete) = (Mutex::new(pipe), AtomicBool::new(false));
+        Ok(Self { packets, work_dir, name, pipe, complete, features: opened.features, patience })
     }
 
     /// Why the pipe is closed.
@@ -106,7 +114,10 @@ impl Link for Proxied {
 
     fn prepared(&self) -> Result<pb::Prepared, Failure> {
         match self.packets.receive(Instant::now() + self.patience)? {
-            (local_reply::What::Prepared(prepared), _) => Ok(prepared),
+            (local_reply::What::Prepared(prepared), _) => {
+                self.complete.store(true, Ordering::Release);
+                Ok(prepared)
+            }
             (other, _) => Err(self.packets.unexpected(&other)),
         }
     }
@@ -116,6 +127,20 @@ impl Link for Proxied {
         self.packets.send(local_request::What::Guard(pb::Empty {}), &[root], until)
     }
 
+    fn recheck(&self) -> Result<(), Failure> {
+        // On this connection it says nothing more of its own accord.
+        let (all, _) = control::snapshots(Daemon::Proxy, &self.work_dir)?;
+        let own = all.iter().rev().find(|info| info.name == self.name);
+        match own.map(|info| (info.state(), &info.text)) {
+            Some((State::Prepared, _)) => Ok(()),
+            Some((_, why)) => Err(Failure::new(FailCode::FailLost, format!("snapshot {}: {why}", self.name))),
+            None => {
+                let text = format!("image-proxy does not know snapshot {} any more", self.name);
+                Err(Failure::new(FailCode::FailLost, text))
+            }
+        }
+    }
+
     fn confirm(&self, survives: bool) -> Result<(), Failure> {
         let what = local_request::What::Confirm(pb::Confirm { survives });
         self.packets.send(what, &[], Instant::now() + self.patience)
@@ -123,8 +148,17 @@ impl Link for Proxied {
 
     fn abort(&self, reason: &str) {
         let what = local_request::What::Abort(pb::Abort { reason: reason.to_owned() });
-        // Without the message the end of the socket says the same.
-        let _ = self.packets.send(what, &[], Instant::now() + Duration::from_secs(1));
+        // Without the message the end of the socket says the same, unless it is the proxy that has ended.
+        let told = self.packets.send(what, &[], Instant::now() + Duration::from_secs(1));
+        if let Err(failure) = told
+            && self.complete.load(Ordering::Acquire)
+        {
+            tracing::warn!(
+                "the tree runs on here, but the cache could not be told: {failure}; see `crtool image-cache list` \
+                 there, and drop {} if it is in doubt",
+                self.name
+            );
+        }
     }
 
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {

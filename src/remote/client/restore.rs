@@ -102,7 +102,7 @@ impl RemoteSnapshot {
         );
         let session =
             Session { packets: Mutex::new(packets), free: remote.free_as_read, ran: AtomicBool::new(false) };
-        Self::with_names(Arc::new(session), 0, Path::new("remote:").join(&remote.snapshot))
+        Self::with_names(Arc::new(session), 0, PathBuf::from(format!("remote:{}", remote.snapshot)))
     }
 
     fn with_names(session: Arc<Session>, generation: u32, path: PathBuf) -> Result<Self, Failure> {

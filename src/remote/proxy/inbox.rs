@@ -3,6 +3,7 @@
 //! Holds at most one message and what one read brings. The kinds a cache may send are known here; what they
 //! mean for a snapshot is not.
 
+use crate::remote::net::tls::looks_like_tls;
 use crate::remote::wire::{self, HEADER, Header, Kind, MAGIC};
 use crate::remote::{Failure, pb, pb::FailCode};
 
@@ -46,8 +47,11 @@ impl Inbox {
         if !self.greeted {
             let came = self.bytes.get(self.at..).unwrap_or_default();
             if !MAGIC.starts_with(came.get(..MAGIC.len()).unwrap_or(came)) {
-                let text = "it does not speak this protocol: no crtool image-cache listens there, or one of \
-                            another version, or one with --tls";
+                let text = if looks_like_tls(came) {
+                    "it wants TLS; --tls gives it, with a certificate of ours"
+                } else {
+                    "it does not speak this protocol: no crtool image-cache listens there, or one of another version"
+                };
                 return Err(Failure::new(FailCode::FailProtocol, text));
             }
             if came.len() < MAGIC.len() {
