@@ -16,6 +16,7 @@
 
 pub mod cache;
 pub mod client;
+pub mod crc;
 pub mod front;
 pub mod local;
 pub mod name;

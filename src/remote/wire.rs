@@ -16,7 +16,7 @@
 //! `Data` and `Zero` append to their image. All other payloads are messages of `proto/remote.proto`. This module
 //! knows the form of frames only; which one may follow which is decided by those who read them.
 
-use super::{Failure, pb::FailCode};
+use super::{Failure, crc, pb::FailCode};
 
 /// Version of the protocol that this program speaks.
 pub const VERSION: u32 = 1;
@@ -173,7 +173,7 @@ impl Header {
 pub fn frame<M: prost::Message>(kind: Kind, stream: u32, image: u32, message: &M) -> Vec<u8> {
     let payload = message.encode_to_vec();
     let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-    let crc = crc32c::crc32c(&payload);
+    let crc = crc::of(&payload);
     let header = Header { kind, flags: 0, stream, image, len, raw: len, crc };
     let mut frame = Vec::with_capacity(HEADER + payload.len());
     frame.extend_from_slice(&header.encode());
@@ -189,7 +189,7 @@ pub fn bare(kind: Kind, stream: u32, image: u32, raw: u32) -> [u8; HEADER] {
 
 /// The message in a payload, its CRC checked.
 pub fn message<M: prost::Message + Default>(header: &Header, payload: &[u8]) -> Result<M, Failure> {
-    if crc32c::crc32c(payload) != header.crc {
+    if crc::of(payload) != header.crc {
         let text = format!("{:?} frame: wrong checksum", header.kind);
         return Err(Failure::new(FailCode::FailChecksum, text));
     }
@@ -209,7 +209,7 @@ fn crc_of_page_by_page(len: u32) -> u32 {
     let (mut crc, mut left) = (0, len as usize);
     while left > 0 {
         let now = left.min(ZEROS.len());
-        crc = crc32c::crc32c_append(crc, ZEROS.get(..now).unwrap_or_default());
+        crc = crc::append(crc, ZEROS.get(..now).unwrap_or_default());
         left -= now;
     }
     crc
@@ -227,7 +227,7 @@ pub struct Sum {
 impl Sum {
     /// Appends `raw` bytes whose CRC32C is `crc`.
     pub fn push(&mut self, raw: u32, crc: u32) {
-        self.crc = if self.size == 0 { crc } else { crc32c::crc32c_combine(self.crc, crc, raw as usize) };
+        self.crc = if self.size == 0 { crc } else { crc::combine(self.crc, crc, raw) };
         self.size += u64::from(raw);
     }
 }
@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn zeros() {
         for len in [0, 1, 4096, 5000, MAX_DATA] {
-            assert_eq!(crc_of_zeros(len), crc32c::crc32c(&vec![0; len as usize]), "{len}");
+            assert_eq!(crc_of_zeros(len), crc::of(&vec![0; len as usize]), "{len}");
         }
     }
 
@@ -298,10 +298,10 @@ mod tests {
         fn sums_of_parts_are_the_sum(parts in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..8)) {
             let mut sum = Sum::default();
             for part in &parts {
-                sum.push(part.len() as u32, crc32c::crc32c(part));
+                sum.push(part.len() as u32, crc::of(part));
             }
             let whole = parts.concat();
-            prop_assert_eq!(sum, Sum { size: whole.len() as u64, crc: crc32c::crc32c(&whole) });
+            prop_assert_eq!(sum, Sum { size: whole.len() as u64, crc: crc::of(&whole) });
         }
     }
 }

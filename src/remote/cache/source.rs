@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAGIC, MAX_DATA};
-use super::super::{Failure, host};
+use super::super::{Failure, crc, host};
 use super::decode::{Decoder, Item, Last, Take};
 use super::shelf::{Room, Shelf};
 use super::snapshot::{Images, Owner};
@@ -286,7 +286,7 @@ impl Source {
 
     fn part(&mut self, shelf: &mut Shelf, header: &Header, bytes: &[u8], last: Last) {
         if let Some(id) = self.streams.receiving(shelf, header.stream) {
-            self.crc = crc32c::crc32c_append(self.crc, bytes);
+            self.crc = crc::append(self.crc, bytes);
             let mut done = shelf.append(id, header.image, bytes);
             if last == Last::Yes {
                 done = done.and_then(|()| shelf.appended(id, header, self.crc));
@@ -409,7 +409,7 @@ fn of_images(shelf: &mut Shelf, id: u64, header: &Header, payload: &[u8]) -> Res
             match lz4_flex::block::decompress_into(payload, &mut raw) {
                 Ok(len) if len == raw.len() => {
                     shelf.append(id, header.image, &raw)?;
-                    shelf.appended(id, header, crc32c::crc32c(&raw))
+                    shelf.appended(id, header, crc::of(&raw))
                 }
                 _ => Err(Failure::new(FailCode::FailChecksum, "compressed bytes were damaged on their way")),
             }

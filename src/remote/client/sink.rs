@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAX_DATA, Sum};
-use super::super::{Failure, name, pb, pb::FailCode};
+use super::super::{Failure, crc, name, pb, pb::FailCode};
 use super::link::Link;
 use crate::image::{ImageSink, PagesStream};
 
@@ -195,7 +195,7 @@ impl<'p> Stager<'p> {
         }
         let parts = std::mem::take(&mut self.open);
         let raw = u32::try_from(std::mem::take(&mut self.len)).unwrap_or(MAX_DATA);
-        let crc = parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part));
+        let crc = parts.iter().fold(0, |crc, part| crc::append(crc, part));
         let mut header = Header::data(self.stream, self.image, raw, crc);
         let block = self.lz4.and_then(|lz4| match parts.as_slice() {
             [one] => lz4.block(one),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::super::wire::{self, HEADER, Header, Kind, LZ4, MAGIC, Sum};
-use super::super::{Failure, pb, pb::FailCode};
+use super::super::{Failure, crc, pb, pb::FailCode};
 use super::RemoteDump;
 use crate::image::{ImageKind, Store, TypedStore, pb as images};
 use crate::pages::copy::{Source, Span, copy};
@@ -103,7 +103,7 @@ impl Peer {
                 };
                 self.got.zero_frames += usize::from(header.kind == Kind::Zero);
                 self.got.lz4_frames += usize::from(header.flags & LZ4 != 0);
-                assert_eq!((bytes.len(), crc32c::crc32c(&bytes)), (raw, header.crc));
+                assert_eq!((bytes.len(), crc::of(&bytes)), (raw, header.crc));
                 let (_, content, sum) = self.names.get_mut(&header.image).unwrap();
                 content.extend(bytes);
                 sum.push(header.raw, header.crc);

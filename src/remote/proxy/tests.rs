@@ -18,13 +18,13 @@ use proptest::prelude::*;
 
 use super::link::{Dial, Dialed};
 use super::relay::{Door, Ended, Relay, Rules};
-use crate::remote::local;
 use crate::remote::net::Stream;
 use crate::remote::pb::local_reply::What as Reply;
 use crate::remote::pb::local_request::What as Request;
 use crate::remote::pb::snapshot_info::State;
 use crate::remote::pb::{self, FailCode};
 use crate::remote::wire::{self, HEADER, Header, Kind, MAGIC, MAX_DATA};
+use crate::remote::{crc, local};
 use crate::sys;
 
 /// Nothing here takes that long unless it is broken.
@@ -340,7 +340,7 @@ fn image(number: u32, name: &str, parts: &[Vec<u8>]) -> Vec<u8> {
     let mut bytes = wire::frame(Kind::ImageBegin, 0, number, &begin);
     let mut sum = wire::Sum::default();
     for part in parts {
-        let crc = crc32c::crc32c(part);
+        let crc = crc::of(part);
         let len = u32::try_from(part.len()).unwrap();
         bytes.extend(Header::data(0, number, len, crc).encode());
         bytes.extend(part);
@@ -631,7 +631,7 @@ fn a_dump_that_goes_before_the_end_is_aborted() {
                 Kind::Zero => zeros += 1,
                 Kind::Abort => break wire::message::<pb::Abort>(&header, &payload).unwrap().reason,
                 // Whole, or not at all.
-                Kind::Data => assert_eq!(crc32c::crc32c(&payload), header.crc),
+                Kind::Data => assert_eq!(crc::of(&payload), header.crc),
                 _ => {}
             }
         };
@@ -1070,7 +1070,7 @@ fn a_stalled_dump_holds_up_nobody() {
         loop {
             let (header, payload) = cache.frame();
             assert_eq!(header.stream, stream);
-            assert_eq!(crc32c::crc32c(&payload), header.crc);
+            assert_eq!(crc::of(&payload), header.crc);
             if header.kind == Kind::ImageEnd {
                 break;
             }
@@ -1103,7 +1103,7 @@ fn a_stalled_cache_holds_up_the_dump() {
     let mut ends = 0;
     while ends < rounds {
         let (header, payload) = cache.frame();
-        assert_eq!((header.stream, crc32c::crc32c(&payload)), (stream, header.crc));
+        assert_eq!((header.stream, crc::of(&payload)), (stream, header.crc));
         ends += u32::from(header.kind == Kind::ImageEnd);
     }
     drop(writer.join().unwrap());
@@ -1148,7 +1148,7 @@ fn a_list_longer_than_a_frame() {
             let (back, payload) = reader.join().unwrap();
             cache = back;
             // The frame is made whole, and cannot be mistaken for what it was to be.
-            assert_ne!(crc32c::crc32c(&payload), header.crc);
+            assert_ne!(crc::of(&payload), header.crc);
             let mut after = [cache.frame().0, cache.frame().0];
             after.sort_by_key(|h| h.stream);
             assert_eq!(after.map(|h| h.kind), [Kind::Abort, Kind::SnapshotBegin]);
@@ -1174,7 +1174,7 @@ fn a_list_that_stops_in_the_middle() {
     dump.write(&bytes[..100_000]);
     assert_eq!(dump.failed().text, "the dump stopped in the middle of the list of images");
     let (header, payload) = cache.frame();
-    assert_ne!(crc32c::crc32c(&payload), header.crc);
+    assert_ne!(crc::of(&payload), header.crc);
     assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).0, stream);
 }
 

@@ -23,7 +23,7 @@ use crate::remote::net::Stream;
 use crate::remote::pb::snapshot_info::State;
 use crate::remote::pb::{self, FailCode, local_reply, local_request};
 use crate::remote::wire::{self, HEADER, Header, Kind, MAGIC, Sum};
-use crate::remote::{Failure, local};
+use crate::remote::{Failure, crc, local};
 
 /// Longer than any test may wait for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -356,7 +356,7 @@ impl Script {
         match part {
             Part::Data(bytes) => {
                 for bytes in bytes.chunks(wire::MAX_DATA as usize) {
-                    let crc = crc32c::crc32c(bytes);
+                    let crc = crc::of(bytes);
                     let len = u32::try_from(bytes.len()).unwrap();
                     self.frames.extend(Header::data(self.stream, image, len, crc).encode());
                     self.frames.extend_from_slice(bytes);
@@ -365,7 +365,7 @@ impl Script {
             }
             Part::Lz4(bytes) => {
                 let block = lz4_flex::block::compress(bytes);
-                let (crc, raw) = (crc32c::crc32c(bytes), u32::try_from(bytes.len()).unwrap());
+                let (crc, raw) = (crc::of(bytes), u32::try_from(bytes.len()).unwrap());
                 let len = u32::try_from(block.len()).unwrap();
                 let header = Header { flags: wire::LZ4, len, ..Header::data(self.stream, image, raw, crc) };
                 self.frames.extend(header.encode());
