@@ -15,7 +15,10 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -65,6 +68,8 @@ struct Lines {
     stamped: bool,
     per_pid: bool,
     start: Instant,
+    /// It has been said that the file takes nothing.
+    told: AtomicBool,
 }
 
 /// Opens the log and sends every later event there. Only the first call of a process counts.
@@ -93,7 +98,13 @@ pub fn start(settings: &LogSettings, start: Instant) -> Result<(), LogError> {
         _ => LevelFilter::TRACE,
     };
     let state = State { level: settings.level, to_stderr: matches!(sink, Sink::Stderr) };
-    let lines = Lines { sink, stamped: settings.level >= STAMPED, per_pid: settings.per_pid, start };
+    let lines = Lines {
+        sink,
+        stamped: settings.level >= STAMPED,
+        per_pid: settings.per_pid,
+        start,
+        told: AtomicBool::new(false),
+    };
     let subscriber = tracing_subscriber::registry().with(lines.with_filter(filter));
     if tracing::subscriber::set_global_default(subscriber).is_ok() {
         let _ = STATE.set(state);
@@ -198,12 +209,17 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Lines {
         event.record(&mut text);
         let line = self.text(event, &text);
         // A log that cannot be written must not stop the work.
-        let _ = match (&self.sink, text.pid) {
+        let written = match (&self.sink, text.pid) {
             (Sink::Stderr, _) => io::stderr().write_all(line.as_bytes()),
             (Sink::Stdout, _) => io::stdout().write_all(line.as_bytes()),
             (Sink::File { path, .. }, Some(pid)) if self.per_pid => append(path, pid, &line),
             (Sink::File { file, .. }, _) => (&mut &*file).write_all(line.as_bytes()),
         };
+        if let (Err(error), Sink::File { path, .. }) = (written, &self.sink)
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            let _ = writeln!(io::stderr(), "Warn  (crtool): log file {}: {error}", path.display());
+        }
     }
 }
 
@@ -233,6 +249,7 @@ mod tests {
             stamped: false,
             per_pid: true,
             start: Instant::now(),
+            told: AtomicBool::new(false),
         };
         let subscriber = tracing_subscriber::registry().with(lines);
         tracing::subscriber::with_default(subscriber, || {

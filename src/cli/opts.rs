@@ -82,7 +82,7 @@ pub(crate) struct Opts {
     pub(crate) action_script: Vec<PathBuf>,
     /// Longest time to freeze and collect a tree, in seconds; 0 for no limit [default: 10]. With --remote also the
     /// longest silence of a daemon or another host; restore: the longest wait for the snapshot [default: 600]
-    #[arg(long, value_name = "SECONDS", help_heading = "Dump and restore")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Dump and restore")]
     pub(crate) timeout: Option<u32>,
     /// CPU properties to write or to check: cpu, fpu, ins, all, none, comma separated, ^ takes one away
     #[arg(long, value_name = "CAPS", num_args = 0..=1, require_equals = true, default_missing_value = "all",
@@ -110,7 +110,7 @@ pub(crate) struct Opts {
     pub(crate) compress: Option<Compress>,
     /// Dump: wait until the tree runs at the destination [default: 600 seconds]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "600",
-          help_heading = "Migration")]
+          value_parser = seconds, help_heading = "Migration")]
     pub(crate) wait_restored: Option<u32>,
     /// Restore: free memory of the cache while reading; if the restore fails then, the snapshot is lost
     #[arg(long, help_heading = "Migration")]
@@ -234,6 +234,10 @@ pub(crate) enum Compress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Wanted(&'static str);
+
+fn seconds(text: &str) -> Result<u32, Wanted> {
+    text.parse().map_err(|_| Wanted("a time is a whole number of seconds"))
+}
 
 fn pid(text: &str) -> Result<Pid, Wanted> {
     match text.parse() {

@@ -237,7 +237,7 @@ fn explain(error: &clap::Error, options: &[Given]) -> UsageError {
         cause = next.source();
     }
     if wanted.is_empty() {
-        wanted.push_str("not a value this option takes");
+        wanted.push_str(if value.is_empty() { "it is empty" } else { "not a value this option takes" });
     }
     UsageError::Value { origin, name, value, wanted }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use super::report;
+use super::{report, unprivileged};
 use crate::{
     dump::Unconfirmed,
     exit::{Exit, Incomplete},
@@ -22,7 +22,7 @@ pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Ex
     let (stats, waited) = dumped
         .map_err(|error| match error.downcast_ref::<Unconfirmed>() {
             Some(_) => error.context(Incomplete("the images are complete")),
-            None => error,
+            None => unprivileged(error),
         })
         .with_context(|| format!("dump of pid {}", settings.pid))?;
     let exit = done(settings, report, &stats)?;
@@ -35,6 +35,7 @@ fn to_cache(
     settings: &DumpSettings,
     remote: &RemoteSettings,
 ) -> anyhow::Result<(DumpStats, anyhow::Result<()>)> {
+    crate::dump::look_at_root(settings.pid.as_raw())?;
     let store = RemoteDump::connect(remote, settings)?;
     let stats =
         crate::dump::dump_to(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))?;

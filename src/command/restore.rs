@@ -16,7 +16,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::report;
+use super::{report, unprivileged};
 use crate::{
     exit::{Exit, Incomplete},
     interrupt,
@@ -32,8 +32,10 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
     interrupt::watch().context("hold back of signals")?;
     let restored = match &settings.remote {
         None => crate::restore::restore(settings)
+            .map_err(unprivileged)
             .with_context(|| format!("restore from {}", settings.common.images_dir.display()))?,
         Some(remote) => from_cache(settings, remote)
+            .map_err(unprivileged)
             .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
     };
     done(settings, report, restored.root, &restored.stats)

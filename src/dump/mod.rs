@@ -78,7 +78,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     let pid = settings.pid.as_raw();
     let scripts = &settings.common.action_scripts;
     let root = Some(settings.pid);
-    not_ourselves(pid)?;
+    look_at_root(pid)?;
     action::run(scripts, Action::PreDump, root)?;
     let mut collected = Collected::new(store, settings);
     collected.memory.set_aside(pid).context("room for the pages")?;
@@ -134,6 +134,22 @@ fn post_dump(store: &dyn Store, scripts: &ActionScripts, root: Option<Pid>) -> R
         store.recheck()?;
     }
     Ok(())
+}
+
+/// What can be said about a pid that is no tree to dump, before anybody is bothered with it.
+pub fn look_at_root(pid: i32) -> Result<()> {
+    /// PF_KTHREAD.
+    const KERNEL: u32 = 0x0020_0000;
+    let stat = match std::fs::read(format!("/proc/{pid}/stat")) {
+        Ok(bytes) => crate::proc::stat::parse(&bytes)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => bail!("no process has pid {pid}"),
+        // Said better by what looks at it again.
+        Err(_) => return not_ourselves(pid),
+    };
+    if stat.flags & KERNEL != 0 {
+        bail!("task {pid} is a thread of the kernel: there is nothing to dump");
+    }
+    not_ourselves(pid)
 }
 
 fn not_ourselves(pid: i32) -> Result<()> {

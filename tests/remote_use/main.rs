@@ -13,6 +13,7 @@ mod program;
 mod site;
 mod tls;
 mod waiting;
+mod wrong;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("a_restore_after_a_dump_that_failed", waiting::the_dump_has_failed),
     ("killed_in_a_script", waiting::killed_in_a_script),
     ("interrupted_in_a_script", waiting::interrupted_in_a_script),
+    ("pids_of_no_tree", wrong::pids),
+    ("addresses_that_are_none", wrong::addresses),
+    ("no_root", wrong::no_root),
+    ("full_log", wrong::full_log),
     ("daemons_end", waiting::daemons_end),
     ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];

@@ -69,7 +69,13 @@ impl Question {
             Ok(Err(error)) => {
                 let text = error.to_string();
                 let why = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
-                failed(format!("it does not resolve: {why}"))
+                // Names have neither; numbers with a colon are not asked for.
+                let hint = if self.name.contains([':', '/']) {
+                    "; it is a host alone, --port takes the port"
+                } else {
+                    ""
+                };
+                failed(format!("it does not resolve: {why}{hint}"))
             }
             Err(TryRecvError::Empty) => None,
             Err(TryRecvError::Disconnected) => failed("the resolver failed".to_owned()),
