@@ -1,11 +1,12 @@
 //! What goes wrong on the way of a tree to another host: whoever dies, wherever the connection breaks, the tree runs
-//! on one host exactly, or on none with its snapshot still there to be restored.
+//! on one host exactly, or on none with its snapshot still there to be restored. Only with a cache that had it all
+//! can it die.
 //!
 //! One binary, many roles: the harness; the worker of one trial, init of its own pid namespace (`REMOTE_WORKER`); the
 //! init of each of its two hosts (`REMOTE_INIT`), which have a pid, mount and network namespace each; what starts a
-//! program on a host (`REMOTE_ENTER`); a debugger of the tools (`REMOTE_STEPPER`); and the tree (`REMOTE_TARGET`). Random moments come from a fixed seed;
-//! `REMOTE_SEED` takes another, `REMOTE_FACTOR` (say 10) makes all loops that much longer, `CRTOOL_SOAK` is the number
-//! of rounds of `soak`, `REMOTE_KEEP` keeps the directories.
+//! program on a host (`REMOTE_ENTER`); a debugger of the tools (`REMOTE_STEPPER`); and the tree (`REMOTE_TARGET`).
+//! Random moments come from a fixed seed; `REMOTE_SEED` takes another, `REMOTE_FACTOR` (say 10) makes all loops that
+//! much longer, `CRTOOL_SOAK` is the number of rounds of `soak`, `REMOTE_KEEP` keeps the directories.
 
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
