@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::LazyLock;
 
-use nix::fcntl::{OFlag, openat};
+use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat};
 use nix::sys::stat::Mode;
 
 use crate::sys;
@@ -21,6 +21,8 @@ use crate::sys;
 /// Images up to this many bytes stay on the heap.
 pub(super) const SMALL: u64 = 64 << 10;
 const PAGE: u64 = 4096;
+/// The largest page that a write may allocate.
+const HUGE: u64 = 2 << 20;
 
 /// An image that grows at its end.
 #[derive(Debug)]
@@ -56,14 +58,21 @@ fn tmpfs() -> io::Result<OwnedFd> {
     sys::tmpfs::set(fs.as_fd(), c"huge", c"within_size")?;
     sys::tmpfs::set(fs.as_fd(), c"size", c"0")?;
     sys::tmpfs::set(fs.as_fd(), c"nr_inodes", c"0")?;
-    let root = sys::tmpfs::mount(fs.as_fd())?;
-    // Before Linux 6.14 one page at the end of 2 MiB allocated all of them: holes would not be free.
-    let file = unnamed(&root)?;
-    file.write_all_at(&[1; PAGE as usize], (2 << 20) - PAGE)?;
-    if file.metadata()?.blocks() * 512 != PAGE {
-        return Err(io::Error::other("one byte takes more than a page"));
+    Ok(sys::tmpfs::mount(fs.as_fd())?)
+}
+
+/// Frees what a write has allocated of the hole that ends where the write began, both in bytes: to write the last page of
+/// 2 MiB allocates all of them (Linux 6.18). A memfd has nothing there, and nothing is done.
+fn keep_hole(file: &File, from: u64, to: u64) -> io::Result<()> {
+    let from = from.next_multiple_of(PAGE).max(to / HUGE * HUGE);
+    let to = to / PAGE * PAGE;
+    if from < to {
+        let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed =
+            |bytes: u64| i64::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge));
+        fallocate(file, how, signed(from)?, signed(to - from)?)?;
     }
-    Ok(root)
+    Ok(())
 }
 
 fn unnamed(root: &OwnedFd) -> io::Result<File> {
@@ -144,6 +153,7 @@ impl Bytes {
             }
             Place::File { file, pages } => {
                 file.write_all_at(bytes, self.size)?;
+                keep_hole(file, *pages * PAGE, self.size)?;
                 let after = end.div_ceil(PAGE);
                 self.charged += after.saturating_sub((*pages).max(self.size / PAGE)) * PAGE;
                 *pages = after;
@@ -215,7 +225,6 @@ impl Bytes {
 
 #[cfg(test)]
 mod tests {
-    use nix::fcntl::{FallocateFlags, fallocate};
     use proptest::prelude::*;
 
     use super::*;
@@ -284,6 +293,25 @@ mod tests {
         let mut end = [0; 4];
         file.read_exact_at(&mut end, (5 << 30) - 1).unwrap();
         assert_eq!(&end, b"\0end");
+    }
+
+    #[test]
+    fn holes_stay_holes_whatever_is_written_behind_them() {
+        let data = vec![5u8; 1 << 20];
+        for (hole, full) in
+            [(HUGE - PAGE, PAGE), (1 << 20, 1 << 20), (3 * HUGE - 5, 5), (HUGE + 100, 300_000)]
+        {
+            let mut bytes = Bytes::new();
+            bytes.append(&data[..70_000]).unwrap();
+            for _ in 0..20 {
+                bytes.append_zeros(u32::try_from(hole).unwrap()).unwrap();
+                bytes.append(&data[..usize::try_from(full).unwrap()]).unwrap();
+            }
+            bytes.end().unwrap();
+            let file = File::from(bytes.reader().unwrap());
+            let taken = file.metadata().unwrap().blocks() * 512;
+            assert_eq!(taken, bytes.charged(), "{hole} {full}");
+        }
     }
 
     proptest! {
