@@ -148,6 +148,19 @@ pub fn random_direct(site: &mut Site) -> Result<(), String> {
 
 /// Whatever bit is another on its way: the cache finds out, or it makes no difference.
 pub fn flips(site: &mut Site) -> Result<(), String> {
+    for way in [Way::Proxied, Way::Direct] {
+        let road = Road::open(site, way)?;
+        // The last word, with another checksum, as a Ping, and for a stream that has not begun: it is said again.
+        for bit in [184, 2, 46] {
+            let fault = Fault::Flip { bit, header: true };
+            let spot = Spot { from_source: true, frame: Frame::First(Kind::Confirm), fault };
+            let (hit, fate) = road.migrate(site, way, spot, &format!("{way:?} last word {bit}"))?;
+            if (hit, fate) != (Some(Kind::Confirm), Fate::Moved) {
+                return Err(format!("{way:?}, bit {bit} of {hit:?}: the tree {fate:?}"));
+            }
+        }
+        site.finish()?;
+    }
     at_random(site, Way::Proxied, 20, |site| Fault::Flip {
         bit: usize::try_from(site.random(1 << 20)).unwrap_or(0),
         header: site.random(2) == 0,

@@ -409,7 +409,7 @@ impl Line {
             return;
         }
         if self.ending.is_some_and(|until| now >= until) {
-            self.ended = true;
+            self.end(shelf, "it was given up here, and was not closed there");
         } else if now >= self.heard + self.source.silence() {
             let why = format!("nothing was heard from it for {} s", self.source.silence().as_secs_f32());
             if !self.source.is_known() {

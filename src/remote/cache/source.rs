@@ -99,7 +99,12 @@ impl Streams {
         let stream = header.stream;
         if !self.active.contains_key(&stream) && !self.over.contains(&stream) {
             let text = format!("{:?} frame for stream {stream}, which has not begun", header.kind);
-            let failed = pb::Failed::from(Failure::new(FailCode::FailProtocol, text));
+            let failure = Failure::new(FailCode::FailProtocol, text);
+            if matches!(header.kind, Kind::Confirm | Kind::Abort) {
+                // It was meant for another, which must get it.
+                return Err(failure);
+            }
+            let failed = pb::Failed::from(failure);
             out.extend(wire::frame(Kind::Failed, stream, 0, &failed));
             self.end(stream);
         }
@@ -327,7 +332,7 @@ impl Source {
                     }
                 }
             }
-            Kind::Confirm | Kind::Abort => self.verdict(shelf, header, payload),
+            Kind::Confirm | Kind::Abort => self.verdict(shelf, header, payload)?,
             _ => {
                 if let Some(id) = self.streams.receiving(shelf, stream)
                     && let Err(failure) = of_images(shelf, id, header, payload)
@@ -354,18 +359,22 @@ impl Source {
         shelf.begin(Owner { source: self.streams.source, stream }, begin)
     }
 
-    fn verdict(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) {
+    /// The last word. One that was damaged ends the connection: the source says it again over another, and would not
+    /// if this one went on.
+    fn verdict(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let stream = header.stream;
         let owner = Owner { source: self.streams.source, stream };
-        let Some(id) = self.streams.active.get(&stream).copied() else { return };
+        let Some(id) = self.streams.active.get(&stream).copied() else { return Ok(()) };
         // A snapshot that was resumed elsewhere listens there.
         let Some(state) = shelf.get(id).filter(|s| s.owner == Some(owner)).map(|s| s.state) else {
-            return self.streams.end(stream);
+            self.streams.end(stream);
+            return Ok(());
         };
         if header.kind == Kind::Abort {
             let reason = wire::message::<pb::Abort>(header, payload).map(|abort| abort.reason);
             shelf.abort(id, &reason.unwrap_or_default());
-            return self.streams.end(stream);
+            self.streams.end(stream);
+            return Ok(());
         }
         match (wire::message::<pb::Confirm>(header, payload), state) {
             (Ok(confirm), State::Prepared) => {
@@ -377,9 +386,10 @@ impl Source {
                 let text = "confirmed before all images had come";
                 self.streams.fail(shelf, stream, Failure::new(FailCode::FailProtocol, text));
             }
-            // Damaged, but what else can it have been? Nothing is lost by asking: it stays in doubt.
-            (_, _) => tracing::warn!("a confirmation was damaged on its way"),
+            (Err(failure), _) => return Err(failure),
+            (Ok(_), _) => {}
         }
+        Ok(())
     }
 
     /// Says why the connection is given up, to all whose images were on their way.

@@ -183,10 +183,13 @@ fn a_name_that_no_snapshot_may_have() {
 fn a_stream_that_never_began() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
-    bench.send(&mut peer, &confirm(5));
+    let commit = wire::frame(Kind::Commit, 5, 0, &pb::Commit::default());
+    bench.send(&mut peer, &commit);
     assert_eq!(code(&bench.failed(&mut peer, 5)), FailCode::FailProtocol);
-    bench.send(&mut peer, &abort(5));
-    bench.no_frame(&mut peer);
+    for late in [commit, confirm(5), abort(5)] {
+        bench.send(&mut peer, &late);
+        bench.no_frame(&mut peer);
+    }
     bench.bring(&mut peer, small(5, "a"));
 }
 

@@ -501,3 +501,24 @@ fn a_parent_is_kept_for_its_child() {
     let operator = bench.command();
     bench.done(&operator, drop_it("d", false));
 }
+
+#[test]
+fn a_damaged_last_word_ends_the_connection() {
+    let mut bench = Bench::new();
+    let word = confirm(1);
+    let crc = word.len().min(wire::HEADER) - 1;
+    // Another checksum; a Ping; for a stream that has not begun.
+    for (name, byte, bit) in [("crc", crc, 0), ("kind", 0, 2), ("stream", 5, 6)] {
+        let mut source = bench.source();
+        bench.prepare(&mut source, Script::new(1, name));
+        let mut word = word.clone();
+        word[byte] ^= 1 << bit;
+        bench.send(&mut source, &word);
+        // It would prove that all before it was dealt with.
+        bench.send(&mut source, &wire::bare(Kind::Ping, 0, 0, 0));
+        bench.wait_state(name, State::InDoubt);
+        while let Some((header, _)) = source.next() {
+            assert_ne!(header.kind, Kind::Pong, "{name}");
+        }
+    }
+}
