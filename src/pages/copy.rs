@@ -176,7 +176,13 @@ pub fn copy<S: Source>(
     };
     let mut buffer = Buffer::default();
     if copy.work(&mut buffer, CHUNKS_ALONE)? == Progress::More {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+        let threads = match &pages {
+            PagesSink::File(_) => {
+                std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS)
+            }
+            // Most of the time one of them waits for room in the socket or pipe.
+            PagesSink::Stream(_) => MOST_THREADS,
+        };
         std::thread::scope(|scope| {
             let others: Vec<_> =
                 (1..threads).map(|_| scope.spawn(|| copy.work(&mut Buffer::default(), u64::MAX))).collect();
