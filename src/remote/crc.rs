@@ -19,9 +19,8 @@ pub fn append(crc: u32, bytes: &[u8]) -> u32 {
 
 /// Of bytes whose CRC32C is `crc` with `len` more behind them, whose own is `next`.
 pub fn combine(crc: u32, next: u32, len: u32) -> u32 {
-    let powers = (0..u32::BITS).filter(|bit| len & (1 << bit) != 0);
-    let behind = powers.fold(crc, |crc, bit| SHIFTS[bit as usize].of(crc));
-    behind ^ next
+    let powers = SHIFTS.iter().enumerate().filter(|(bit, _)| len & (1 << bit) != 0);
+    powers.fold(crc, |crc, (_, shift)| shift.of(crc)) ^ next
 }
 
 /// What 2^n bytes of zeros make of a CRC: that is linear, so it is known by what they make of each bit of it. Libraries
