@@ -2,6 +2,9 @@
 //!
 //! They are threads of the puppet (one address space), not traced: they end with it, and by themselves when
 //! their share is done.
+//!
+//! They are made when the last mapping has been: the first fault of each mapping takes mmap_lock, and with 20,000 small
+//! ones, threads that filled while the puppet still mapped took 1.6 times as long (Linux 6.18, 2 cores).
 
 use anyhow::{Result, anyhow};
 
