@@ -131,7 +131,8 @@ pub static PROGRAMS: &[Program] = &[
         needs: &["java", "javac"],
         files: &[("Main.java", include_str!("programs/Main.java"))],
         setup: "javac Main.java",
-        line: "java -Xmx64m Main plain",
+        // Not its file in /tmp/hsperfdata_USER: any other Java that starts removes those of pids it does not see.
+        line: "java -XX:+PerfDisableSharedMem -Xmx64m Main plain",
         ..PLAIN
     },
     Program {
@@ -139,7 +140,7 @@ pub static PROGRAMS: &[Program] = &[
         needs: &["java", "javac"],
         files: &[("Main.java", include_str!("programs/Main.java"))],
         setup: "javac Main.java",
-        line: "java -Xmx64m Main channels",
+        line: "java -XX:+PerfDisableSharedMem -Xmx64m Main channels",
         expect: Expect::Refused("UNIX socket"),
         ..PLAIN
     },
