@@ -16,11 +16,13 @@ use std::sync::LazyLock;
 use nix::fcntl::{FallocateFlags, OFlag, fallocate, openat};
 use nix::sys::stat::Mode;
 
+use crate::proc::status;
 use crate::sys;
 
 /// Images up to this many bytes stay on the heap.
 pub(super) const SMALL: u64 = 64 << 10;
 const PAGE: u64 = 4096;
+const CAP_SYS_ADMIN: u64 = 1 << 21;
 /// The largest page that a write may allocate.
 const HUGE: u64 = 2 << 20;
 
@@ -52,8 +54,20 @@ static LARGE: LazyLock<Option<OwnedFd>> = LazyLock::new(|| {
     made.ok()
 });
 
+/// Makes what large images lie in, before any is held: who has the capability for it but runs under a filter that kills for
+/// these calls is to end now, not then.
+pub(super) fn prepare() {
+    LazyLock::force(&LARGE);
+}
+
 /// Without a limit of its own, as memfds have none.
 fn tmpfs() -> io::Result<OwnedFd> {
+    // A service without capabilities often has such a filter: it is not even asked for.
+    let status = std::fs::read("/proc/self/status")?;
+    let held = status::parse(&status).map_err(io::Error::other)?.cap_eff;
+    if held & CAP_SYS_ADMIN == 0 {
+        return Err(io::Error::other("it takes CAP_SYS_ADMIN"));
+    }
     let fs = sys::tmpfs::begin()?;
     sys::tmpfs::set(fs.as_fd(), c"huge", c"within_size")?;
     sys::tmpfs::set(fs.as_fd(), c"size", c"0")?;
