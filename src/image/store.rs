@@ -29,6 +29,7 @@ use super::error::ImageError;
 use super::extras::HasExtra;
 use super::framing::{EntryReader, EntryWriter};
 use super::names::ImageKind;
+use crate::sys::mapping::Slot;
 
 /// Name of the image whose presence makes a snapshot complete.
 const INVENTORY: &str = "inventory.img";
@@ -50,6 +51,13 @@ pub trait PagesStream: Send + Sync + Debug {
     /// Makes `parts` ready (checksums, compression) in the caller's thread. What comes back sends them; it must
     /// be called in the order in which the parts stand in the image.
     fn stage<'p>(&'p self, parts: &'p [IoSlice<'p>]) -> Box<dyn FnOnce() -> io::Result<()> + 'p>;
+
+    /// Memory of the stream's own for `len` bytes of pages, which spares the stream a copy; `None` if it has none.
+    /// One that is free is waited for; each thread may have one.
+    fn room(&self, len: usize) -> io::Result<Option<Slot>>;
+
+    /// As [`stage`](Self::stage), for the first `len` bytes of `room`, which came from here.
+    fn stage_room<'p>(&'p self, room: Slot, len: usize) -> Box<dyn FnOnce() -> io::Result<()> + 'p>;
 
     /// All pages are there.
     fn end(&self) -> io::Result<()>;

@@ -25,6 +25,9 @@ use crate::sys::{Errno, process_vm};
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
 /// the kernel needs there (measured: larger ones are slower).
 const CHUNK_PAGES: u64 = 64;
+/// The same in bytes: the most that [`PagesStream::room`](crate::image::PagesStream::room) is asked for.
+#[allow(clippy::cast_possible_truncation)] // a small constant
+pub const CHUNK: usize = (CHUNK_PAGES * PAGE) as usize;
 /// Chunks done before another thread is worth its start.
 const CHUNKS_ALONE: u64 = 16;
 /// More threads than this only wait for memory.
@@ -329,12 +332,26 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
 
     fn chunk(&self, number: u64, buffer: &mut Buffer) -> Result<(), PagesError> {
         let pages_read = buffer.spans.iter().map(|span| span.run.pages).sum();
+        let failed = |source| PagesError::Pages { action: "write", pages_id: self.pages_id, source };
+        if let PagesSink::Stream(stream) = self.pages
+            && let Some(mut room) = stream.room(bytes(pages_read)).map_err(failed)?
+        {
+            let into = room.bytes_mut().get_mut(..bytes(pages_read)).unwrap_or_default();
+            self.source.read(&buffer.spans, into)?;
+            keep(&buffer.spans, into, &mut buffer.kept);
+            let len = close_up(&buffer.kept, into);
+            let send = stream.stage_room(room, len);
+            if let Some((_, tail)) = self.turn(number, pages_read, &buffer.kept)? {
+                send().map_err(failed)?;
+                self.next_turn(tail);
+            }
+            return Ok(());
+        }
         buffer.bytes.resize(bytes(pages_read).max(buffer.bytes.len()), 0);
         let into = buffer.bytes.get_mut(..bytes(pages_read)).unwrap_or_default();
         self.source.read(&buffer.spans, into)?;
         keep(&buffer.spans, into, &mut buffer.kept);
 
-        let failed = |source| PagesError::Pages { action: "write", pages_id: self.pages_id, source };
         let parts = parts(&buffer.kept, &buffer.bytes);
         match self.pages {
             PagesSink::File(file) => match self.turn(number, pages_read, &buffer.kept)? {
@@ -406,6 +423,20 @@ fn parts<'b>(kept: &[Kept], bytes_read: &'b [u8]) -> Vec<IoSlice<'b>> {
     }
     close(open);
     parts
+}
+
+/// Moves what is kept together, to the front; how long it is.
+fn close_up(kept: &[Kept], bytes_read: &mut [u8]) -> usize {
+    let mut len = 0;
+    for kept in kept {
+        let from = kept.at..kept.at + bytes(kept.run.pages);
+        let next = len + from.len();
+        if kept.at != len && from.end <= bytes_read.len() {
+            bytes_read.copy_within(from, len);
+        }
+        len = next;
+    }
+    len
 }
 
 /// Writes `parts` one after another from `offset` on.

@@ -23,6 +23,7 @@ pub mod name;
 pub mod net;
 pub mod poll;
 pub mod proxy;
+pub mod ring;
 pub mod wire;
 
 /// Messages of `proto/remote.proto`.

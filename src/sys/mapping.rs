@@ -1,8 +1,9 @@
 //! Memory of ours that is shared with others: mmap(2) with an owner.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
-use super::{Errno, Result, ret_int};
+use super::{Errno, Result, ret, ret_int};
 
 /// A mapping that is unmapped when dropped. Others may write to it at any time, so it is only
 /// read and written by copying.
@@ -95,6 +96,66 @@ impl Mapping {
             std::ptr::copy_nonoverlapping((self.addr + offset) as *const u8, bytes.as_mut_ptr(), bytes.len());
         }
         Ok(())
+    }
+}
+
+/// send(2) on a stream socket, MSG_NOSIGNAL: `head`, and `len` bytes of `mapping` from `offset` behind it; how many
+/// went. ERANGE when there are too few. Only the kernel reads the mapping, so it may change meanwhile.
+pub fn send(
+    socket: BorrowedFd<'_>,
+    head: &[u8],
+    mapping: &Mapping,
+    offset: usize,
+    len: usize,
+) -> Result<usize> {
+    mapping.check(offset, len)?;
+    let mut parts = [
+        libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() },
+        libc::iovec { iov_base: (mapping.addr + offset) as *mut _, iov_len: len },
+    ];
+    // SAFETY: a struct of numbers and pointers, for which zero is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len();
+    // SAFETY: both parts are live memory, which the kernel only reads.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+    ret(sent as libc::c_long).map(|sent| sent.unsigned_abs() as usize)
+}
+
+/// A part of a shared mapping that has one owner in this process. The process at the other end of the mapping is
+/// trusted to write nothing into it.
+#[derive(Debug)]
+pub struct Slot {
+    mapping: Arc<Mapping>,
+    offset: usize,
+    len: usize,
+}
+
+impl Slot {
+    /// Maps the first `count * len` bytes of `fd`, in slots of `len` bytes. The file has to be as long, and must
+    /// not shrink.
+    pub fn map(fd: BorrowedFd<'_>, count: usize, len: usize) -> Result<Vec<Self>> {
+        let whole = count.checked_mul(len).ok_or(Errno::EOVERFLOW)?;
+        let mapping = Arc::new(Mapping::shared(fd, 0, whole, Access::ReadWrite, None)?);
+        Ok((0..count).map(|slot| Self { mapping: mapping.clone(), offset: slot * len, len }).collect())
+    }
+
+    /// Where in the mapping it begins, in bytes.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: in range of a mapping that lives as long as this; nobody writes: slots do not overlap, each exists
+        // once, and the other process only reads.
+        unsafe { std::slice::from_raw_parts((self.mapping.addr + self.offset) as *const u8, self.len) }
+    }
+
+    /// Its bytes, for writing.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and what the other process reads meanwhile is its own affair.
+        unsafe { std::slice::from_raw_parts_mut((self.mapping.addr + self.offset) as *mut u8, self.len) }
     }
 }
 

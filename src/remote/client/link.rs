@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use super::super::{Failure, pb};
+use crate::sys::mapping::Slot;
 
 /// One snapshot's way to the cache.
 pub(super) trait Link: Send + Sync + Debug {
@@ -17,6 +18,16 @@ pub(super) trait Link: Send + Sync + Debug {
 
     /// Sends whole frames, in one piece.
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure>;
+
+    /// Memory that the other side can read, if this way has such; one that is free is waited for.
+    fn room(&self) -> Result<Option<Slot>, Failure> {
+        Ok(None)
+    }
+
+    /// As `send`, for frames of which the payloads of `placed`, in their order, lie in `room` and are not sent.
+    fn send_placed(&self, frames: &mut [IoSlice<'_>], _room: Slot, _placed: usize) -> Result<(), Failure> {
+        self.send(frames)
+    }
 
     /// Waits for the answer to a commit.
     fn prepared(&self) -> Result<pb::Prepared, Failure>;

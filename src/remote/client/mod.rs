@@ -11,6 +11,7 @@ mod link;
 mod packets;
 mod proxied;
 mod restore;
+mod ring;
 mod sink;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! The way through image-proxy: frames into a pipe, everything else in packets.
+//! The way through image-proxy: frames into a pipe, pages into a ring beside it, everything else in packets.
 //!
 //! A proxy that refuses a snapshot sends the reason and closes the pipe: EPIPE here means that the reason is in
 //! the socket.
@@ -20,6 +20,8 @@ use super::super::{Failure, PROXY_SOCKET};
 use super::control::{self, Daemon};
 use super::link::Link;
 use super::packets::{Packets, wait_for};
+use super::ring::Ring;
+use crate::sys::mapping::Slot;
 
 /// At most this many parts in a writev(2) (UIO_MAXIOV).
 const MOST_PARTS: usize = 1024;
@@ -31,6 +33,7 @@ pub(super) struct Proxied {
     work_dir: PathBuf,
     name: String,
     pipe: Mutex<OwnedFd>,
+    ring: Option<Ring>,
     /// The cache has all of it.
     complete: AtomicBool,
     features: u64,
@@ -50,13 +53,19 @@ impl Proxied {
         let (work_dir, name) = (work_dir.to_owned(), begin.name.clone());
         let (reply, mut fds) = packets.ask(local_request::What::Open(begin), &[], patience)?;
         let local_reply::What::Opened(opened) = reply else { return Err(packets.unexpected(&reply)) };
-        let pipe = fds.pop().ok_or_else(|| {
-            Failure::new(FailCode::FailProtocol, "image-proxy sent no pipe with its answer")
-        })?;
+        let lacks = |what| {
+            Failure::new(FailCode::FailProtocol, format!("image-proxy sent no {what} with its answer"))
+        };
+        let pipe = fds.pop().ok_or_else(|| lacks("pipe"))?;
+        let ring = match (opened.ring, fds.pop(), fds.pop()) {
+            (false, ..) => None,
+            (true, Some(freed), Some(memory)) => Some(Ring::new(&memory, freed)?),
+            (true, ..) => return Err(lacks("ring")),
+        };
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|e| Failure::new(FailCode::FailInternal, format!("pipe of image-proxy: {e}")))?;
         let (pipe, complete) = (Mutex::new(pipe), AtomicBool::new(false));
-        Ok(Self { packets, work_dir, name, pipe, complete, features: opened.features, patience })
+        Ok(Self { packets, work_dir, name, pipe, ring, complete, features: opened.features, patience })
     }
 
     /// Why the pipe is closed.
@@ -65,6 +74,41 @@ impl Proxied {
             Err(failure) => failure,
             Ok((other, _)) => self.packets.unexpected(&other),
         }
+    }
+
+    /// Waits until `fd` is ready for `flags`; a refusal ends the wait.
+    fn wait(&self, fd: BorrowedFd<'_>, flags: PollFlags, until: Instant) -> Result<(), Failure> {
+        let mut fds = [PollFd::new(fd, flags), PollFd::new(self.packets.fd(), PollFlags::POLLIN)];
+        if !wait_for(&mut fds, until)? {
+            let text = "image-proxy takes nothing any more: the way to the cache is stuck";
+            return Err(Failure::new(FailCode::FailTimeout, text));
+        }
+        if fds.last().and_then(PollFd::any).unwrap_or(false) {
+            // Nothing but a refusal can come while images are on their way.
+            return Err(self.reason());
+        }
+        Ok(())
+    }
+
+    fn write(&self, pipe: &OwnedFd, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
+        let mut left = frames;
+        let mut until = Instant::now() + self.patience;
+        while !left.is_empty() {
+            let now = left.len().min(MOST_PARTS);
+            match writev(pipe.as_fd(), left.get(..now).unwrap_or_default()) {
+                Ok(written) => {
+                    IoSlice::advance_slices(&mut left, written);
+                    until = Instant::now() + self.patience;
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => self.wait(pipe.as_fd(), PollFlags::POLLOUT, until)?,
+                Err(Errno::EPIPE) => return Err(self.reason()),
+                Err(e) => {
+                    return Err(Failure::new(FailCode::FailLost, format!("pipe to image-proxy: {e}")));
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -79,37 +123,27 @@ impl Link for Proxied {
 
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
         let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut left = frames;
-        let mut until = Instant::now() + self.patience;
-        while !left.is_empty() {
-            let now = left.len().min(MOST_PARTS);
-            match writev(pipe.as_fd(), left.get(..now).unwrap_or_default()) {
-                Ok(written) => {
-                    IoSlice::advance_slices(&mut left, written);
-                    until = Instant::now() + self.patience;
-                }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => {
-                    let mut fds = [
-                        PollFd::new(pipe.as_fd(), PollFlags::POLLOUT),
-                        PollFd::new(self.packets.fd(), PollFlags::POLLIN),
-                    ];
-                    if !wait_for(&mut fds, until)? {
-                        let text = "image-proxy takes nothing any more: the way to the cache is stuck";
-                        return Err(Failure::new(FailCode::FailTimeout, text));
-                    }
-                    if fds.last().and_then(PollFd::any).unwrap_or(false) {
-                        // Nothing but a refusal can come while images are on their way.
-                        return Err(self.reason());
-                    }
-                }
-                Err(Errno::EPIPE) => return Err(self.reason()),
-                Err(e) => {
-                    return Err(Failure::new(FailCode::FailLost, format!("pipe to image-proxy: {e}")));
-                }
+        self.write(&pipe, frames)
+    }
+
+    fn room(&self) -> Result<Option<Slot>, Failure> {
+        let Some(ring) = &self.ring else { return Ok(None) };
+        let until = Instant::now() + self.patience;
+        loop {
+            if let Some(slot) = ring.take()? {
+                return Ok(Some(slot));
             }
+            self.wait(ring.fd(), PollFlags::POLLIN, until)?;
         }
-        Ok(())
+    }
+
+    fn send_placed(&self, frames: &mut [IoSlice<'_>], room: Slot, placed: usize) -> Result<(), Failure> {
+        let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ring) = &self.ring {
+            // Under the lock, so that slots are noted in the order in which the proxy frees them.
+            ring.sent(room, placed)?;
+        }
+        self.write(&pipe, frames)
     }
 
     fn prepared(&self) -> Result<pb::Prepared, Failure> {

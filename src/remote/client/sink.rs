@@ -8,10 +8,12 @@ use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::super::ring::{Place, SLOT};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAX_DATA, Sum};
 use super::super::{Failure, crc, name, pb, pb::FailCode};
 use super::link::Link;
 use crate::image::{ImageSink, PagesStream};
+use crate::sys::mapping::Slot;
 
 const PAGE: usize = 4096;
 /// An image is sent in frames of at most this.
@@ -115,9 +117,9 @@ impl Outgoing {
 
 /// One frame, ready to be sent.
 struct Staged<'p> {
+    head: Header,
+    /// The same as it travels.
     header: [u8; wire::HEADER],
-    raw: u32,
-    crc: u32,
     parts: Vec<&'p [u8]>,
     block: Option<Vec<u8>>,
 }
@@ -157,9 +159,17 @@ impl<'p> Stager<'p> {
         while len > 0 {
             let now = len.min(FRAME);
             let raw = u32::try_from(now).unwrap_or(MAX_DATA);
-            let header = wire::bare(Kind::Zero, self.stream, self.image, raw);
             let crc = wire::crc_of_zeros(raw);
-            self.done.push(Staged { header, raw, crc, parts: Vec::new(), block: None });
+            let head = Header {
+                kind: Kind::Zero,
+                flags: 0,
+                stream: self.stream,
+                image: self.image,
+                len: 0,
+                raw,
+                crc,
+            };
+            self.done.push(Staged { head, header: head.encode(), parts: Vec::new(), block: None });
             len -= now;
         }
     }
@@ -196,16 +206,16 @@ impl<'p> Stager<'p> {
         let parts = std::mem::take(&mut self.open);
         let raw = u32::try_from(std::mem::take(&mut self.len)).unwrap_or(MAX_DATA);
         let crc = parts.iter().fold(0, |crc, part| crc::append(crc, part));
-        let mut header = Header::data(self.stream, self.image, raw, crc);
+        let mut head = Header::data(self.stream, self.image, raw, crc);
         let block = self.lz4.and_then(|lz4| match parts.as_slice() {
             [one] => lz4.block(one),
             many => lz4.block(&many.concat()),
         });
         if let Some(block) = &block {
-            header.flags = LZ4;
-            header.len = u32::try_from(block.len()).unwrap_or(MAX_DATA);
+            head.flags = LZ4;
+            head.len = u32::try_from(block.len()).unwrap_or(MAX_DATA);
         }
-        self.done.push(Staged { header: header.encode(), raw, crc, parts, block });
+        self.done.push(Staged { head, header: head.encode(), parts, block });
     }
 }
 
@@ -263,7 +273,7 @@ impl Small {
         stager.data(&self.held);
         stager.close();
         for frame in &stager.done {
-            self.sum.push(frame.raw, frame.crc);
+            self.sum.push(frame.head.raw, frame.head.crc);
         }
         let end = if last { self.outgoing.end_frame(self.image, self.sum) } else { Vec::new() };
         let mut parts = vec![IoSlice::new(&begin)];
@@ -328,11 +338,48 @@ impl PagesStream for Pages {
         Box::new(move || {
             let mut sum = lock(&self.sum);
             for frame in &staged {
-                sum.push(frame.raw, frame.crc);
+                sum.push(frame.head.raw, frame.head.crc);
             }
             let mut parts = Vec::with_capacity(staged.len() * 2);
             slices(&staged, &mut parts);
             self.outgoing.link.send(&mut parts).map_err(io_error)
+        })
+    }
+
+    fn room(&self, len: usize) -> io::Result<Option<Slot>> {
+        // What is compressed goes from where the compression leaves it.
+        if self.outgoing.lz4.is_some() || len > SLOT {
+            return Ok(None);
+        }
+        self.outgoing.link.room().map_err(io_error)
+    }
+
+    fn stage_room<'p>(&'p self, room: Slot, len: usize) -> Box<dyn FnOnce() -> io::Result<()> + 'p> {
+        let bytes = room.bytes().get(..len).unwrap_or_default();
+        let mut stager = Stager::new(&self.outgoing, self.image);
+        stager.pages(bytes);
+        stager.close();
+        let mut placed = 0;
+        let mut frames: Vec<(Header, [u8; wire::HEADER])> = Vec::with_capacity(stager.done.len());
+        for staged in &stager.done {
+            // A slot is shorter than a frame may be, so that only zeros part frames: one piece each.
+            let mut header = staged.header;
+            if let Some(part) = staged.parts.first() {
+                let at = part.as_ptr().addr() - bytes.as_ptr().addr();
+                let stream = Place::at(room.offset() + at).encode();
+                header = Header { stream, ..staged.head }.encode();
+                placed += 1;
+            }
+            frames.push((staged.head, header));
+        }
+        drop(stager);
+        Box::new(move || {
+            let mut sum = lock(&self.sum);
+            for (head, _) in &frames {
+                sum.push(head.raw, head.crc);
+            }
+            let mut parts: Vec<_> = frames.iter().map(|(_, header)| IoSlice::new(header)).collect();
+            self.outgoing.link.send_placed(&mut parts, room, placed).map_err(io_error)
         })
     }
 

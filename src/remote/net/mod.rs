@@ -24,6 +24,7 @@ use nix::sys::socket::{
 
 use self::tls::{Session, TlsClient, TlsServer};
 use super::poll::Interest;
+use super::ring::Ring;
 use super::{Failure, pb::FailCode};
 use crate::interrupt;
 
@@ -225,6 +226,20 @@ impl Stream {
         }
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
         again(|| splice(pipe, None, self.fd.as_fd(), None, len, flags))
+    }
+
+    /// Takes some of `head` and of `len` bytes of `ring` behind it; plain connections only (EOPNOTSUPP). As
+    /// [`write`](Self::write) otherwise.
+    pub fn send_from(&mut self, head: &[u8], ring: &Ring, at: usize, len: usize) -> io::Result<usize> {
+        if !self.is_plain() {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
+        loop {
+            match ring.send(self.fd.as_fd(), head, at, len) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
     }
 
     /// Pushes what is still held back; true when nothing is left that could be sent now. What waits for the

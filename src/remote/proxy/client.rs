@@ -26,7 +26,7 @@ pub(super) struct Client {
     pub(super) pid: i32,
     /// Held so that its end can be seen. None if it had ended before.
     pidfd: Option<OwnedFd>,
-    out: VecDeque<(pb::LocalReply, Option<OwnedFd>)>,
+    out: VecDeque<(pb::LocalReply, Vec<OwnedFd>)>,
     /// The snapshot that it dumps.
     pub(super) snapshot: Option<u64>,
     /// The snapshot it waits for, and until when.
@@ -83,15 +83,20 @@ impl Client {
     }
 
     /// Sends it, now or when there is room. A peer that is gone shows when it is read from.
-    pub(super) fn reply(&mut self, what: What, fd: Option<OwnedFd>) {
-        self.out.push_back((pb::LocalReply { what: Some(what) }, fd));
+    pub(super) fn reply(&mut self, what: What) {
+        self.reply_with(what, Vec::new());
+    }
+
+    /// The same with descriptors, at most [`local::MAX_FDS`].
+    pub(super) fn reply_with(&mut self, what: What, fds: Vec<OwnedFd>) {
+        self.out.push_back((pb::LocalReply { what: Some(what) }, fds));
         self.flush();
     }
 
     /// Sends what waits, as far as there is room.
     pub(super) fn flush(&mut self) {
-        while let Some((reply, fd)) = self.out.front() {
-            let fds: Vec<BorrowedFd<'_>> = fd.iter().map(AsFd::as_fd).collect();
+        while let Some((reply, fds)) = self.out.front() {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             match local::send(self.fd(), reply, &fds) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Ok(()) => drop(self.out.pop_front()),
@@ -112,7 +117,7 @@ impl Client {
                 shorten(&mut info.text, LISTED_TEXT);
             }
             let daemon = daemon.to_owned();
-            self.reply(What::Snapshots(pb::Snapshots { snapshots, daemon, more: number < last }), None);
+            self.reply(What::Snapshots(pb::Snapshots { snapshots, daemon, more: number < last }));
         }
     }
 }

@@ -15,6 +15,7 @@ use super::outbox::{Outbox, Pumped, Sink};
 use crate::remote::net::Stream;
 use crate::remote::net::connect::{Connector, Progress};
 use crate::remote::poll::{Interest, Poll};
+use crate::remote::ring::Ring;
 use crate::remote::wire::{self, Kind, MAGIC};
 use crate::remote::{Failure, pb, pb::FailCode};
 use crate::sys;
@@ -55,6 +56,10 @@ impl Sink for Stream {
 
     fn splice_from(&mut self, pipe: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
         self.splice_from(pipe, len)
+    }
+
+    fn send_from(&mut self, head: &[u8], ring: &Ring, at: usize, len: usize) -> io::Result<usize> {
+        self.send_from(head, ring, at, len)
     }
 
     fn flush(&mut self) -> io::Result<bool> {

@@ -2,7 +2,7 @@
 //!
 //! Small things are put together in a buffer; the payload of a large frame of a dump stays in its pipe until the
 //! connection takes it, by splice where the connection is plain, in small pieces through the buffer under
-//! TLS. While such a payload goes out, frames of ours wait behind it.
+//! TLS; one in the ring of a dump is sent from there. While such a payload goes out, frames of ours wait behind it.
 //!
 //! A frame that has begun is always finished: with what its dump has written, or, if that is not to come, with
 //! zeros. The checksum in its head gives those away, and the stream is aborted besides.
@@ -10,11 +10,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::pipe::Rest;
+use super::pipe::{Payload, Rest};
+use crate::remote::ring::Ring;
 use crate::sys;
 
 /// Frames are put together up to here.
 const ENOUGH: usize = 64 << 10;
+/// Up to here copying a payload out of the ring is cheaper than a call of its own.
+const SMALL: usize = 16 << 10;
 
 /// A connection that takes bytes without waiting for it.
 pub(super) trait Sink {
@@ -24,6 +27,8 @@ pub(super) trait Sink {
     fn write(&mut self, from: &[u8]) -> io::Result<usize>;
     /// Moves bytes out of a pipe; `WouldBlock` when the pipe is empty, or nothing is taken now.
     fn splice_from(&mut self, pipe: BorrowedFd<'_>, len: usize) -> io::Result<usize>;
+    /// Takes `head` and `len` bytes of `ring` behind it; plain connections only. As `write` otherwise.
+    fn send_from(&mut self, head: &[u8], ring: &Ring, at: usize, len: usize) -> io::Result<usize>;
     /// True when nothing waits inside it.
     fn flush(&mut self) -> io::Result<bool>;
 }
@@ -35,6 +40,8 @@ enum Source {
     Dump(u64),
     /// The pipe of a dump that is given up otherwise.
     Orphan(OwnedFd),
+    /// The ring of a dump, whatever becomes of the dump.
+    Ring(Payload),
     /// Nowhere.
     Zeros,
 }
@@ -45,6 +52,16 @@ struct Tail {
     left: usize,
     /// Whether it may still be on its way into the pipe.
     may_wait: bool,
+}
+
+impl Tail {
+    /// So many bytes have been taken from it; of a ring, from the place where it begins.
+    fn advance(&mut self, len: usize) {
+        self.left -= len;
+        if let Source::Ring(payload) = &mut self.source {
+            payload.at += len;
+        }
+    }
 }
 
 /// How far it got.
@@ -87,9 +104,14 @@ impl Outbox {
     /// A frame of a dump, only when there is room. `take` puts the first part of it into the buffer it is
     /// given; `may_wait` if the rest is not in the pipe yet.
     pub(super) fn relay(&mut self, dump: u64, may_wait: bool, take: impl FnOnce(&mut Vec<u8>) -> Rest) {
-        let Rest { in_pipe: left } = take(&mut self.buffer);
-        if left > 0 {
-            self.tail = Some(Tail { source: Source::Dump(dump), left, may_wait });
+        match take(&mut self.buffer) {
+            Rest::None => {}
+            Rest::Pipe(left) => self.tail = Some(Tail { source: Source::Dump(dump), left, may_wait }),
+            Rest::Ring(payload, left) => {
+                if left > SMALL || payload.copy(left, &mut self.buffer).is_err() {
+                    self.tail = Some(Tail { source: Source::Ring(payload), left, may_wait: false });
+                }
+            }
         }
     }
 
@@ -126,12 +148,27 @@ impl Outbox {
         pipe: impl Fn(u64) -> Option<BorrowedFd<'a>>,
     ) -> io::Result<Pumped> {
         loop {
-            if self.at < self.buffer.len() {
-                match sink.write(self.buffer.get(self.at..).unwrap_or_default()) {
+            let ring = match &self.tail {
+                Some(Tail { source: Source::Ring(payload), left, .. }) if *left > 0 && sink.is_plain() => {
+                    Some((payload, *left))
+                }
+                _ => None,
+            };
+            if self.at < self.buffer.len() || ring.is_some() {
+                let head = self.buffer.get(self.at..).unwrap_or_default();
+                let taken = match ring {
+                    Some((payload, left)) => sink.send_from(head, &payload.ring, payload.at, left),
+                    None => sink.write(head),
+                };
+                match taken {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(n) => {
-                        self.at += n;
+                        let of_head = n.min(head.len());
+                        self.at += of_head;
                         self.sent += n as u64;
+                        if let Some(tail) = &mut self.tail {
+                            tail.advance(n - of_head);
+                        }
                     }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pumped::Blocked),
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -156,6 +193,12 @@ impl Outbox {
             let from = match &tail.source {
                 Source::Dump(dump) => pipe(*dump),
                 Source::Orphan(fd) => Some(fd.as_fd()),
+                Source::Ring(payload) => {
+                    let now = tail.left.min(ENOUGH);
+                    payload.copy(now, &mut self.buffer)?;
+                    tail.advance(now);
+                    continue;
+                }
                 Source::Zeros => None,
             };
             let moved = match from {

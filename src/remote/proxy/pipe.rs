@@ -10,15 +10,18 @@
 //!   look soon, and for [`Pipe::gather`] if that does not help.
 //! - What is larger, or comes slowly, is gathered in the buffer, at most [`MAX_DATA`] and a little.
 //! - Only a list of images longer than that ([`Kind::Commit`]) is handed on while it comes.
+//! - What lies in the [ring](crate::remote::ring) is there already: only the head comes through the pipe.
 //!
 //! Which kinds a dump may send, and that none is malformed, is checked here; not which may follow which, nor
 //! what is in them: the cache does that.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use crate::remote::ring::{Place, Ring};
 use crate::remote::wire::{HEADER, Header, Kind, MAX_DATA};
 use crate::remote::{Failure, pb::FailCode};
 use crate::sys;
@@ -59,38 +62,75 @@ pub(super) struct Pipe {
     /// The frame whose head has been read.
     header: Option<Header>,
     gather: bool,
+    ring: Option<Arc<Ring>>,
 }
 
 /// Where the rest of a frame is, once its head and what was buffered of it have been taken.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Rest {
-    /// Bytes of its payload that are still in the pipe, or on their way into it.
-    pub(super) in_pipe: usize,
+#[derive(Debug)]
+pub(super) enum Rest {
+    /// There is none.
+    None,
+    /// So many bytes of its payload are still in the pipe, or on their way into it.
+    Pipe(usize),
+    /// All of its payload is in the ring: where, and how many bytes.
+    Ring(Payload, usize),
+}
+
+/// A payload in a ring, which stays there until this is gone.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) ring: Arc<Ring>,
+    /// Where it begins, in bytes.
+    pub(super) at: usize,
+}
+
+impl Payload {
+    /// Appends the first `len` bytes of it to `into`.
+    pub(super) fn copy(&self, len: usize, into: &mut Vec<u8>) -> io::Result<()> {
+        let old = into.len();
+        into.resize(old + len, 0);
+        let copied = self.ring.read(self.at, into.get_mut(old..).unwrap_or_default());
+        if copied.is_err() {
+            into.truncate(old);
+        }
+        copied
+    }
+}
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        self.ring.free();
+    }
 }
 
 impl Pipe {
-    /// A new pipe, and the end for the dump.
-    pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
+    /// A new pipe, with a ring beside it if there shall be one, and the end for the dump.
+    pub(super) fn new(ring: Option<Ring>) -> io::Result<(Self, OwnedFd)> {
         let (read, write) = sys::pipe::pipe2(libc::O_CLOEXEC)?;
         // A user near the limit for pipes gets a smaller one.
         let mut want = CAPACITY;
         while sys::pipe::set_capacity(read.as_fd(), want).is_err() && want > 1 << 16 {
             want /= 2;
         }
-        Ok((Self::of(read)?, write))
+        Ok((Self::of(read, ring.map(Arc::new))?, write))
     }
 
     /// Makes the end non-blocking.
-    fn of(fd: OwnedFd) -> io::Result<Self> {
+    fn of(fd: OwnedFd, ring: Option<Arc<Ring>>) -> io::Result<Self> {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let capacity = sys::pipe::capacity(fd.as_fd())? as usize;
-        Ok(Self { fd, capacity, buffer: Vec::new(), at: 0, header: None, gather: false })
+        Ok(Self { fd, capacity, buffer: Vec::new(), at: 0, header: None, gather: false, ring })
     }
 
     /// For watching and splicing.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Whether there is a ring beside it.
+    pub(super) fn has_ring(&self) -> bool {
+        self.ring.is_some()
     }
 
     /// Only the descriptor, when what is left of a frame shall be sent and nothing else.
@@ -121,13 +161,16 @@ impl Pipe {
                     self.fill(HEADER - self.here())?;
                 }
                 let head = self.buffer.get(self.at..).and_then(<[u8]>::first_chunk).ok_or(Stop::Dry)?;
-                let header = check(Header::decode(head)?)?;
+                let header = check(Header::decode(head)?, self.ring.is_some())?;
                 self.at += HEADER;
                 self.header = Some(header);
                 header
             }
         };
         let len = header.len as usize;
+        if header.stream != 0 {
+            return Ok(Next::Frame(header));
+        }
         if header.kind == Kind::Commit && header.len > MAX_DATA {
             return Ok(Next::Frame(header));
         }
@@ -144,9 +187,10 @@ impl Pipe {
 
     /// Appends what is buffered of the frame to `into`, behind its head with `stream` in it.
     pub(super) fn take(&mut self, stream: u32, into: &mut Vec<u8>) -> Rest {
-        let Some(header) = self.header.take() else { return Rest { in_pipe: 0 } };
+        let Some(header) = self.header.take() else { return Rest::None };
         let len = header.len as usize;
-        let buffered = len.min(self.here());
+        let place = Place::decode(header.stream).and_then(|place| place.within(len)).zip(self.ring.clone());
+        let buffered = if place.is_some() { 0 } else { len.min(self.here()) };
         into.extend_from_slice(&Header { stream, ..header }.encode());
         into.extend_from_slice(self.buffer.get(self.at..self.at + buffered).unwrap_or_default());
         self.at += buffered;
@@ -157,7 +201,11 @@ impl Pipe {
             // The memory of a gathered frame is not kept for the small ones.
             self.buffer.shrink_to(AHEAD + SMALL);
         }
-        Rest { in_pipe: len - buffered }
+        match place {
+            Some((at, ring)) => Rest::Ring(Payload { ring, at }, len),
+            None if len == buffered => Rest::None,
+            None => Rest::Pipe(len - buffered),
+        }
     }
 
     /// Bytes in the buffer.
@@ -211,10 +259,14 @@ impl From<io::Error> for Stop {
 }
 
 /// What a dump may send.
-fn check(header: Header) -> Result<Header, Failure> {
+fn check(header: Header, ring: bool) -> Result<Header, Failure> {
     let known =
         matches!(header.kind, Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd | Kind::Commit);
-    if !known || header.stream != 0 {
+    let placed = match Place::decode(header.stream) {
+        None => true,
+        Some(place) => ring && header.kind == Kind::Data && place.within(header.len as usize).is_some(),
+    };
+    if !known || !placed {
         let text = format!("bad frame: {:?} for stream {} from a dump", header.kind, header.stream);
         return Err(Failure::new(FailCode::FailProtocol, text));
     }

@@ -21,11 +21,14 @@ use crate::remote::pb::local_reply::What as Reply;
 use crate::remote::pb::local_request::What as Request;
 use crate::remote::pb::snapshot_info::State;
 use crate::remote::poll::{Event, Interest, Poll};
+use crate::remote::ring::Ring;
 use crate::remote::wire::{self, FEATURE_LZ4, Kind, MAX_DATA};
 use crate::remote::{Failure, name, pb, pb::FailCode};
 
 /// Snapshots on their way at once; each may hold a frame of [`MAX_DATA`] in memory.
 const MAX_DUMPS: usize = 64;
+/// Dumps at once that have a ring each.
+const MAX_RINGS: usize = 8;
 /// Processes at the socket at once.
 const MAX_CLIENTS: usize = 256;
 /// Snapshots that lists still show when they are over.
@@ -467,15 +470,22 @@ impl<D: Dial> Relay<D> {
     fn begin(&mut self, id: u64) {
         let stream = self.next_stream;
         let features = if self.rules.compress { self.link.features() & FEATURE_LZ4 } else { 0 };
-        let pipe = Pipe::new();
+        let rings =
+            self.snapshots.values().filter_map(|s| s.pipe.as_ref()).filter(|pipe| pipe.has_ring()).count();
+        // What is compressed is not sent from where it was read. Without a ring all goes through the pipe.
+        let ring = if rings < MAX_RINGS && features & FEATURE_LZ4 == 0 { Ring::new().ok() } else { None };
+        let ends = ring.as_ref().map_or(Ok(Vec::new()), |ring| ring.ends().map(Vec::from));
+        let opened = pb::Opened { features, ring: ring.is_some() };
+        let pipe = ends.and_then(|ends| Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end)));
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         let Some(client) = s.dump.and_then(|dump| self.clients.get_mut(&dump)) else { return };
-        let added = pipe.and_then(|(pipe, end)| {
+        let added = pipe.and_then(|(pipe, mut ends, end)| {
             let edges = Interest { edge: true, ..Interest::READ };
             self.poll.add(pipe.fd(), id * 2 + 1, edges)?;
-            Ok((pipe, end))
+            ends.push(end);
+            Ok((pipe, ends))
         });
-        let (pipe, end) = match added {
+        let (pipe, ends) = match added {
             Ok(both) => both,
             Err(e) => {
                 let text = format!("pipe for the dump: {e}");
@@ -488,7 +498,7 @@ impl<D: Dial> Relay<D> {
         s.show(State::Receiving, "");
         tracing::info!("{}: begins, {} (pid {})", s.name(), s.begin.comm, s.begin.pid);
         self.link.out.push(&wire::frame(Kind::SnapshotBegin, stream, 0, &s.begin));
-        client.reply(Reply::Opened(pb::Opened { features }), Some(end));
+        client.reply_with(Reply::Opened(opened), ends);
         self.streams.insert(stream, id);
         self.next_stream += 1;
     }
@@ -583,7 +593,7 @@ impl<D: Dial> Relay<D> {
         let outcome = s.outcome();
         for client in self.clients.values_mut().filter(|c| c.waits.is_some_and(|(on, _)| on == id)) {
             client.waits = None;
-            client.reply(Reply::Restored(outcome.clone()), None);
+            client.reply(Reply::Restored(outcome.clone()));
         }
         self.forget();
     }
@@ -662,7 +672,7 @@ impl<D: Dial> Relay<D> {
                 s.show(State::Prepared, "");
                 tracing::info!("{}: the cache has all {} bytes", s.name(), prepared.bytes);
                 if let Some(client) = s.dump.and_then(|dump| self.clients.get_mut(&dump)) {
-                    client.reply(Reply::Prepared(prepared), None);
+                    client.reply(Reply::Prepared(prepared));
                 }
                 self.close_pipe(id);
             }
@@ -897,7 +907,7 @@ impl<D: Dial> Relay<D> {
                         // It was given up over there, or restored by hand, before this word.
                         if let (Some(s), Some(client)) = (self.snapshots.get(&own), self.clients.get_mut(&id))
                         {
-                            client.reply(Reply::Restored(s.outcome()), None);
+                            client.reply(Reply::Restored(s.outcome()));
                         }
                         Ok(())
                     }
@@ -938,7 +948,7 @@ impl<D: Dial> Relay<D> {
                 };
                 let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
                 if s.phase == Phase::Over {
-                    client.reply(Reply::Restored(s.outcome()), None);
+                    client.reply(Reply::Restored(s.outcome()));
                 } else {
                     client.waits = Some((on, now.checked_add(Duration::from_millis(wait.wait_ms))));
                 }
@@ -1044,7 +1054,7 @@ impl<D: Dial> Relay<D> {
 }
 
 fn refuse(client: &mut Client, failure: &Failure) {
-    client.reply(Reply::Failed(failure.clone().into()), None);
+    client.reply(Reply::Failed(failure.clone().into()));
 }
 
 /// A number that no other snapshot has, for all practical purposes; never 0.
