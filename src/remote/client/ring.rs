@@ -93,3 +93,104 @@ impl Ring {
 fn broken(e: Errno) -> Failure {
     Failure::new(FailCode::FailLost, format!("ring of image-proxy: {e}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use nix::poll::{PollFd, PollFlags, poll};
+
+    use super::*;
+    use crate::remote::ring;
+
+    fn rings() -> (ring::Ring, Ring) {
+        let far = ring::Ring::new().unwrap();
+        let [memory, count] = far.ends().unwrap();
+        let near = Ring::new(&memory, count).unwrap();
+        (far, near)
+    }
+
+    #[test]
+    fn all_slots_are_free_once() {
+        let (_far, near) = rings();
+        let slots: Vec<Slot> = std::iter::from_fn(|| near.take().unwrap()).collect();
+        let mut at: Vec<usize> = slots.iter().map(Slot::offset).collect();
+        at.sort_unstable();
+        assert_eq!(at, (0..SLOTS).map(|slot| slot * SLOT).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_slot_is_free_with_its_last_frame() {
+        let (far, near) = rings();
+        let mut slots: Vec<Slot> = std::iter::from_fn(|| near.take().unwrap()).collect();
+        let (three, one, none) = (slots.remove(0), slots.remove(0), slots.remove(0));
+        let at = [three.offset(), one.offset(), none.offset()];
+        near.sent(three, 3).unwrap();
+        near.sent(one, 1).unwrap();
+        assert!(near.take().unwrap().is_none());
+        near.sent(none, 0).unwrap();
+        let next = || near.take().unwrap().map(|slot| slot.offset());
+        assert_eq!((next(), next()), (Some(at[2]), None));
+        far.free();
+        far.free();
+        assert_eq!(next(), None);
+        far.free();
+        assert_eq!((next(), next()), (Some(at[0]), None));
+        far.free();
+        assert_eq!((next(), next()), (Some(at[1]), None));
+        far.free();
+        assert_eq!(near.take().unwrap_err().code, FailCode::FailProtocol);
+    }
+
+    #[test]
+    fn nobody_waits_while_there_is_a_slot() {
+        const THREADS: usize = 6;
+        const ROUNDS: usize = 3000;
+        let (far, near) = rings();
+        let over = AtomicBool::new(false);
+        let used = Mutex::new(vec![false; SLOTS]);
+        // Frames whose heads are "in the pipe".
+        let pipe = Mutex::new(VecDeque::new());
+        let work = |seed: usize| {
+            for round in 0..ROUNDS {
+                let slot = loop {
+                    if let Some(slot) = near.take().unwrap() {
+                        break slot;
+                    }
+                    let mut fds = [PollFd::new(near.fd(), PollFlags::POLLIN)];
+                    assert!(poll(&mut fds, 40_000u16).unwrap() > 0, "a slot is waited for in vain");
+                };
+                let number = slot.offset() / SLOT;
+                assert!(!std::mem::replace(&mut used.lock().unwrap()[number], true), "two have it");
+                let frames = (seed + round * 7) % 4;
+                let mut pipe = pipe.lock().unwrap();
+                if frames == 0 {
+                    used.lock().unwrap()[number] = false;
+                }
+                near.sent(slot, frames).unwrap();
+                pipe.extend((0..frames).map(|frame| (frame + 1 == frames).then_some(number)));
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Acquire) || !pipe.lock().unwrap().is_empty() {
+                    let Some(last) = pipe.lock().unwrap().pop_front() else {
+                        std::thread::yield_now();
+                        continue;
+                    };
+                    if let Some(slot) = last {
+                        used.lock().unwrap()[slot] = false;
+                    }
+                    far.free();
+                }
+            });
+            let work = &work;
+            let threads: Vec<_> = (0..THREADS).map(|seed| scope.spawn(move || work(seed))).collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            over.store(true, Ordering::Release);
+        });
+    }
+}

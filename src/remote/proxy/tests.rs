@@ -1,5 +1,7 @@
 //! The relay between dumps and caches that follow a script.
 
+mod ring;
+
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -136,6 +138,13 @@ impl Proxy {
         cache
     }
 
+    /// One that cannot decompress: dumps get rings.
+    fn plain_cache(&self) -> Cache {
+        let mut cache = self.lay();
+        cache.greet_with(0);
+        cache
+    }
+
     fn dump(&self, name: &str) -> Dump {
         let dump = Dump::connect(&self.path());
         dump.send(Request::Open(begin(name)), &[]);
@@ -198,13 +207,13 @@ struct Cache {
 
 impl Cache {
     fn greet(&mut self) {
+        self.greet_with(wire::FEATURE_LZ4);
+    }
+
+    fn greet_with(&mut self, features: u64) {
         self.send(&MAGIC);
-        let hello = pb::Hello {
-            version: wire::VERSION,
-            features: wire::FEATURE_LZ4,
-            timeout_ms: 3_600_000,
-            ..Default::default()
-        };
+        let hello =
+            pb::Hello { version: wire::VERSION, features, timeout_ms: 3_600_000, ..Default::default() };
         self.send(&wire::frame(Kind::Hello, 0, 0, &hello));
         let mut magic = [0; MAGIC.len()];
         self.socket.read_exact(&mut magic).unwrap();
@@ -267,6 +276,8 @@ impl Cache {
 struct Dump {
     socket: OwnedFd,
     pipe: Option<std::fs::File>,
+    /// The memory of the ring, and what the proxy counts up.
+    ring: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl Dump {
@@ -274,7 +285,7 @@ impl Dump {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
         connect(socket.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
-        Self { socket, pipe: None }
+        Self { socket, pipe: None, ring: None }
     }
 
     fn send(&self, what: Request, fds: &[BorrowedFd<'_>]) {
@@ -296,7 +307,12 @@ impl Dump {
     fn opened(&mut self) -> u64 {
         let (reply, fds) = self.receive();
         let Reply::Opened(opened) = reply else { panic!("{reply:?}") };
-        self.pipe = Some(fds.into_iter().next().unwrap().into());
+        let mut fds = fds.into_iter();
+        if opened.ring {
+            self.ring = fds.next().zip(fds.next());
+        }
+        self.pipe = Some(fds.next().unwrap().into());
+        assert!(fds.next().is_none());
         opened.features
     }
 
@@ -692,7 +708,7 @@ impl Other {
         assert!(poll(&mut fds, 60_000u16).unwrap() > 0);
         let packet = local::receive::<pb::Empty>(hand.as_fd()).unwrap().unwrap();
         let socket = packet.fds.into_iter().next().unwrap();
-        (Self { child, hand }, Dump { socket, pipe: None })
+        (Self { child, hand }, Dump { socket, pipe: None, ring: None })
     }
 
     fn kill(self) {
