@@ -94,14 +94,13 @@ impl Drop for Daemon {
     }
 }
 
-/// Processor time so far of all threads that a living process has, in seconds.
+/// Processor time so far of a living process, in seconds, that of threads that have ended included: a target is
+/// filled by some that do. In steps of 10 ms.
 pub fn cpu(pid: i32) -> f64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let nanos = |task: fs::DirEntry| {
-        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split(' ').next()?.parse::<u64>().ok()
-    };
-    Duration::from_nanos(tasks.filter_map(nanos).sum()).as_secs_f64()
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // utime and stime, the twelfth and thirteenth behind the name (proc_pid_stat(5)), in USER_HZ.
+    let ticks = text.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn status(pid: i32, field: &str) -> u64 {

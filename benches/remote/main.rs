@@ -13,6 +13,10 @@
 // A benchmark exports nothing; `pub` here means "for the other modules".
 #![allow(unreachable_pub)]
 
+// Shared with the live cases.
+#[path = "../../tests/live/certificates.rs"]
+#[allow(dead_code)]
+mod certificates;
 mod daemon;
 mod floor;
 mod measure;

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::certificates;
 use crate::daemon::{self, Daemon, Watch};
 use crate::floor::{self, Form};
 use crate::target::Target;
@@ -24,8 +25,12 @@ pub enum Way {
     Direct,
     /// The same, and the restore frees what it has read.
     Free,
+    /// crtool with TLS, the dump speaks to the cache.
+    DirectTls,
     /// crtool, through image-proxy.
     Proxy,
+    /// crtool, through image-proxy, TLS between proxy and cache.
+    ProxyTls,
     /// CRIU and its page server.
     PageServer,
     /// CRIU, tar over TCP.
@@ -39,7 +44,9 @@ pub const WAYS: &[Way] = &[
     Way::Floor(Form::Splice),
     Way::Direct,
     Way::Free,
+    Way::DirectTls,
     Way::Proxy,
+    Way::ProxyTls,
     Way::PageServer,
     Way::Tar,
 ];
@@ -52,7 +59,9 @@ impl Way {
             Self::Floor(Form::Splice) => "floor-splice",
             Self::Direct => "direct",
             Self::Free => "free",
+            Self::DirectTls => "direct-tls",
             Self::Proxy => "proxy",
+            Self::ProxyTls => "proxy-tls",
             Self::PageServer => "page-server",
             Self::Tar => "tar",
         }
@@ -65,7 +74,9 @@ impl Way {
             Self::Floor(Form::Splice) => "floor, splice",
             Self::Direct => "crtool, direct",
             Self::Free => "crtool, direct, `--free-as-read`",
+            Self::DirectTls => "crtool, direct, TLS",
             Self::Proxy => "crtool, through the proxy",
+            Self::ProxyTls => "crtool, through the proxy, TLS",
             Self::PageServer => "CRIU, page server",
             Self::Tar => "CRIU, tar over TCP",
         }
@@ -132,9 +143,7 @@ impl Place<'_> {
                     ..Sample::default()
                 })
             }
-            Way::Direct => self.ours(target, false, false),
-            Way::Free => self.ours(target, false, true),
-            Way::Proxy => self.ours(target, true, false),
+            Way::Direct | Way::Free | Way::DirectTls | Way::Proxy | Way::ProxyTls => self.ours(target, way),
             Way::PageServer => self.page_server(target),
             Way::Tar => self.tar(target),
         }
@@ -152,11 +161,29 @@ impl Place<'_> {
         Ok(ended.cpu.as_secs_f64() - before)
     }
 
-    fn ours(&self, target: &Target, through_proxy: bool, free: bool) -> Result<Sample, String> {
+    /// Certificates of this run, and the options that name them.
+    fn tls(&self) -> Result<Vec<String>, String> {
+        certificates::make(self.dir, &["127.0.0.1"], &self.path("authority-key.pem"))?;
+        let files = [
+            ("--tls-cacert", certificates::AUTHORITY),
+            ("--tls-cert", certificates::CERTIFICATE),
+            ("--tls-key", certificates::KEY),
+        ];
+        let named = files
+            .iter()
+            .flat_map(|(option, file)| [(*option).to_owned(), self.path(file).display().to_string()]);
+        Ok(std::iter::once("--tls".to_owned()).chain(named).collect())
+    }
+
+    fn ours(&self, target: &Target, way: Way) -> Result<Sample, String> {
+        let through_proxy = matches!(way, Way::Proxy | Way::ProxyTls);
+        let tls = if matches!(way, Way::DirectTls | Way::ProxyTls) { self.tls()? } else { Vec::new() };
+        let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
         let port = daemon::free_port()?;
         let (port_word, pid) = (port.to_string(), target.pid.to_string());
         let start = |name, words: &[&str], ready: &dyn Fn() -> bool| {
-            Daemon::start(name, self.ours_path, words, self.dir, ready, self.reaper)
+            let words: Vec<&str> = words.iter().chain(&tls).copied().collect();
+            Daemon::start(name, self.ours_path, &words, self.dir, ready, self.reaper)
         };
         let cache_words = ["image-cache", "--address", "127.0.0.1", "--port", &port_word, "-o", "cache.log"];
         let cache = start("image-cache", &cache_words, &|| daemon::listens(port))?;
@@ -170,12 +197,13 @@ impl Place<'_> {
         let mut words = vec!["dump", "-t", &pid, "--remote", "-W", &work, "-o", "dump.log", "-v4"];
         if !through_proxy {
             words.extend(["--address", "127.0.0.1", "--port", &port_word]);
+            words.extend(&tls);
         }
         let watch = Watch::start(cache.pid);
         let out = self.path("out");
         // It may be started first, and then it is: nobody waits for it to start, as nobody would have to.
         let mut restore_words = vec!["restore", "-d", "--remote", "-W", &work, "-o", "restore.log"];
-        restore_words.extend(free.then_some("--free-as-read"));
+        restore_words.extend((way == Way::Free).then_some("--free-as-read"));
         let restore = self.ours.start(&restore_words, &self.path("out.restore"))?;
         let before = daemon::cpu(target.pid);
         let dump = self.ours.run(self.reaper, &words, &out, false)?;
