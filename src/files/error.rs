@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, path::PathBuf};
 
-use crate::{image::ImageError, proc::ParseError, sys::Errno, tracee::TraceError};
+use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError};
 
 /// An open file that cannot be saved or made again.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +70,14 @@ pub enum FileError {
         kind: &'static str,
         /// What went wrong.
         source: Box<FileError>,
+    },
+    /// The content of a memory file cannot be read, or not be put into it.
+    #[error("content of memory file {shmid}")]
+    Content {
+        /// Its id in the images.
+        shmid: u32,
+        /// Why not.
+        source: PagesError,
     },
     /// An image cannot be written or read.
     #[error(transparent)]

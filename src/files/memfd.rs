@@ -18,13 +18,11 @@ use nix::{
     unistd::{Gid, Uid, Whence, fchown, ftruncate, lseek},
 };
 
-use super::{
-    DumpCx, FdView, FileError, FileKind, FilesDump, Opened, RestoreCx, kind::packed_in, pipe_data::io_error,
-};
+use super::{DumpCx, FdView, FileError, FileKind, FilesDump, Opened, RestoreCx, kind::packed_in};
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::SharedMemory,
-    pages::{PagemapReader, fill::Object, pagemap::PRESENT},
+    pages::{Pages, fill::Object},
     sys::event,
 };
 
@@ -228,34 +226,16 @@ fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileErro
 
 /// Copies the pages of the object into the file.
 fn fill(store: &dyn Store, inode: &pb::MemfdInodeEntry, file: &File) -> Result<(), FileError> {
-    let content = |e: crate::pages::PagesError| {
-        FileError::unsupported(format!("the content of memfd {} cannot be read: {e}", inode.shmid), "")
-    };
-    let Some(pagemap) =
-        PagemapReader::open(store, ImageKind::ShmemPagemap, u64::from(inode.shmid)).map_err(content)?
+    let content = |source| FileError::Content { shmid: inode.shmid, source };
+    let Some(pages) = Pages::read(store, ImageKind::ShmemPagemap, u64::from(inode.shmid)).map_err(content)?
     else {
         return match inode.size {
             0 => Ok(()),
             _ => Err(FileError::entry(inode.shmid, "the content of a memory file is missing")),
         };
     };
-    let name = ImageKind::Pages.file_name(u64::from(pagemap.pages_id()));
-    let pages = store.open_raw(&name)?;
-    let len = match &pages {
-        Some(pages) => pages.metadata().map_err(|e| io_error("read the size of a pages image", &e))?.len(),
-        None => 0,
-    };
-    let pages_id = pagemap.pages_id();
-    let runs = pagemap.runs(len).map_err(content)?;
-    if runs.iter().any(|placed| placed.run.flags & PRESENT == 0) {
-        return Err(FileError::unsupported(
-            "pages of a memory file lie in a parent snapshot",
-            "not supported yet",
-        ));
-    }
-    let Some(pages) = &pages else { return Ok(()) };
     let object = Object { shmid: inode.shmid, file, size: inode.size };
-    crate::pages::fill::fill(object, &runs, pages, pages_id).map_err(content)
+    crate::pages::fill::fill(object, &pages).map_err(content)
 }
 
 #[cfg(test)]

@@ -92,8 +92,13 @@ pub trait Store: Send + Sync {
     /// Takes a commit back: the tree goes on here after all, so nobody may restore it.
     fn withdraw(&self) -> Result<(), ImageError>;
 
-    /// The snapshot this one builds on (pages marked "parent" lie there), if any.
-    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError>;
+    /// The snapshot this one builds on (pages marked "parent" lie there), if any. It is opened once.
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>, ImageError>;
+
+    /// What tells this place from any other, where two ways can lead to one.
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
 
     /// Records the snapshot at `target` as the parent.
     fn link_parent(&self, target: &Path) -> Result<(), ImageError>;

@@ -1,6 +1,7 @@
 //! What can go wrong between a task's memory and its image.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::image::ImageError;
 
@@ -77,6 +78,56 @@ pub enum PagesError {
         entry: usize,
         /// What is wrong with it.
         what: &'static str,
+    },
+    /// Pages that are left to a parent, and that nobody has.
+    #[error(
+        "{}: its pages {start:#x}-{end:#x} are in a parent snapshot, but {} {what}: the chain of snapshots is damaged",
+        image.display(),
+        path.display()
+    )]
+    Nowhere {
+        /// The pagemap.
+        image: PathBuf,
+        /// First address.
+        start: u64,
+        /// First address behind them.
+        end: u64,
+        /// Where they would have to be.
+        path: PathBuf,
+        /// What there is instead.
+        what: &'static str,
+    },
+    /// Pages that were to be fetched from the source.
+    #[error("{}: its pages {start:#x}-{end:#x} are in no image (--lazy-pages); not supported yet", image.display())]
+    Elsewhere {
+        /// The pagemap.
+        image: PathBuf,
+        /// First address.
+        start: u64,
+        /// First address behind them.
+        end: u64,
+    },
+    /// Parents that lead back to where they began.
+    #[error("{}: this parent snapshot is one that led here: the links make a loop", path.display())]
+    Loop {
+        /// The link that closes it.
+        path: PathBuf,
+    },
+    /// Too many snapshots above one another.
+    #[error("{}: a chain of more than {most} parent snapshots", path.display())]
+    Deep {
+        /// Where it begins.
+        path: PathBuf,
+        /// The limit.
+        most: usize,
+    },
+    /// Something is wrong in a parent.
+    #[error("parent snapshot {}", path.display())]
+    Parent {
+        /// Where it is.
+        path: PathBuf,
+        /// What.
+        source: Box<PagesError>,
     },
     /// An image.
     #[error(transparent)]

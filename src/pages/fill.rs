@@ -1,10 +1,11 @@
-//! Fills a file of memory (shared memory, a memfd) from a pages image, with more than one
+//! Fills a file of memory (shared memory, a memfd) from images of pages, with more than one
 //! processor at work.
 //!
 //! Files of huge pages take no write(2): their pages are mapped one by one, written, unmapped.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -12,8 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use super::pagemap::{PRESENT, Placed};
-use super::{PAGE, PagesError};
+use super::{PAGE, Pages, PagesError, Piece};
 use crate::sys::mapping::{Access, Mapping};
 
 /// Bytes moved at once.
@@ -34,32 +34,33 @@ pub struct Object<'a> {
     pub size: u64,
 }
 
-/// Bytes that lie together in the image and in the object.
-#[derive(Debug, Clone, Copy)]
-struct Piece {
-    from: u64,
+/// Bytes that lie together in the object: parts of the pages, one behind the other.
+#[derive(Debug)]
+struct Chunk {
     to: u64,
     len: u64,
+    parts: Range<usize>,
 }
 
-/// Writes the present pages of `runs`, from `pages` (the image `pages_id`), to their places in `object`.
-pub fn fill(object: Object<'_>, runs: &[Placed], pages: &File, pages_id: u32) -> Result<(), PagesError> {
+/// Writes all of `pages` to their places in `object`.
+pub fn fill(object: Object<'_>, pages: &Pages) -> Result<(), PagesError> {
     let stat = fstatfs(object.file).map_err(|e| object.failed(0, e.into()))?;
     let huge = (stat.filesystem_type() == HUGETLBFS_MAGIC)
         .then(|| u64::try_from(stat.block_size()).unwrap_or(PAGE).max(PAGE));
-    let pieces = pieces(object, runs, huge)?;
+    let (chunks, parts) = chunks(object, pages.pieces(), huge)?;
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     let work = || {
         let mut buffer = Vec::new();
-        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(e) = object.write(*piece, pages, pages_id, huge, &mut buffer) {
-                next.store(pieces.len(), Ordering::Relaxed);
+        while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let parts = parts.get(chunk.parts.clone()).unwrap_or_default();
+            if let Err(e) = object.write(chunk, pages, parts, huge, &mut buffer) {
+                next.store(chunks.len(), Ordering::Relaxed);
                 failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(e);
             }
         }
     };
-    let threads = if pieces.len() <= CHUNKS_ALONE {
+    let threads = if chunks.len() <= CHUNKS_ALONE {
         1
     } else {
         std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS)
@@ -73,27 +74,38 @@ pub fn fill(object: Object<'_>, runs: &[Placed], pages: &File, pages_id: u32) ->
     failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-/// Cuts runs into pieces that one buffer holds and, for huge pages, that lie in one of them.
-fn pieces(object: Object<'_>, runs: &[Placed], huge: Option<u64>) -> Result<Vec<Piece>, PagesError> {
-    let mut pieces = Vec::new();
-    for placed in runs.iter().filter(|placed| placed.run.flags & PRESENT != 0) {
-        let run = placed.run;
-        if run.end() > object.size.next_multiple_of(PAGE) {
-            return Err(PagesError::BehindEnd { shmid: object.shmid, offset: run.start });
+/// Cuts and joins pieces to chunks that one buffer holds and, for huge pages, that lie in one of them.
+fn chunks(
+    object: Object<'_>,
+    pieces: &[Piece],
+    huge: Option<u64>,
+) -> Result<(Vec<Chunk>, Vec<Piece>), PagesError> {
+    let mut chunks: Vec<Chunk> = Vec::new();
+    let mut parts = Vec::new();
+    for piece in pieces {
+        if piece.end > object.size.next_multiple_of(PAGE) {
+            return Err(PagesError::BehindEnd { shmid: object.shmid, offset: piece.start });
         }
         // The last page may be begun only: what lies behind the end cannot be written.
-        let end = run.end().min(object.size);
-        let mut to = run.start;
+        let end = piece.end.min(object.size);
+        let mut to = piece.start;
         while to < end {
-            let mut len = CHUNK.min(end - to);
-            if let Some(huge) = huge {
-                len = len.min(huge - to % huge);
+            let room = |from: u64| huge.map_or(CHUNK, |huge| CHUNK.min(huge - from % huge));
+            let open = chunks.last_mut().filter(|open| open.to + open.len == to && open.len < room(open.to));
+            let left = open.as_ref().map_or(room(to), |open| room(open.to) - open.len);
+            let len = left.min(end - to);
+            parts.push(piece.within(to, to + len));
+            match open {
+                Some(open) => {
+                    open.len += len;
+                    open.parts.end = parts.len();
+                }
+                None => chunks.push(Chunk { to, len, parts: parts.len() - 1..parts.len() }),
             }
-            pieces.push(Piece { from: placed.offset + (to - run.start), to, len });
             to += len;
         }
     }
-    Ok(pieces)
+    Ok((chunks, parts))
 }
 
 impl Object<'_> {
@@ -103,23 +115,19 @@ impl Object<'_> {
 
     fn write(
         &self,
-        piece: Piece,
-        pages: &File,
-        pages_id: u32,
+        chunk: &Chunk,
+        pages: &Pages,
+        parts: &[Piece],
         huge: Option<u64>,
         buffer: &mut Vec<u8>,
     ) -> Result<(), PagesError> {
-        buffer.resize(usize::try_from(piece.len).unwrap_or(0), 0);
-        pages.read_exact_at(buffer, piece.from).map_err(|source| PagesError::Pages {
-            action: "read",
-            pages_id,
-            source,
-        })?;
+        buffer.resize(usize::try_from(chunk.len).unwrap_or(0), 0);
+        pages.fetch(parts, buffer)?;
         let written = match huge {
-            None => self.file.write_all_at(buffer, piece.to),
-            Some(huge) => self.write_mapped(buffer, piece.to, huge),
+            None => self.file.write_all_at(buffer, chunk.to),
+            Some(huge) => self.write_mapped(buffer, chunk.to, huge),
         };
-        written.map_err(|source| self.failed(piece.to, source))
+        written.map_err(|source| self.failed(chunk.to, source))
     }
 
     /// mmap says when there is no huge page left; a later touch would be a SIGBUS.
@@ -135,10 +143,13 @@ impl Object<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
-    use crate::pages::pagemap::{PARENT, Run};
+    use crate::image::{ImageKind, MemStore, PagesSink, Store};
+    use crate::pages::pagemap::{PARENT, PRESENT, PagemapWriter, Run};
 
     fn memfd(len: u64) -> File {
         let file = File::from(memfd_create("x", MFdFlags::MFD_CLOEXEC).unwrap());
@@ -150,22 +161,37 @@ mod tests {
         (page % 251) as u8 + 1
     }
 
-    fn image(pages: u64) -> File {
-        let file = memfd(0);
-        (0..pages).for_each(|i| file.write_all_at(&[byte(i); PAGE as usize], i * PAGE).unwrap());
-        file
+    fn run(page: u64, pages: u64) -> Run {
+        Run { start: page * PAGE, pages, flags: PRESENT }
     }
 
-    fn placed(page: u64, pages: u64, offset: u64) -> Placed {
-        Placed { run: Run { start: page * PAGE, pages, flags: PRESENT }, offset: offset * PAGE }
+    /// A snapshot of an object with the pages of `runs`, numbered from `first` on.
+    fn snapshot(store: MemStore, runs: &[Run], first: u64) -> MemStore {
+        let mut pagemap = PagemapWriter::create(&store, ImageKind::ShmemPagemap, 4, 7).unwrap();
+        let PagesSink::File(image) = store.create_pages("pages-7.img", 0).unwrap() else { panic!("no file") };
+        let mut number = 0;
+        for run in runs {
+            pagemap.push(*run).unwrap();
+            for _ in (0..run.pages).filter(|_| run.flags == PRESENT) {
+                image.write_all_at(&[byte(first + number); PAGE as usize], number * PAGE).unwrap();
+                number += 1;
+            }
+        }
+        pagemap.finish().unwrap();
+        store
+    }
+
+    fn pages(store: &MemStore) -> Pages {
+        Pages::read(store, ImageKind::ShmemPagemap, 4).unwrap().unwrap()
     }
 
     #[test]
     fn pages_at_their_places_and_nothing_else() {
         let object = memfd(5000 * PAGE + 100);
-        let runs = [placed(3, 1, 0), placed(10, 3000, 1), placed(5000, 1, 3001)];
+        let runs = [run(3, 1), run(10, 3000), run(5000, 1)];
         let size = 5000 * PAGE + 100;
-        fill(Object { shmid: 1, file: &object, size }, &runs, &image(3002), 1).unwrap();
+        let pages = pages(&snapshot(MemStore::new(), &runs, 0));
+        fill(Object { shmid: 1, file: &object, size }, &pages).unwrap();
         assert_eq!(object.metadata().unwrap().len(), size, "not longer than before");
         for page in 0..5000u64 {
             let mut got = [0; PAGE as usize];
@@ -183,18 +209,78 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_two_snapshots_in_turn() {
+        let parent = snapshot(MemStore::new(), &[run(0, 3000)], 0);
+        let runs: Vec<Run> = (0..3000)
+            .map(|page| Run { flags: [PRESENT, PARENT][page as usize % 2], ..run(page, 1) })
+            .collect();
+        let child = snapshot(MemStore::on(&parent), &runs, 100_000);
+        let object = memfd(3000 * PAGE);
+        fill(Object { shmid: 4, file: &object, size: 3000 * PAGE }, &pages(&child)).unwrap();
+        for page in 0..3000u64 {
+            let mut got = [0; PAGE as usize];
+            object.read_exact_at(&mut got, page * PAGE).unwrap();
+            let want = if page % 2 == 0 { byte(100_000 + page / 2) } else { byte(page) };
+            assert!(got.iter().all(|b| *b == want), "page {page}");
+        }
+    }
+
+    #[test]
+    fn chunks_fit_into_a_buffer_and_into_a_huge_page() {
+        let object = memfd(0);
+        let object = Object { shmid: 4, file: &object, size: 8 << 20 };
+        let piece = |start: u64, pages: u64, image| Piece {
+            start: start * PAGE,
+            end: (start + pages) * PAGE,
+            image,
+            offset: start * PAGE,
+        };
+        let pieces = [piece(0, 1, 0), piece(1, 200, 1), piece(201, 700, 0), piece(1000, 1, 1)];
+        for (huge, most) in [(None, CHUNK), (Some(2 << 20), 2 << 20), (Some(64 << 10), 64 << 10)] {
+            let (chunks, parts) = chunks(object, &pieces, huge).unwrap();
+            let mut at = 0;
+            for chunk in &chunks {
+                assert!(chunk.len <= most.min(CHUNK) && chunk.parts.start == at);
+                assert!(huge.is_none_or(|huge| chunk.to / huge == (chunk.to + chunk.len - 1) / huge));
+                let mut to = chunk.to;
+                for part in &parts[chunk.parts.clone()] {
+                    assert_eq!((part.start, part.offset), (to, to));
+                    to = part.end;
+                }
+                assert_eq!(to, chunk.to + chunk.len);
+                at = chunk.parts.end;
+            }
+            assert_eq!(at, parts.len());
+            let mut joined: Vec<Piece> = Vec::new();
+            for part in &parts {
+                if joined.last_mut().is_none_or(|last| !last.join(part)) {
+                    joined.push(*part);
+                }
+            }
+            assert_eq!(joined, pieces);
+        }
+    }
+
+    #[test]
     fn pages_behind_the_end_and_missing_ones() {
         let object = memfd(20 * PAGE);
         let object = Object { shmid: 4, file: &object, size: 20 * PAGE };
-        let error = fill(object, &[placed(20, 1, 0)], &image(1), 1).unwrap_err();
+        let error = fill(object, &pages(&snapshot(MemStore::new(), &[run(20, 1)], 0))).unwrap_err();
         assert_eq!(error.to_string(), "pages at 0x14000 lie behind the end of shared memory 4");
-        let error = fill(object, &[placed(0, 2, 0)], &image(1), 7).unwrap_err();
-        assert_eq!(error.to_string(), "read pages-7.img");
         let big = memfd(5000 * PAGE);
         let big = Object { shmid: 4, file: &big, size: 5000 * PAGE };
-        let error = fill(big, &[placed(0, 5000, 0)], &image(4000), 7).unwrap_err();
-        assert_eq!(error.to_string(), "read pages-7.img");
-        let parent = Placed { run: Run { start: 0, pages: 5, flags: PARENT }, offset: 0 };
-        fill(object, &[parent], &image(0), 1).unwrap();
+        for (object, count) in [(object, 2), (big, 5000)] {
+            let store = snapshot(MemStore::new(), &[run(0, count)], 0);
+            let pages = pages(&store);
+            let file = pages.images()[0].file.try_clone().unwrap();
+            File::options()
+                .write(true)
+                .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+                .unwrap()
+                .set_len(PAGE)
+                .unwrap();
+            let error = fill(object, &pages).unwrap_err();
+            assert_eq!(error.to_string(), "read memory:/pages-7.img");
+        }
     }
 }

@@ -59,12 +59,18 @@ impl Run {
     fn from_entry(entry: &pb::PagemapEntry) -> Result<Run, &'static str> {
         let pages = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
         // Images older than the flags say it by one bool.
-        let flags = entry.flags.unwrap_or(if entry.in_parent == Some(true) { PARENT } else { PRESENT });
+        let flags = match (entry.flags, entry.in_parent == Some(true)) {
+            (flags, true) => flags.unwrap_or(0) | PARENT,
+            (flags, false) => flags.unwrap_or(PRESENT),
+        };
         if !entry.vaddr.is_multiple_of(PAGE) {
             return Err("address within a page");
         }
         if pages == 0 {
             return Err("no pages");
+        }
+        if flags & PARENT != 0 && flags & PRESENT != 0 {
+            return Err("both in this snapshot and in its parent");
         }
         let bytes = pages.checked_mul(PAGE).ok_or("too many pages")?;
         entry.vaddr.checked_add(bytes).ok_or("address and length beyond the address space")?;

@@ -4,12 +4,13 @@
 //! already has the maker's pages; of its own it needs only those that differ, and it gives back those
 //! that it must not have. What is equal stays one page for both, as it was before the dump.
 
-use std::{fs::File, os::unix::fs::FileExt};
+use anyhow::Result;
 
-use anyhow::{Context, Result};
-
-use super::memory::{Pages, Piece, private, status};
-use crate::image::pb;
+use super::memory::{private, status};
+use crate::{
+    image::pb,
+    pages::{Pages, Piece},
+};
 
 const PAGE: u64 = 4096;
 /// Bytes compared at a time.
@@ -49,7 +50,7 @@ impl Heritage<'_> {
             && theirs.flags == vma.flags
             && theirs.pgoff == vma.pgoff
             && theirs.shmid == vma.shmid
-            && self.pages.within(vma.start, vma.end).next().is_some()
+            && self.pages.any_in(vma.start, vma.end)
     }
 
     /// The areas of `mm` that the maker has just so, and filled.
@@ -66,7 +67,7 @@ impl Heritage<'_> {
 /// Compares the pages of both images in `[start, end)`.
 pub(super) fn compare(theirs: &Pages, ours: &Pages, start: u64, end: u64) -> Result<Differing> {
     let mut out = Differing::default();
-    let mut both: Vec<(Piece, u64)> = Vec::new();
+    let mut both: Vec<(Piece, Piece)> = Vec::new();
     let mut a = theirs.within(start, end).peekable();
     let mut b = ours.within(start, end).peekable();
     // Walks both sorted sequences, cutting pieces at each other's ends.
@@ -85,54 +86,33 @@ pub(super) fn compare(theirs: &Pages, ours: &Pages, start: u64, end: u64) -> Res
             (Some(p), Some(q)) if p.start < q.start => {
                 let cut = p.end.min(q.start);
                 out.drop.push((p.start, cut));
-                x = rest(p, cut).or_else(|| a.next());
+                x = p.after(cut).or_else(|| a.next());
             }
             (Some(p), Some(q)) if q.start < p.start => {
                 let cut = q.end.min(p.start);
                 out.load.push(Piece { end: cut, ..q });
-                y = rest(q, cut).or_else(|| b.next());
+                y = q.after(cut).or_else(|| b.next());
             }
             (Some(p), Some(q)) => {
                 let cut = p.end.min(q.end);
-                both.push((Piece { end: cut, ..q }, p.offset));
-                x = rest(p, cut).or_else(|| a.next());
-                y = rest(q, cut).or_else(|| b.next());
+                both.push((Piece { end: cut, ..q }, Piece { end: cut, ..p }));
+                x = p.after(cut).or_else(|| a.next());
+                y = q.after(cut).or_else(|| b.next());
             }
         }
     }
-    if let (Some(from), Some(to)) = (&theirs.file, &ours.file) {
-        out.compared = both.iter().map(|(p, _)| (p.end - p.start) / PAGE).sum();
-        let differing = compare_all(from, to, &both)?;
-        out.equal = out.compared - differing.iter().map(|p| (p.end - p.start) / PAGE).sum::<u64>();
-        out.load.extend(differing);
-        out.load.sort_unstable_by_key(|p| p.start);
-    }
+    out.compared = both.iter().map(|(q, _)| q.len() / PAGE).sum();
+    let differing = compare_all(theirs, ours, &both)?;
+    out.equal = out.compared - differing.iter().map(|q| q.len() / PAGE).sum::<u64>();
+    out.load.extend(differing);
+    out.load.sort_unstable_by_key(|q| q.start);
     Ok(out)
 }
 
-fn rest(piece: Piece, cut: u64) -> Option<Piece> {
-    (cut < piece.end).then(|| Piece {
-        start: cut,
-        end: piece.end,
-        offset: piece.offset + (cut - piece.start),
-    })
-}
-
-/// The pieces, in page units, whose contents differ.
-fn compare_all(theirs: &File, ours: &File, both: &[(Piece, u64)]) -> Result<Vec<Piece>> {
-    let mut chunks = Vec::new();
-    for (piece, offset) in both {
-        let mut at = piece.start;
-        while at < piece.end {
-            let end = piece.end.min(at + CHUNK as u64);
-            chunks.push((
-                Piece { start: at, end, offset: piece.offset + (at - piece.start) },
-                offset + (at - piece.start),
-            ));
-            at = end;
-        }
-    }
-    let bytes: u64 = both.iter().map(|(p, _)| p.end - p.start).sum();
+/// The pieces of ours, in page units, whose contents differ.
+fn compare_all(theirs: &Pages, ours: &Pages, both: &[(Piece, Piece)]) -> Result<Vec<Piece>> {
+    let chunks = chunks(both);
+    let bytes: u64 = both.iter().map(|(q, _)| q.len()).sum();
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(8);
     if bytes < PARALLEL_FROM || threads == 1 {
         return compare_chunks(theirs, ours, &chunks);
@@ -151,27 +131,54 @@ fn compare_all(theirs: &File, ours: &File, both: &[(Piece, u64)]) -> Result<Vec<
     })
 }
 
-fn compare_chunks(theirs: &File, ours: &File, chunks: &[(Piece, u64)]) -> Result<Vec<Piece>> {
+/// Pieces to be compared at one time: not more than the buffers hold.
+#[derive(Debug, Default)]
+struct Chunk {
+    len: u64,
+    ours: Vec<Piece>,
+    theirs: Vec<Piece>,
+}
+
+/// Small pieces together, large ones cut.
+fn chunks(both: &[(Piece, Piece)]) -> Vec<Chunk> {
+    let mut chunks: Vec<Chunk> = Vec::new();
+    for (q, p) in both {
+        let mut at = q.start;
+        while at < q.end {
+            let room = chunks.last().map_or(0, |open| CHUNK as u64 - open.len);
+            let (open, room) = match chunks.last_mut() {
+                Some(open) if room > 0 => (open, room),
+                _ => {
+                    chunks.push(Chunk::default());
+                    continue;
+                }
+            };
+            let end = q.end.min(at + room);
+            open.len += end - at;
+            open.ours.push(q.within(at, end));
+            open.theirs.push(p.within(at, end));
+            at = end;
+        }
+    }
+    chunks
+}
+
+fn compare_chunks(theirs: &Pages, ours: &Pages, chunks: &[Chunk]) -> Result<Vec<Piece>> {
     let (mut left, mut right) = (vec![0u8; CHUNK], vec![0u8; CHUNK]);
     let mut out: Vec<Piece> = Vec::new();
-    for (piece, offset) in chunks {
-        let len = usize::try_from(piece.end - piece.start)?;
+    for chunk in chunks {
+        let len = usize::try_from(chunk.len)?;
         let (l, r) = (&mut left[..len], &mut right[..len]);
-        theirs.read_exact_at(l, *offset).context("read of a pages image")?;
-        ours.read_exact_at(r, piece.offset).context("read of a pages image")?;
+        theirs.fetch(&chunk.theirs, l)?;
+        ours.fetch(&chunk.ours, r)?;
         if l == r {
             continue;
         }
-        for (index, (a, b)) in l.chunks(PAGE as usize).zip(r.chunks(PAGE as usize)).enumerate() {
-            if a != b {
-                let at = index as u64 * PAGE;
-                let (start, offset) = (piece.start + at, piece.offset + at);
-                match out.last_mut() {
-                    Some(last) if last.end == start && last.offset + (last.end - last.start) == offset => {
-                        last.end += PAGE;
-                    }
-                    _ => out.push(Piece { start, end: start + PAGE, offset }),
-                }
+        let pages = l.chunks(PAGE as usize).zip(r.chunks(PAGE as usize));
+        let own = chunk.ours.iter().flat_map(|piece| piece.in_parts(PAGE));
+        for ((a, b), page) in pages.zip(own) {
+            if a != b && out.last_mut().is_none_or(|last| !last.join(&page)) {
+                out.push(page);
             }
         }
     }

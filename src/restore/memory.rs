@@ -3,20 +3,17 @@
 //! Everything here ends in calls of a list. What later forks or writes must not see (protections
 //! without write, madvise, mlock) comes in a second part, once all children are made.
 
-use std::{fs::File, ops::Range, os::fd::AsRawFd};
+use std::{iter::Peekable, ops::Range, os::fd::AsRawFd};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     inherit::{self, Heritage},
     vdso,
 };
 use crate::{
-    image::{ImageKind, Store, pb},
-    pages::{
-        PagemapReader,
-        pagemap::{self, Placed},
-    },
+    image::pb,
+    pages::{Pages, Piece},
     sys::pod::{self, Pod},
     tracee::{List, Op, RemoteAddr, Want},
 };
@@ -34,7 +31,7 @@ const MADV_GUARD_INSTALL: u64 = 102;
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
 /// At most this many ranges in a preadv (UIO_MAXIOV), and bytes well below MAX_RW_COUNT.
-const IOV_MAX: usize = 1024;
+const IOV_MAX: u64 = 1024;
 const READ_MAX: u64 = 1 << 30;
 /// What is read with one call, if that does not make too many of them: pages just made are in the cache still.
 const READ: u64 = 2 << 20;
@@ -52,88 +49,6 @@ pub(super) trait MappedObjects {
     fn file(&mut self, id: u32, vma: &pb::VmaEntry) -> Result<i32>;
     /// Shared memory object.
     fn shared(&mut self, shmid: u64, vma: &pb::VmaEntry) -> Result<i32>;
-}
-
-/// The pages of one address space or object.
-#[derive(Debug, Default)]
-pub(super) struct Pages {
-    pub(super) file: Option<File>,
-    /// Number of the image.
-    pub(super) id: u32,
-    pub(super) runs: Vec<Placed>,
-    /// What has been read is freed at once.
-    consumed: bool,
-}
-
-impl Pages {
-    /// Reads and checks a pagemap; empty when there is none.
-    pub(super) fn read(store: &dyn Store, kind: ImageKind, id: u64) -> Result<Self> {
-        let Some(pagemap) = PagemapReader::open(store, kind, id)? else {
-            // Without it every page of the task would come back as zero.
-            let name = kind.file_name(id);
-            ensure!(kind != ImageKind::Pagemap, "{} is missing", store.path_of(&name).display());
-            return Ok(Self::default());
-        };
-        let pages_id = pagemap.pages_id();
-        let name = ImageKind::Pages.file_name(u64::from(pages_id));
-        let file = store.open_raw(&name)?;
-        let len = match &file {
-            Some(file) => file.metadata().with_context(|| name.clone())?.len(),
-            None => 0,
-        };
-        let mut runs = pagemap.runs(len)?;
-        if let Some(run) = runs.iter().find(|r| r.run.flags & pagemap::PARENT != 0) {
-            bail!(
-                "{}: pages at {:#x} are in a parent snapshot; restore from a chain is not supported yet",
-                kind.file_name(id),
-                run.run.start
-            );
-        }
-        runs.retain(|r| r.run.flags & pagemap::PRESENT != 0);
-        ensure!(file.is_some() || runs.is_empty(), "{} is missing", store.path_of(&name).display());
-        Ok(Self { file, id: pages_id, runs, consumed: store.consumed() })
-    }
-
-    /// Address after the last page.
-    pub(super) fn end(&self) -> u64 {
-        self.runs.last().map_or(0, |r| r.run.end())
-    }
-
-    /// Whether any page lies in `[start, end)`.
-    fn any_in(&self, start: u64, end: u64) -> bool {
-        let at = self.runs.partition_point(|r| r.run.end() <= start);
-        self.runs.get(at).is_some_and(|r| r.run.start < end)
-    }
-
-    /// The parts of runs that lie in `[start, end)`.
-    pub(super) fn within(&self, start: u64, end: u64) -> impl Iterator<Item = Piece> + '_ {
-        let at = self.runs.partition_point(|r| r.run.end() <= start);
-        self.runs[at..].iter().take_while(move |r| r.run.start < end).map(move |r| {
-            let from = r.run.start.max(start);
-            Piece { start: from, end: r.run.end().min(end), offset: r.offset + (from - r.run.start) }
-        })
-    }
-}
-
-/// Consecutive pages of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Piece {
-    pub(super) start: u64,
-    pub(super) end: u64,
-    /// Where they begin in the pages image.
-    pub(super) offset: u64,
-}
-
-impl Piece {
-    /// The same in pieces of at most `most` bytes: one read takes no more.
-    fn in_parts(self, most: u64) -> impl Iterator<Item = Self> {
-        let starts = std::iter::successors(Some(self.start), move |start| start.checked_add(most));
-        starts.take_while(move |start| *start < self.end).map(move |start| Self {
-            start,
-            end: self.end.min(start.saturating_add(most)),
-            offset: self.offset + (start - self.start),
-        })
-    }
 }
 
 /// `struct prctl_mm_map`.
@@ -414,7 +329,7 @@ pub(super) trait Crew {
 
 /// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
 fn plan_fill(list: &mut List, pages: &Pages, load: &[Piece], crew: &mut dyn Crew) -> Result<()> {
-    let total: u64 = load.iter().map(|p| p.end - p.start).sum();
+    let total: u64 = load.iter().map(Piece::len).sum();
     let wanted = usize::try_from(total / FILL_SHARE).unwrap_or(usize::MAX);
     let threads = (crew.size() + 1).min(wanted).max(1);
     let mut shares = split(load, threads, total).into_iter();
@@ -440,7 +355,7 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
     for piece in load {
         let mut piece = *piece;
         loop {
-            let len = piece.end - piece.start;
+            let len = piece.len();
             if len <= room || shares.len() == parts {
                 room = room.saturating_sub(len);
                 if let Some(last) = shares.last_mut() {
@@ -448,12 +363,13 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
                 }
                 break;
             }
+            let cut = piece.start + room;
             if room > 0
                 && let Some(last) = shares.last_mut()
             {
-                last.push(Piece { end: piece.start + room, ..piece });
+                last.push(piece.within(piece.start, cut));
             }
-            piece = Piece { start: piece.start + room, end: piece.end, offset: piece.offset + room };
+            piece = piece.within(cut, piece.end);
             shares.push(Vec::new());
             room = each;
         }
@@ -461,53 +377,77 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
     shares
 }
 
-/// preadv's pages into place: pieces that follow each other in the image go in one call. Pages are made just before
-/// they are read, many with one call: that takes two thirds of the time of a fault for each of them.
+/// preadv's pages into place: of a stretch of memory, pieces that follow each other in an image go in one call. Pages
+/// are made just before they are read, many with one call: that takes two thirds of the time of a fault for each of
+/// them.
 fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
-    let Some(file) = &pages.file else { return };
-    let fd = file.as_raw_fd();
-    let total: u64 = load.iter().map(|piece| piece.end - piece.start).sum();
+    let total: u64 = load.iter().map(Piece::len).sum();
     let most = (total / MOST_READS).next_multiple_of(PAGE).clamp(READ, READ_MAX);
-    let load: Vec<Piece> = load.iter().flat_map(|piece| piece.in_parts(most)).collect();
-    let mut consumed = 0..0;
-    let mut at = 0;
-    while let Some(first) = load.get(at).copied() {
-        let mut iov: Vec<u8> = Vec::new();
-        let mut total = 0;
-        let mut count = 0;
-        while let Some(piece) = load.get(at).copied() {
-            let len = piece.end - piece.start;
-            if count == IOV_MAX || piece.offset != first.offset + total || (count > 0 && total + len > most) {
-                break;
-            }
-            if len >= POPULATE {
-                // Where it cannot be done the read does it, or says why not.
-                let advice = libc::MADV_POPULATE_WRITE;
-                let args = [piece.start.into(), len.into(), advice.into()];
-                list.call("madvise(MADV_POPULATE_WRITE)", libc::SYS_madvise, &args, Want::Any);
-            }
-            iov.extend_from_slice(&piece.start.to_ne_bytes());
-            iov.extend_from_slice(&len.to_ne_bytes());
-            total += len;
-            count += 1;
-            at += 1;
+    let mut load = load.iter().flat_map(|piece| piece.in_parts(most)).peekable();
+    let mut consumed = vec![0..0; pages.images().len()];
+    let mut now: Vec<Piece> = Vec::new();
+    while load.peek().is_some() {
+        now.clear();
+        let mut room = most;
+        while let Some(piece) = load.next_if(|piece| piece.len() <= room) {
+            room -= piece.len();
+            now.push(piece);
         }
-        let iov = list.bytes(&iov);
-        list.call(
-            format!("preadv of {total} bytes of pages"),
-            libc::SYS_preadv,
-            &[fd.into(), iov.into(), count.into(), first.offset.into(), 0u64.into()],
-            Want::Equal(total),
-        );
-        if pages.consumed {
-            if consumed.end != first.offset || consumed.end - consumed.start >= FREE_STEP {
-                plan_free(list, fd, &consumed);
-                consumed = first.offset..first.offset;
+        plan_populate(list, &now);
+        for (number, image) in pages.images().iter().enumerate() {
+            let fd = image.file.as_raw_fd();
+            let mut mine = now.iter().filter(|piece| piece.image == number).peekable();
+            while let Some(first) = mine.peek().map(|piece| piece.offset) {
+                let len = plan_read(list, fd, &mut mine);
+                let Some(consumed) = consumed.get_mut(number).filter(|_| image.consumed) else { continue };
+                if consumed.end != first || consumed.end - consumed.start >= FREE_STEP {
+                    plan_free(list, fd, consumed);
+                    *consumed = first..first;
+                }
+                consumed.end += len;
             }
-            consumed.end += total;
         }
     }
-    plan_free(list, fd, &consumed);
+    for (image, consumed) in pages.images().iter().zip(&consumed) {
+        plan_free(list, image.file.as_raw_fd(), consumed);
+    }
+}
+
+/// Makes the pages of these pieces.
+fn plan_populate(list: &mut List, pieces: &[Piece]) {
+    let mut pieces = pieces.iter().peekable();
+    while let Some(first) = pieces.next() {
+        let mut end = first.end;
+        while let Some(next) = pieces.next_if(|next| next.start == end) {
+            end = next.end;
+        }
+        if end - first.start >= POPULATE {
+            // Where it cannot be done the read does it, or says why not.
+            let advice = libc::MADV_POPULATE_WRITE;
+            let args = [first.start.into(), (end - first.start).into(), advice.into()];
+            list.call("madvise(MADV_POPULATE_WRITE)", libc::SYS_madvise, &args, Want::Any);
+        }
+    }
+}
+
+/// One read of pieces that lie one behind the other in the image, and of how many bytes.
+fn plan_read<'p>(list: &mut List, fd: i32, pieces: &mut Peekable<impl Iterator<Item = &'p Piece>>) -> u64 {
+    let first = pieces.peek().map_or(0, |piece| piece.offset);
+    let (mut iov, mut total, mut count) = (Vec::new(), 0, 0u64);
+    while let Some(piece) = pieces.next_if(|piece| count < IOV_MAX && piece.offset == first + total) {
+        iov.extend_from_slice(&piece.start.to_ne_bytes());
+        iov.extend_from_slice(&piece.len().to_ne_bytes());
+        total += piece.len();
+        count += 1;
+    }
+    let iov = list.bytes(&iov);
+    list.call(
+        format!("preadv of {total} bytes of pages"),
+        libc::SYS_preadv,
+        &[fd.into(), iov.into(), count.into(), first.into(), 0u64.into()],
+        Want::Equal(total),
+    );
+    total
 }
 
 /// Frees a range of the image.
@@ -618,9 +558,9 @@ mod tests {
     #[test]
     fn shares_lose_nothing() {
         let load = [
-            Piece { start: 0x1000, end: 0x9000, offset: 0 },
-            Piece { start: 0x20000, end: 0x21000, offset: 0x8000 },
-            Piece { start: 0x30000, end: 0x3a000, offset: 0x9000 },
+            Piece { start: 0x1000, end: 0x9000, image: 0, offset: 0 },
+            Piece { start: 0x20000, end: 0x21000, image: 0, offset: 0x8000 },
+            Piece { start: 0x30000, end: 0x3a000, image: 0, offset: 0x9000 },
         ];
         let total = 0x13000;
         for parts in 1..6 {
@@ -655,19 +595,5 @@ mod tests {
             .unwrap();
         assert!(at > 0x50_0000 && at + (1 << 30) < 0x7000_0000_0000);
         assert_eq!(free_everywhere(vec![(0, TASK_SIZE)], PAGE), None);
-    }
-
-    #[test]
-    fn no_read_is_longer_than_the_kernel_takes() {
-        let piece = Piece { start: 0x1000, end: 0x1000 + 5 * READ_MAX / 2, offset: 0x3000 };
-        let parts: Vec<Piece> = piece.in_parts(READ_MAX).collect();
-        assert_eq!(parts.len(), 3);
-        assert_eq!(
-            parts[1],
-            Piece { start: 0x1000 + READ_MAX, end: 0x1000 + 2 * READ_MAX, offset: 0x3000 + READ_MAX }
-        );
-        assert_eq!(parts[2].end, piece.end);
-        let small = Piece { start: 0x1000, end: 0x2000, offset: 0 };
-        assert_eq!(small.in_parts(READ_MAX).collect::<Vec<_>>(), [small]);
     }
 }

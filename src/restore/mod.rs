@@ -32,7 +32,7 @@ use self::{
     crew::Fillers,
     images::{Images, State, Task},
     inherit::Heritage,
-    memory::{Made, MappedObjects, Pages, Space},
+    memory::{Made, MappedObjects, Space},
     shared::SharedObjects,
     spare::Spare,
     stage::Stage,
@@ -44,6 +44,7 @@ use crate::{
     files::FilesRestore,
     image::{DirStore, ImageKind, Outcome, Store, pb},
     interrupt,
+    pages::Pages,
     proc::stat,
     settings::RestoreSettings,
     stats::RestoreStats,
@@ -245,11 +246,7 @@ impl<'i> Cast<'i> {
         let shared = SharedObjects::make(store, mms())?;
         let mut pages = Vec::with_capacity(images.tasks.len());
         for task in &images.tasks {
-            pages.push(if task.is_zombie() {
-                Pages::default()
-            } else {
-                Pages::read(store, ImageKind::Pagemap, u64::try_from(task.pid)?)?
-            });
+            pages.push(if task.is_zombie() { Pages::default() } else { pages_of(store, task)? });
         }
         let mut area = make_area(mms())?;
         let mut fail = List::new("after a failure");
@@ -606,8 +603,17 @@ impl<'i> Cast<'i> {
     }
 
     fn pages_restored(&self) -> u64 {
-        self.pages.iter().flat_map(|p| &p.runs).map(|r| r.run.pages).sum()
+        self.pages.iter().map(Pages::count).sum()
     }
+}
+
+/// The pages of a task, also those that parent snapshots have.
+fn pages_of(store: &dyn Store, task: &Task) -> Result<Pages> {
+    let id = u64::try_from(task.pid)?;
+    let name = ImageKind::Pagemap.file_name(id);
+    // Without it every page of the task would come back as zero.
+    let pages = Pages::read(store, ImageKind::Pagemap, id)?;
+    pages.with_context(|| format!("{} is missing", store.path_of(&name).display()))
 }
 
 /// What the first puppet does before anything else: hold until it is traced, shed what it has from us.

@@ -8,10 +8,12 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::memory::Pages;
 use crate::{
     image::{ImageKind, Store, pb},
-    pages::fill::{Object, fill},
+    pages::{
+        Pages,
+        fill::{Object, fill},
+    },
     sys::mapping::AnonShared,
 };
 
@@ -37,14 +39,14 @@ impl SharedObjects {
         }
         let mut objects = HashMap::new();
         for (shmid, (size, huge)) in sizes {
-            let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?;
+            let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?.unwrap_or_default();
             // Its end may be mapped by nobody any more.
             let size = size.max(pages.end());
             let file =
                 object(size, huge).with_context(|| format!("shared memory {shmid} of {size} bytes"))?;
-            if let Some(from) = &pages.file {
+            if !pages.pieces().is_empty() {
                 let shmid = u32::try_from(shmid).context("id of shared memory")?;
-                fill(Object { shmid, file: &file, size }, &pages.runs, from, pages.id)?;
+                fill(Object { shmid, file: &file, size }, &pages)?;
             }
             objects.insert(shmid, OwnedFd::from(file));
         }

@@ -12,8 +12,11 @@ use std::{fs::File, os::unix::fs::FileExt};
 use anyhow::{Context, Result, bail, ensure};
 use goblin::elf::Elf;
 
-use super::memory::{Pages, status};
-use crate::image::pb;
+use super::memory::status;
+use crate::{
+    image::pb,
+    pages::{Pages, Piece},
+};
 
 /// Most a vdso may take; 2 pages in Linux 6.18.
 const VDSO_MAX: u64 = 64 << 10;
@@ -83,17 +86,13 @@ pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, spare: u6
 
 /// The bytes of an area, if all its pages are in the image.
 fn content(pages: &Pages, start: u64, end: u64) -> Result<Option<Vec<u8>>> {
-    let Some(file) = &pages.file else { return Ok(None) };
-    let mut bytes = vec![0u8; usize::try_from(end - start)?];
-    let mut have = 0;
-    for piece in pages.within(start, end) {
-        let at = usize::try_from(piece.start - start)?;
-        let len = usize::try_from(piece.end - piece.start)?;
-        let Some(to) = bytes.get_mut(at..at + len) else { bail!("pages of the vdso out of range") };
-        file.read_exact_at(to, piece.offset).context("read of the vdso's pages")?;
-        have += len;
+    let pieces: Vec<Piece> = pages.within(start, end).collect();
+    if pieces.iter().map(Piece::len).sum::<u64>() != end - start {
+        return Ok(None);
     }
-    Ok((have == bytes.len()).then_some(bytes))
+    let mut bytes = vec![0u8; usize::try_from(end - start)?];
+    pages.fetch(&pieces, &mut bytes)?;
+    Ok(Some(bytes))
 }
 
 /// Entry points of a vdso: name, offset.

@@ -357,7 +357,7 @@ fn full_disk() -> Completion {
         fn withdraw(&self) -> Result<(), crtool::image::ImageError> {
             self.0.withdraw()
         }
-        fn parent(&self) -> Result<Option<Box<dyn Store>>, crtool::image::ImageError> {
+        fn parent(&self) -> Result<Option<std::sync::Arc<dyn Store>>, crtool::image::ImageError> {
             self.0.parent()
         }
         fn link_parent(&self, target: &std::path::Path) -> Result<(), crtool::image::ImageError> {

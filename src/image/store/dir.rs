@@ -1,17 +1,18 @@
 //! Images as files in a directory.
 
 use std::collections::BTreeSet;
+use std::fmt::{self, Debug, Formatter};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, openat, renameat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat, renameat};
+use nix::sys::stat::{Mode, fstat};
 use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 
 use super::{INVENTORY, ImageSink, PagesSink, Store, check_name};
@@ -23,12 +24,18 @@ const PENDING_INVENTORY: &str = ".inventory.img.part";
 const PARENT: &str = "parent";
 
 /// A directory of images: written by a dump, read by a restore.
-#[derive(Debug)]
 pub struct DirStore {
     dir: OwnedFd,
     path: PathBuf,
     mode: DirMode,
     unfinished: Arc<AtomicBool>,
+    parent: OnceLock<Arc<dyn Store>>,
+}
+
+impl Debug for DirStore {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirStore").field("path", &self.path).field("mode", &self.mode).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -59,7 +66,11 @@ impl DirStore {
     fn at(path: &Path, mode: DirMode) -> Result<DirStore, ImageError> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let dir = openat(AT_FDCWD, path, flags, Mode::empty()).map_err(|e| io_error("open", path, e))?;
-        Ok(DirStore { dir, path: path.to_owned(), mode, unfinished: Arc::default() })
+        Ok(DirStore::of(dir, path.to_owned(), mode))
+    }
+
+    fn of(dir: OwnedFd, path: PathBuf, mode: DirMode) -> DirStore {
+        DirStore { dir, path, mode, unfinished: Arc::default(), parent: OnceLock::new() }
     }
 
     fn unlink(&self, name: &str) -> Result<(), ImageError> {
@@ -172,17 +183,24 @@ impl Store for DirStore {
         self.unlink(INVENTORY)
     }
 
-    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError> {
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>, ImageError> {
+        if let Some(parent) = self.parent.get() {
+            return Ok(Some(parent.clone()));
+        }
         let path = self.path.join(PARENT);
         let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        match openat(&self.dir, PARENT, flags, Mode::empty()) {
-            Ok(dir) => {
-                let store = DirStore { dir, path, mode: DirMode::Read, unfinished: Arc::default() };
-                Ok(Some(Box::new(store)))
-            }
-            Err(Errno::ENOENT) => Ok(None),
-            Err(e) => Err(io_error("open", &path, e)),
-        }
+        let dir = match openat(&self.dir, PARENT, flags, Mode::empty()) {
+            Ok(dir) => dir,
+            // A link to something that is not there is another matter than no link.
+            Err(Errno::ENOENT) if readlinkat(&self.dir, PARENT).is_err() => return Ok(None),
+            Err(e) => return Err(io_error("open the parent snapshot", &path, e)),
+        };
+        let parent = DirStore::of(dir, path, DirMode::Read);
+        Ok(Some(self.parent.get_or_init(|| Arc::new(parent)).clone()))
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        fstat(&self.dir).ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
     fn link_parent(&self, target: &Path) -> Result<(), ImageError> {

@@ -18,12 +18,18 @@ use crate::image::error::ImageError;
 pub struct MemStore {
     images: Arc<Mutex<BTreeMap<String, File>>>,
     unfinished: Arc<AtomicBool>,
+    parent: Option<Box<MemStore>>,
 }
 
 impl MemStore {
     /// An empty store.
     pub fn new() -> MemStore {
         MemStore::default()
+    }
+
+    /// An empty store that builds on another.
+    pub fn on(parent: &MemStore) -> MemStore {
+        MemStore { parent: Some(Box::new(parent.clone())), ..MemStore::default() }
     }
 }
 
@@ -75,8 +81,8 @@ impl Store for MemStore {
         Ok(())
     }
 
-    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError> {
-        Ok(None)
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>, ImageError> {
+        Ok(self.parent.as_ref().map(|parent| -> Arc<dyn Store> { Arc::new((**parent).clone()) }))
     }
 
     fn link_parent(&self, target: &Path) -> Result<(), ImageError> {

@@ -122,7 +122,7 @@ impl Store for RemoteDump {
         Ok(())
     }
 
-    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError> {
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>, ImageError> {
         Ok(None)
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
@@ -36,6 +36,7 @@ pub struct RemoteSnapshot {
     /// Up the chain of parents.
     generation: u32,
     path: PathBuf,
+    parent: OnceLock<Arc<RemoteSnapshot>>,
 }
 
 #[derive(Debug)]
@@ -117,7 +118,7 @@ impl RemoteSnapshot {
             names.extend(page.images.into_iter().map(|image| image.name));
             match names.last() {
                 Some(last) if page.more => after = last.clone(),
-                _ => return Ok(Self { session, names, generation, path }),
+                _ => return Ok(Self { session, names, generation, path, parent: OnceLock::new() }),
             }
         }
     }
@@ -173,12 +174,15 @@ impl Store for RemoteSnapshot {
         Err(self.read_only("withdraw", ""))
     }
 
-    fn parent(&self) -> Result<Option<Box<dyn Store>>, ImageError> {
-        let generation = self.generation + 1;
-        match Self::with_names(self.session.clone(), generation, self.path.join("parent")) {
-            Ok(parent) => Ok(Some(Box::new(parent))),
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>, ImageError> {
+        if let Some(parent) = self.parent.get() {
+            return Ok(Some(parent.clone()));
+        }
+        let path = self.path.join("parent");
+        match Self::with_names(self.session.clone(), self.generation.saturating_add(1), path.clone()) {
+            Ok(parent) => Ok(Some(self.parent.get_or_init(|| Arc::new(parent)).clone())),
             Err(failure) if failure.code == FailCode::FailNotFound => Ok(None),
-            Err(failure) => Err(image_error("open", &self.path.join("parent"), failure)),
+            Err(failure) => Err(image_error("open the parent snapshot", &path, failure)),
         }
     }
 
