@@ -23,7 +23,7 @@ fn snapshot(site: &Site) -> Result<(PathBuf, Vec<PathBuf>), String> {
 }
 
 /// Restores from a directory with one file damaged, and puts the file right again.
-fn with(
+pub fn with(
     site: &Site,
     images: &Path,
     file: &Path,

@@ -8,12 +8,15 @@
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
 mod aim;
+mod chain;
 mod damage;
 mod kills;
 #[path = "../real/reaper.rs"]
 mod reaper;
 mod refusals;
 mod site;
+#[path = "../live/chain.rs"]
+mod split;
 mod stepper;
 mod steps;
 mod sys;
@@ -47,6 +50,9 @@ const TRIALS: &[(&str, target::Kind, Run)] = &[
     ("truncated_images", target::Kind::Busy, damage::truncated),
     ("flipped_bits", target::Kind::Busy, damage::flipped),
     ("missing_images", target::Kind::Busy, damage::missing),
+    ("chain_with_wrong_links", target::Kind::Busy, chain::links),
+    ("chain_without_pages", target::Kind::Busy, chain::pages),
+    ("chain_with_flipped_bits", target::Kind::Busy, chain::flipped),
 ];
 
 fn main() -> ExitCode {

@@ -20,6 +20,7 @@ mod asm;
 mod case;
 mod cases;
 mod certificates;
+mod chain;
 mod gate;
 mod hosts;
 mod mode;

@@ -30,6 +30,10 @@ pub enum Mode {
     CriuRestores,
     /// crtool restores what the peer CRIU dumped.
     FromCriu,
+    /// What was dumped is made a chain of snapshots before it is restored.
+    Chain,
+    /// The same, and the peer CRIU restores it: the chains are such as CRIU understands.
+    CriuChain,
 }
 
 pub const ALL: &[Mode] = &[
@@ -45,6 +49,8 @@ pub const ALL: &[Mode] = &[
     Mode::RemoteTls,
     Mode::CriuRestores,
     Mode::FromCriu,
+    Mode::Chain,
+    Mode::CriuChain,
 ];
 
 impl Mode {
@@ -62,6 +68,8 @@ impl Mode {
             Mode::RemoteTls => "remote-tls",
             Mode::CriuRestores => "criu-restores",
             Mode::FromCriu => "from-criu",
+            Mode::Chain => "chain",
+            Mode::CriuChain => "criu-chain",
         }
     }
 
@@ -70,7 +78,12 @@ impl Mode {
     }
 
     pub fn interop(self) -> bool {
-        matches!(self, Mode::CriuRestores | Mode::FromCriu)
+        matches!(self, Mode::CriuRestores | Mode::FromCriu | Mode::CriuChain)
+    }
+
+    /// Whether images become a chain.
+    pub fn chain(self) -> bool {
+        matches!(self, Mode::Chain | Mode::CriuChain)
     }
 
     /// Whether images go from host to host and never touch a disk.
@@ -89,7 +102,10 @@ impl Mode {
             Mode::Stopped => survives && case.disturbed,
             Mode::Killed | Mode::Terminated => survives && case.disturbed && !tool::main_tool().is_peer(),
             Mode::Remote | Mode::Direct | Mode::RemoteTls => !tool::main_tool().is_peer(),
-            Mode::CriuRestores | Mode::FromCriu => {
+            Mode::Chain => survives && !tool::main_tool().is_peer(),
+            // CRIU reads a huge page at once: no chain of its own parts one.
+            Mode::CriuChain if case.name == "huge_pages_private" => false,
+            Mode::CriuRestores | Mode::FromCriu | Mode::CriuChain => {
                 survives && !case.only_plain && !tool::main_tool().is_peer()
             }
         }
@@ -104,7 +120,7 @@ impl Mode {
 
     pub fn restorer(self) -> Tool {
         match self {
-            Mode::CriuRestores => tool::peer().unwrap_or_else(tool::main_tool),
+            Mode::CriuRestores | Mode::CriuChain => tool::peer().unwrap_or_else(tool::main_tool),
             _ => tool::main_tool(),
         }
     }

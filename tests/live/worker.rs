@@ -13,6 +13,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::case::{Case, Expect, Site};
+use crate::chain;
 use crate::gate;
 use crate::mode::Mode;
 use crate::picture::{Picture, Rest};
@@ -227,6 +228,9 @@ impl Trial {
             if let Some(hook) = self.case.between {
                 hook(&self.site());
             }
+            if self.mode.chain() {
+                self.make_chain(&images)?;
+            }
             self.restore(&images)?;
             self.compare(&before, &format!("after restore {}", round + 1))?;
             if !self.case.changing {
@@ -240,6 +244,16 @@ impl Trial {
             }
         }
         self.finish("restored target")
+    }
+
+    fn make_chain(&self, images: &Path) -> Step {
+        let seed = self.case.name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        let divided = chain::split(images, seed).map_err(|e| format!("make a chain: {e}"))?;
+        ensure(divided.pages.iter().all(|pages| *pages > 0) && divided.stale > 0, || {
+            format!("this is hardly a chain: {divided:?}")
+        })
     }
 
     fn running(&mut self) -> Step {
