@@ -20,7 +20,7 @@ fn chain(site: &mut Site) -> Result<[PathBuf; 3], String> {
     let images = site.fresh("images")?;
     site.dump_and_kill(&images)?;
     let seed = site.random(u64::MAX);
-    let divided = split::split(&images, seed).map_err(|e| format!("make a chain: {e}"))?;
+    let divided = split::split(&images, 3, seed).map_err(|e| format!("make a chain: {e}"))?;
     if divided.stale == 0 || divided.pages.contains(&0) {
         return Err(format!("hardly a chain: {divided:?}"));
     }
@@ -85,6 +85,9 @@ fn picture(dirs: &[PathBuf]) -> Result<Vec<(PathBuf, u64, Vec<u8>)>, String> {
 fn intact(site: &Site, dirs: &[PathBuf; 3]) -> Result<(), String> {
     let before = picture(dirs)?;
     site.restore(&dirs[0])?;
+    if !fs::read_to_string(site.dir.join("tool.log")).unwrap_or_default().contains("birth of") {
+        return Err("the log does not tell of processes".to_owned());
+    }
     if picture(dirs)? != before {
         return Err("the restore has changed images".to_owned());
     }

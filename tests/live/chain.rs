@@ -1,4 +1,4 @@
-//! Makes a chain of snapshots of a whole one: its pages are divided by lot among three directories.
+//! Makes a chain of snapshots of a whole one: its pages are divided by lot among several directories.
 //!
 //! The child keeps all other images. Its parents get pagemaps and pages only: those that are theirs, older versions of
 //! some that are not (which nobody may take), and pages at addresses of which the child says nothing. Entries are
@@ -16,9 +16,9 @@ use crtool::pages::pagemap::{PARENT, PRESENT, PagemapReader, Placed};
 const PAGE: u64 = 4096;
 
 /// What the lot of a chain was: the child's own pages first.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Divided {
-    pub pages: [u64; 3],
+    pub pages: Vec<u64>,
     /// Versions that are not the newest.
     pub stale: u64,
 }
@@ -52,15 +52,15 @@ pub fn older(images: &Path, generation: usize) -> PathBuf {
     images.with_file_name(name)
 }
 
-/// Divides the snapshot in `images` between it and two new directories beside it.
-pub fn split(images: &Path, seed: u64) -> io::Result<Divided> {
+/// Divides the snapshot in `images` between it and new directories beside it, so many in all.
+pub fn split(images: &Path, generations: usize, seed: u64) -> io::Result<Divided> {
     let mut lot = Lot(seed | 1);
     (0..20).for_each(|_| {
         lot.below(2);
     });
-    let mut divided = Divided::default();
+    let mut divided = Divided { pages: vec![0; generations], stale: 0 };
     let mut dirs = vec![images.to_owned()];
-    for generation in 1..3 {
+    for generation in 1..generations {
         let dir = older(images, generation);
         std::fs::create_dir(&dir)?;
         symlink(
@@ -98,13 +98,13 @@ fn one(
     let name = ImageKind::Pages.file_name(u64::from(pages_id));
     let from = whole.open_raw(&name)?;
     let runs = pagemap.runs(u64::MAX)?;
-    let mut says: [BTreeMap<u64, Says>; 3] = Default::default();
+    let mut says: Vec<BTreeMap<u64, Says>> = dirs.iter().map(|_| BTreeMap::new()).collect();
     let mut owner = 0;
     let mut left = 0;
     for Placed { run, .. } in &runs {
         for addr in (run.start..run.end()).step_by(PAGE as usize) {
             if left == 0 {
-                owner = (owner + 1 + lot.below(2) as usize) % 3;
+                owner = (owner + 1 + lot.below(dirs.len() as u64 - 1) as usize) % dirs.len();
                 left = [1, 1, 2, 3, 5, 9][lot.below(6) as usize];
             }
             left -= 1;

@@ -250,7 +250,7 @@ impl Trial {
         let seed = self.case.name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
         });
-        let divided = chain::split(images, seed).map_err(|e| format!("make a chain: {e}"))?;
+        let divided = chain::split(images, 3, seed).map_err(|e| format!("make a chain: {e}"))?;
         ensure(divided.pages.iter().all(|pages| *pages > 0) && divided.stale > 0, || {
             format!("this is hardly a chain: {divided:?}")
         })

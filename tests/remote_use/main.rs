@@ -7,10 +7,13 @@
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
 mod certificates;
+mod chain;
 mod compress;
 mod given;
 mod program;
 mod site;
+#[path = "../live/chain.rs"]
+mod split;
 mod tls;
 mod waiting;
 mod wrong;
@@ -44,6 +47,9 @@ const TRIALS: &[(&str, Run)] = &[
     ("no_root", wrong::no_root),
     ("full_log", wrong::full_log),
     ("daemons_end", waiting::daemons_end),
+    ("chain_of_snapshots", chain::restored),
+    ("chain_whose_parents_stay", chain::parents_stay),
+    ("chain_without_a_parent", chain::no_parent),
     ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];
 
