@@ -345,6 +345,7 @@ mod tests {
         inode.size = 4096;
         trial.store.write_one(ImageKind::MemfdInode, None, &inode).unwrap();
         let error = trial.try_restore::<Memfd>(&[&entry]).unwrap_err();
-        assert!(error.to_string().contains("behind the end"), "{error}");
+        let error = format!("{:#}", anyhow::Error::from(error));
+        assert!(error.contains("content of memory file ") && error.contains("behind the end"), "{error}");
     }
 }
