@@ -7,18 +7,20 @@
 
 use crtool::remote::cache::swallow;
 use crtool::remote::pb;
-use crtool::remote::wire::{HEADER, Header, Kind, MAGIC, frame};
+use crtool::remote::wire::{HEADER, Header, Kind, MAGIC, frame, seal};
 use libfuzzer_sys::fuzz_target;
 
 /// Checksums that are right, where the fuzzer left place for one: it would hardly find them.
 fn mend(bytes: &mut [u8]) {
     let mut at = 0;
-    while let Some(head) = bytes.get(at..at + HEADER) {
-        let Ok(header) = Header::decode(head.try_into().expect("as long as a header")) else { return };
+    while let Some(head) = bytes.get_mut(at..at + HEADER) {
+        let head = head.try_into().expect("as long as a header");
+        seal(head);
+        let Ok(header) = Header::decode(head) else { return };
         let end = at + HEADER + header.len as usize;
         let Some(payload) = bytes.get(at + HEADER..end) else { return };
         let crc = crc32c::crc32c(payload);
-        bytes[at + 20..at + HEADER].copy_from_slice(&crc.to_le_bytes());
+        bytes[at..at + HEADER].copy_from_slice(&Header { crc, ..header }.encode());
         at = end;
     }
 }

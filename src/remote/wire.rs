@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | 0 | kind | [`Kind`] |
 //! | 1 | flags | bit 0: the payload is an LZ4 block ([`LZ4`]) |
-//! | 2-3 | | zero |
+//! | 2-3 | check | low half of the CRC32C of the other 22 bytes |
 //! | 4-7 | stream | one snapshot on its way; the proxy gives each of its dumps a number of its own |
 //! | 8-11 | image | numbered by the source, from 1, per stream; 0 where no image is meant |
 //! | 12-15 | len | bytes of payload |
@@ -139,15 +139,21 @@ impl Header {
         for (into, word) in bytes.chunks_exact_mut(4).zip(words) {
             into.copy_from_slice(&word.to_le_bytes());
         }
+        seal(&mut bytes);
         bytes
     }
 
     /// Checks and takes apart.
     pub fn decode(bytes: &[u8; HEADER]) -> Result<Self, Failure> {
+        let mut sealed = *bytes;
+        seal(&mut sealed);
+        if sealed != *bytes {
+            return Err(Failure::new(FailCode::FailChecksum, "bad frame: wrong checksum of its header"));
+        }
         let mut words = bytes.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap_or_default()));
         let mut word = || words.next().unwrap_or(0);
         let (first, stream, image, len, raw, crc) = (word(), word(), word(), word(), word(), word());
-        let [kind, flags, rest @ ..] = first.to_le_bytes();
+        let [kind, flags, ..] = first.to_le_bytes();
         let bad = |what: String| Failure::new(FailCode::FailProtocol, format!("bad frame: {what}"));
         let kind = Kind::from_byte(kind).ok_or_else(|| bad(format!("kind {kind}")))?;
         let header = Self { kind, flags, stream, image, len, raw, crc };
@@ -162,13 +168,19 @@ impl Header {
         };
         let flags_known = flags & !(if kind == Kind::Data { LZ4 } else { 0 }) == 0;
         let of_image = matches!(kind, Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd);
-        // A damaged last word is not taken for one of these.
         let of_none = !matches!(kind, Kind::Ping | Kind::Pong) || stream == 0 && crc == 0;
-        if !of_none || !form || !flags_known || rest != [0, 0] || of_image != (image != 0) {
+        if !of_none || !form || !flags_known || of_image != (image != 0) {
             return Err(bad(format!("{header:?}")));
         }
         Ok(header)
     }
+}
+
+/// Puts the check of a header into it: a bit that is another on its way does not make it mean something else.
+pub fn seal(bytes: &mut [u8; HEADER]) {
+    let [kind, flags, low, high, rest @ ..] = bytes;
+    let check = crc::append(crc::of(&[*kind, *flags]), rest) as u16;
+    [*low, *high] = check.to_le_bytes();
 }
 
 /// A whole frame around a message.
@@ -271,6 +283,25 @@ mod tests {
     }
 
     #[test]
+    fn a_header_with_wrong_bits_is_refused() {
+        let good = Header::data(7, 3, 4096, 0xdead_beef).encode();
+        for first in 0..HEADER * 8 {
+            for second in first..HEADER * 8 {
+                let mut bad = good;
+                bad[first / 8] ^= 1 << (first % 8);
+                if second != first {
+                    bad[second / 8] ^= 1 << (second % 8);
+                }
+                assert_eq!(
+                    Header::decode(&bad).unwrap_err().code,
+                    FailCode::FailChecksum,
+                    "{first} {second}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_message_with_a_wrong_bit_is_refused() {
         let begin = pb::ImageBegin { name: "pages-1.img".to_owned(), expected_bytes: 0 };
         let mut frame = frame(Kind::ImageBegin, 1, 1, &begin);
@@ -291,9 +322,12 @@ mod tests {
     proptest! {
         #[test]
         fn any_header_is_read_or_refused(bytes in any::<[u8; HEADER]>()) {
-            if let Ok(header) = Header::decode(&bytes) {
-                prop_assert_eq!(header.encode(), bytes);
+            let mut sealed = bytes;
+            seal(&mut sealed);
+            if let Ok(header) = Header::decode(&sealed) {
+                prop_assert_eq!(header.encode(), sealed);
             }
+            prop_assert!(sealed == bytes || Header::decode(&bytes).is_err());
         }
 
         #[test]

@@ -911,15 +911,20 @@ fn a_refusal_reaches_a_dump_that_writes() {
     reader.join().unwrap();
 }
 
+fn kind_255() -> Vec<u8> {
+    let mut bytes = [0xff; HEADER];
+    wire::seal(&mut bytes);
+    bytes.to_vec()
+}
+
 #[test]
 fn dumps_that_break_the_rules() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let foreign = wire::frame(Kind::Confirm, 0, 0, &pb::Confirm { survives: false });
-    let mut of_another = image(1, "x.img", &[]);
-    of_another[4] = 1;
+    let of_another = wire::frame(Kind::ImageBegin, 1, 1, &pb::ImageBegin::default());
     for (bytes, why) in [
-        (vec![0xff; 24], "bad frame: kind 255"),
+        (kind_255(), "bad frame: kind 255"),
         (foreign, "bad frame: Confirm for stream 0 from a dump"),
         (of_another, "bad frame: ImageBegin for stream 1 from a dump"),
         (
@@ -936,6 +941,14 @@ fn dumps_that_break_the_rules() {
         let (on, abort) = cache.expect::<pb::Abort>(Kind::Abort);
         assert_eq!((on, abort.reason.as_str()), (stream, why));
     }
+    let mut dump = proxy.dump("a");
+    dump.opened();
+    cache.begun();
+    dump.write(&[0xff; HEADER]);
+    let failed = dump.failed();
+    let why = "bad frame: wrong checksum of its header";
+    assert_eq!((failed.code(), failed.text.as_str()), (FailCode::FailChecksum, why));
+    cache.expect::<pb::Abort>(Kind::Abort);
     // Nothing comes after the list.
     let mut dump = proxy.dump("a");
     dump.opened();
@@ -1012,7 +1025,8 @@ fn caches_that_break_the_rules() {
     let refusal = pb::Failed { code: FailCode::FailVersion.into(), text: "too old".to_owned() };
     for (bytes, why) in [
         (b"HTTP/1.1 400 Bad Request".to_vec(), "does not speak this protocol"),
-        ([MAGIC.to_vec(), vec![0xff; 24]].concat(), "kind 255"),
+        ([MAGIC.to_vec(), vec![0xff; 24]].concat(), "wrong checksum of its header"),
+        ([MAGIC.to_vec(), kind_255()].concat(), "kind 255"),
         ([MAGIC.to_vec(), hello(9)].concat(), "speaks version 9"),
         ([MAGIC.to_vec(), broken].concat(), "wrong checksum"),
         ([MAGIC.to_vec(), wire::frame(Kind::Failed, 0, 0, &refusal)].concat(), "too old"),

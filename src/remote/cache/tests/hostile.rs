@@ -61,12 +61,14 @@ fn frames_that_lose_the_thread_end_the_connection() {
     let unknown = {
         let mut bytes = wire::bare(Kind::Ping, 0, 0, 0);
         bytes[0] = 99;
+        wire::seal(&mut bytes);
         bytes.to_vec()
     };
     let huge = {
         let mut bytes = wire::bare(Kind::Ping, 0, 0, 0);
         bytes[0] = Kind::Commit as u8;
         bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+        wire::seal(&mut bytes);
         bytes.to_vec()
     };
     for bad in [

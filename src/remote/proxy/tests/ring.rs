@@ -53,8 +53,7 @@ fn places_that_are_none() {
     let mut cache = proxy.plain_cache();
     let beyond = placed(1, WHOLE - 4096, &[1; 4097]);
     let far = Header { stream: u32::MAX, ..Header::data(0, 1, 1, 0) }.encode().to_vec();
-    let mut of_another_kind = wire::bare(Kind::Zero, 0, 1, 4096).to_vec();
-    of_another_kind[4] = 1;
+    let of_another_kind = wire::bare(Kind::Zero, 1, 1, 4096).to_vec();
     for bytes in [beyond, far, of_another_kind] {
         let mut dump = proxy.dump("a");
         dump.opened();
