@@ -8,6 +8,8 @@ mod generate;
 mod hostile;
 mod oracle;
 mod programs;
+#[path = "../live/chain.rs"]
+mod split;
 
 use std::process::ExitCode;
 

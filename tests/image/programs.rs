@@ -12,7 +12,7 @@ use crtool::image::explore::{self, What};
 use crtool::image::names::Family;
 
 use super::Verdict;
-use super::oracle;
+use super::{oracle, split};
 
 /// A program that says `ready` when there is something to dump.
 pub(crate) struct Program {
@@ -188,6 +188,20 @@ pub(crate) fn same_as_crit(program: &'static Program, maker: Maker) -> Verdict {
     for needed in ["pstree.img", "files.img", "inventory.img", "stats-dump"] {
         if !names.iter().any(|name| name == needed) {
             return Err(format!("the dump made no {needed}, only {names:?}"));
+        }
+    }
+    explored(&images)?;
+
+    // The same when pages are left to parents.
+    split::split(&images, 3, 0x1a9e).map_err(|e| format!("make a chain: {e}"))?;
+    for dir in [images.clone(), split::older(&images, 1), split::older(&images, 2)] {
+        for entry in std::fs::read_dir(&dir).map_err(|e| e.to_string())?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some((kind @ (ImageKind::Pagemap | ImageKind::ShmemPagemap), _)) =
+                ImageKind::by_file_name(&name)
+            {
+                oracle::compare(kind, &entry.path()).map_err(|why| format!("{name} of a chain: {why}"))?;
+            }
         }
     }
     explored(&images)?;
