@@ -8,6 +8,7 @@ mod generate;
 mod hostile;
 mod oracle;
 mod programs;
+#[allow(unreachable_pub)] // shared with other tests
 #[path = "../live/chain.rs"]
 mod split;
 
