@@ -214,6 +214,37 @@ fn what_cannot_be_had_is_named() {
     assert!(error.contains("--ps-socket: it is no socket"), "{error}");
 }
 
+/// Runs the command that follows such that fsopen(2) kills, as under the system call filter of a service that does not
+/// list it.
+const WITHOUT_FSOPEN: &str = r#"
+import ctypes, os, struct, sys
+step = lambda code, jt, jf, k: struct.pack("HBBI", code, jt, jf, k)
+code = ctypes.create_string_buffer(
+    step(0x20, 0, 0, 0) + step(0x15, 0, 1, 430) + step(0x06, 0, 0, 0x80000000) + step(0x06, 0, 0, 0x7fff0000))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(code)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+number = ctypes.c_ulong
+assert prctl(38, number(1), number(0), number(0), number(0)) == 0, ctypes.get_errno()
+assert prctl(22, number(2), program) == 0, ctypes.get_errno()
+os.execv(sys.argv[1], sys.argv[1:])
+"#;
+
+#[test]
+fn what_its_filter_kills_for_is_called_before_it_is_ready() {
+    if !Uid::effective().is_root() || Command::new("python3").arg("-V").output().is_err() {
+        eprintln!("skipped: it takes python3, and root: without CAP_SYS_ADMIN no tmpfs is asked for");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let words = ["image-cache", "--address", "127.0.0.1", "--port", "0", "-d", "-o", "log"];
+    let plain = crtool(dir.path(), &words);
+    let mut filtered = Command::new("python3");
+    filtered.args(["-c", WITHOUT_FSOPEN]).arg(plain.get_program()).args(plain.get_args());
+    let error = failure(filtered.stdin(Stdio::null()));
+    assert!(error.contains("the daemon was killed by SIGSYS before it was ready"), "{error}");
+    assert!(!socket(dir.path()).exists());
+}
+
 #[test]
 fn other_users_are_sent_away() {
     if !Uid::effective().is_root() {

@@ -25,7 +25,10 @@ pub fn run(settings: &CacheSettings) -> anyhow::Result<Exit> {
     daemon::run(
         "image-cache",
         &settings.daemon,
-        || Front::cache(settings),
+        || {
+            cache::prepare();
+            Front::cache(settings)
+        },
         |front| cache::run(front, settings),
     )
 }

@@ -54,9 +54,9 @@ static LARGE: LazyLock<Option<OwnedFd>> = LazyLock::new(|| {
     made.ok()
 });
 
-/// Makes what large images lie in, before any is held: who has the capability for it but runs under a filter that kills for
-/// these calls is to end now, not then.
-pub(super) fn prepare() {
+/// Makes what large images lie in, before the cache says that it is ready: who has the capability for it but runs under a
+/// filter that kills for these calls is to end now, not at the first large image.
+pub fn prepare() {
     LazyLock::force(&LARGE);
 }
 

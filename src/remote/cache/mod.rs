@@ -20,6 +20,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use memory::prepare;
 pub use run::run;
 pub use serve::Cache;
 

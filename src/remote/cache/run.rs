@@ -8,7 +8,6 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use super::super::front::Front;
 use super::super::{Failure, pb::FailCode};
 use super::Cache;
-use super::memory;
 use crate::settings::CacheSettings;
 use crate::sys;
 
@@ -26,7 +25,6 @@ fn internal(e: io::Error) -> Failure {
 /// if that connection was lost while a snapshot was on its way.
 pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
     raise_limit();
-    memory::prepare();
     let place = match front.addresses() {
         Some(addresses) => format!("listening on {addresses}"),
         None => "with one connection that was given to it".to_owned(),
