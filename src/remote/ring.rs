@@ -6,36 +6,39 @@
 //!
 //! The ring is a memfd that the proxy makes for one snapshot, of [`SLOTS`] slots of [`SLOT`] bytes. Frames keep
 //! their order because their heads still go through the pipe; that of a `Data` frame says in its `stream`, which is 0
-//! otherwise, where in the ring its payload lies: [`Place`]. The proxy counts up an eventfd (a semaphore) by one for
-//! each such frame when its payload is with the connection, in the order of the heads; a dump that remembers the order
-//! knows which slots are free again.
+//! otherwise, where in the ring its payload lies: [`Place`]. For each such frame whose payload is with the connection
+//! the proxy writes one byte into a second pipe, in the order of the heads; a dump that remembers the order knows which
+//! slots are free again.
 //!
-//! The dump is not trusted with more than its own snapshot: the memfd is sealed against getting shorter, only
-//! the kernel reads the payload, or a copy is made first, and a payload that changes under way has a wrong
-//! checksum for the cache. What a dump trusts the proxy with, it does anyway.
+//! The dump is not trusted with more than its own snapshot. The memfd is sealed against getting shorter, and the
+//! payload is only read by the kernel: what cannot be had (a hole in it, and no memory left) is an error and not a
+//! signal. A payload that changes under way has a wrong checksum for the cache. Bytes that the dump does not read are
+//! not waited for; an eventfd would not do, as the two sides would share O_NONBLOCK. What a dump trusts the proxy with,
+//! it does anyway.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::unix::fs::FileExt;
 
 use crate::sys::mapping::{Access, Mapping};
-use crate::sys::{event, mapping};
+use crate::sys::{event, mapping, pipe};
 
-/// Bytes of a slot: what a thread of a dump reads at once.
-pub const SLOT: usize = crate::pages::copy::CHUNK;
+/// Bytes of a slot. A proxy and a dump that do not agree do without a ring.
+pub const SLOT: usize = 256 << 10;
 /// Slots of a ring. Each thread of a dump holds one, and some are on their way: more than that only leave the
 /// processor's cache.
 pub const SLOTS: usize = 16;
 /// Places are counted in these.
 const UNIT: usize = 4096;
 
+// A frame may hold a whole slot, and a slot all that a thread of a dump reads at once.
+const _: () = assert!(SLOT <= super::wire::MAX_DATA as usize && SLOT.is_multiple_of(UNIT));
+const _: () = assert!(crate::pages::copy::CHUNK <= SLOT);
+
 /// Where in a ring a payload begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place(usize);
-
-// A frame may hold a whole slot.
-const _: () = assert!(SLOT <= super::wire::MAX_DATA as usize && SLOT.is_multiple_of(UNIT));
 
 impl Place {
     /// At this byte, the first of a page.
@@ -63,53 +66,40 @@ impl Place {
 /// The proxy's side.
 #[derive(Debug)]
 pub struct Ring {
-    memory: OwnedFd,
-    freed: EventFd,
+    memory: File,
     mapping: Mapping,
+    freed: OwnedFd,
 }
 
 impl Ring {
-    /// A new one.
-    pub fn new() -> io::Result<Self> {
+    /// A new one, and what the dump gets: the memory, and the pipe that tells what is free.
+    pub fn new() -> io::Result<(Self, [OwnedFd; 2])> {
         let memory = event::memfd(c"crtool-ring", libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)?;
         nix::unistd::ftruncate(&memory, i64::try_from(SLOT * SLOTS).unwrap_or(i64::MAX))?;
-        event::add_seals(memory.as_fd(), SEALS)?;
-        let freed =
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE)?;
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        event::add_seals(memory.as_fd(), seals.cast_unsigned())?;
         let mapping = Mapping::shared(memory.as_fd(), 0, SLOT * SLOTS, Access::Read, None)?;
-        Ok(Self { memory, freed, mapping })
-    }
-
-    /// What the dump gets: the memory, and what is counted up.
-    pub fn ends(&self) -> io::Result<[OwnedFd; 2]> {
-        Ok([self.memory.try_clone()?, self.freed.as_fd().try_clone_to_owned()?])
+        let (tells, freed) = pipe::pipe2(libc::O_CLOEXEC | libc::O_NONBLOCK)?;
+        let theirs = [memory.try_clone()?, tells];
+        Ok((Self { memory: memory.into(), mapping, freed }, theirs))
     }
 
     /// The payload of a frame is with the connection.
     pub fn free(&self) {
-        // It fails only when somebody has counted it up to 2^64: the dump itself, which then waits in vain.
-        let _ = self.freed.write(1);
+        // There is room for all bytes that a dump can be told before it reads; what goes beyond is its own loss.
+        let _ = nix::unistd::write(&self.freed, &[0]);
     }
 
     /// A copy of what is at `from`; whoever asks has checked the place.
     pub fn read(&self, from: usize, into: &mut [u8]) -> io::Result<()> {
-        Ok(self.mapping.read(from, into)?)
+        self.memory.read_exact_at(into, from as u64)
     }
 
-    /// Sends `head` and `len` bytes of the ring to a socket, as far as it takes them.
+    /// Sends `head` and `len` bytes of the ring to a socket, as far as it takes them. EFAULT when the memory cannot be
+    /// had; then [`read`](Self::read) still can.
     pub fn send(&self, socket: BorrowedFd<'_>, head: &[u8], from: usize, len: usize) -> io::Result<usize> {
         Ok(mapping::send(socket, head, &self.mapping, from, len)?)
     }
-}
-
-/// What keeps the length as it is; nothing can be added to them.
-const SEALS: u32 = (libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL).cast_unsigned();
-
-/// Whether a memfd that came as a ring is one: of the right length for good.
-pub fn is_ring(memory: BorrowedFd<'_>) -> bool {
-    let length =
-        nix::sys::stat::fstat(memory).is_ok_and(|stat| usize::try_from(stat.st_size) == Ok(SLOT * SLOTS));
-    length && event::seals(memory).is_ok_and(|seals| seals & SEALS == SEALS)
 }
 
 #[cfg(test)]
@@ -128,14 +118,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_sent_and_counted() {
-        use crate::sys::mapping::Slot;
+    fn what_is_written_is_sent_and_told() {
         use std::io::Read;
-        let ring = Ring::new().unwrap();
-        let [memory, freed] = ring.ends().unwrap();
-        assert!(is_ring(memory.as_fd()));
+
+        use crate::sys::mapping::Slot;
+
+        let (ring, [memory, tells]) = Ring::new().unwrap();
         assert!(nix::unistd::ftruncate(&memory, 0).is_err());
-        let mut slots = Slot::map(memory.as_fd(), SLOTS, SLOT).unwrap();
+        let mut slots = Slot::map(memory, SLOTS, SLOT).unwrap();
         let slot = &mut slots[2];
         slot.bytes_mut()[..5].copy_from_slice(b"pages");
         let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -144,20 +134,36 @@ mod tests {
         theirs.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"headpages");
         assert!(ring.send(ours.as_fd(), b"", SLOT * SLOTS, 1).is_err());
-        let count = |fd: &OwnedFd| {
-            let mut count = [0; 8];
-            nix::unistd::read(fd, &mut count).map(|_| u64::from_ne_bytes(count))
-        };
-        assert!(count(&freed).is_err());
+        let mut copy = [0; 5];
+        ring.read(slot.offset(), &mut copy).unwrap();
+        assert_eq!(&copy, b"pages");
+        assert!(ring.read(SLOT * SLOTS - 1, &mut copy).is_err());
+        let told = || nix::unistd::read(&tells, &mut [0; 9]);
+        assert!(told().is_err());
         ring.free();
         ring.free();
-        assert_eq!([count(&freed), count(&freed)], [Ok(1), Ok(1)]);
+        assert_eq!(told(), Ok(2));
     }
 
     #[test]
-    fn another_file_is_no_ring() {
-        let plain = event::memfd(c"x", libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING).unwrap();
-        nix::unistd::ftruncate(&plain, (SLOT * SLOTS) as i64).unwrap();
-        assert!(!is_ring(plain.as_fd()));
+    fn a_dump_that_does_not_read_is_not_waited_for() {
+        let (ring, [_memory, tells]) = Ring::new().unwrap();
+        let flags = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty());
+        nix::fcntl::fcntl(&tells, flags).unwrap();
+        for _ in 0..100_000 {
+            ring.free();
+        }
+        drop(tells);
+        ring.free();
+    }
+
+    #[test]
+    fn memory_of_another_kind_is_not_mapped() {
+        use crate::sys::mapping::Slot;
+        let open = event::memfd(c"x", libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING).unwrap();
+        nix::unistd::ftruncate(&open, (SLOT * SLOTS) as i64).unwrap();
+        assert!(Slot::map(open, SLOTS, SLOT).is_err());
+        let (_ring, [memory, _]) = Ring::new().unwrap();
+        assert!(Slot::map(memory, SLOTS + 1, SLOT).is_err());
     }
 }

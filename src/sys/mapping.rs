@@ -1,12 +1,13 @@
 //! Memory of ours that is shared with others: mmap(2) with an owner.
 
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use super::event::seals;
 use super::{Errno, Result, ret, ret_int};
 
 /// A mapping that is unmapped when dropped. Others may write to it at any time, so it is only
-/// read and written by copying.
+/// read and written by copying, but for [`Slot`].
 #[derive(Debug)]
 pub struct Mapping {
     addr: usize,
@@ -122,8 +123,8 @@ pub fn send(
     ret(sent as libc::c_long).map(|sent| sent.unsigned_abs() as usize)
 }
 
-/// A part of a shared mapping that has one owner in this process. The process at the other end of the mapping is
-/// trusted to write nothing into it.
+/// A part of a shared mapping that has one owner in this process. Whoever else has the memory is trusted to write
+/// nothing into it.
 #[derive(Debug)]
 pub struct Slot {
     mapping: Arc<Mapping>,
@@ -132,11 +133,14 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Maps the first `count * len` bytes of `fd`, in slots of `len` bytes. The file has to be as long, and must
-    /// not shrink.
-    pub fn map(fd: BorrowedFd<'_>, count: usize, len: usize) -> Result<Vec<Self>> {
+    /// Maps a memfd of `count` slots of `len` bytes. EINVAL if it is not as long, or can still get shorter.
+    pub fn map(memory: OwnedFd, count: usize, len: usize) -> Result<Vec<Self>> {
         let whole = count.checked_mul(len).ok_or(Errno::EOVERFLOW)?;
-        let mapping = Arc::new(Mapping::shared(fd, 0, whole, Access::ReadWrite, None)?);
+        let sealed = seals(memory.as_fd()).unwrap_or(0) & libc::F_SEAL_SHRINK.cast_unsigned() != 0;
+        if !sealed || usize::try_from(nix::sys::stat::fstat(&memory)?.st_size) != Ok(whole) {
+            return Err(Errno::EINVAL);
+        }
+        let mapping = Arc::new(Mapping::shared(memory.as_fd(), 0, whole, Access::ReadWrite, None)?);
         Ok((0..count).map(|slot| Self { mapping: mapping.clone(), offset: slot * len, len }).collect())
     }
 
@@ -161,7 +165,7 @@ impl Slot {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nothing borrows from it: reads and writes copy.
+        // SAFETY: the mapping is ours and nothing borrows from it: reads and writes copy, and slots keep it alive.
         unsafe { libc::munmap(self.addr as *mut _, self.len) };
     }
 }

@@ -5,7 +5,10 @@ use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use super::super::{Failure, pb};
+use super::super::{
+    Failure,
+    pb::{self, FailCode},
+};
 use crate::sys::mapping::Slot;
 
 /// One snapshot's way to the cache.
@@ -25,8 +28,8 @@ pub(super) trait Link: Send + Sync + Debug {
     }
 
     /// As `send`, for frames of which the payloads of `placed`, in their order, lie in `room` and are not sent.
-    fn send_placed(&self, frames: &mut [IoSlice<'_>], _room: Slot, _placed: usize) -> Result<(), Failure> {
-        self.send(frames)
+    fn send_placed(&self, _frames: &mut [IoSlice<'_>], _room: Slot, _placed: usize) -> Result<(), Failure> {
+        Err(Failure::new(FailCode::FailInternal, "this way to the cache has no room of its own"))
     }
 
     /// Waits for the answer to a commit.

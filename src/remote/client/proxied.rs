@@ -20,11 +20,14 @@ use super::super::{Failure, PROXY_SOCKET};
 use super::control::{self, Daemon};
 use super::link::Link;
 use super::packets::{Packets, wait_for};
-use super::ring::Ring;
+use super::ring::{Ring, Taken};
 use crate::sys::mapping::Slot;
 
 /// At most this many parts in a writev(2) (UIO_MAXIOV).
 const MOST_PARTS: usize = 1024;
+
+/// A slot of the ring may be on its way so long though everything moves.
+const SLOWEST: Duration = Duration::from_secs(30);
 
 /// One snapshot's way through the proxy.
 #[derive(Debug)]
@@ -34,6 +37,8 @@ pub(super) struct Proxied {
     name: String,
     pipe: Mutex<OwnedFd>,
     ring: Option<Ring>,
+    /// Why the proxy takes no more.
+    refused: Mutex<Option<Failure>>,
     /// The cache has all of it.
     complete: AtomicBool,
     features: u64,
@@ -59,26 +64,44 @@ impl Proxied {
         let pipe = fds.pop().ok_or_else(|| lacks("pipe"))?;
         let ring = match (opened.ring, fds.pop(), fds.pop()) {
             (false, ..) => None,
-            (true, Some(freed), Some(memory)) => Some(Ring::new(&memory, freed)?),
+            (true, Some(told), Some(memory)) => {
+                let failed =
+                    |e: &Errno| tracing::debug!("the ring of image-proxy cannot be used: {}", e.desc());
+                Ring::new(memory, told).inspect_err(failed).ok()
+            }
             (true, ..) => return Err(lacks("ring")),
         };
         fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
             .map_err(|e| Failure::new(FailCode::FailInternal, format!("pipe of image-proxy: {e}")))?;
         let (pipe, complete) = (Mutex::new(pipe), AtomicBool::new(false));
-        Ok(Self { packets, work_dir, name, pipe, ring, complete, features: opened.features, patience })
+        let refused = Mutex::default();
+        Ok(Self {
+            packets,
+            work_dir,
+            name,
+            pipe,
+            ring,
+            refused,
+            complete,
+            features: opened.features,
+            patience,
+        })
     }
 
-    /// Why the pipe is closed.
+    /// Why the pipe or the ring is closed. It is said once, and threads that ask together all hear it.
     fn reason(&self) -> Failure {
-        match self.packets.receive(Instant::now() + Duration::from_secs(5)) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let receive = || match self.packets.receive(Instant::now() + Duration::from_secs(5)) {
             Err(failure) => failure,
             Ok((other, _)) => self.packets.unexpected(&other),
-        }
+        };
+        refused.get_or_insert_with(receive).clone()
     }
 
-    /// Waits until `fd` is ready for `flags`; a refusal ends the wait.
-    fn wait(&self, fd: BorrowedFd<'_>, flags: PollFlags, until: Instant) -> Result<(), Failure> {
-        let mut fds = [PollFd::new(fd, flags), PollFd::new(self.packets.fd(), PollFlags::POLLIN)];
+    /// Waits until one of `fds` is ready for `flags`; a refusal ends the wait.
+    fn wait(&self, fds: &[BorrowedFd<'_>], flags: PollFlags, until: Instant) -> Result<(), Failure> {
+        let mut fds: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, flags)).collect();
+        fds.push(PollFd::new(self.packets.fd(), PollFlags::POLLIN));
         if !wait_for(&mut fds, until)? {
             let text = "image-proxy takes nothing any more: the way to the cache is stuck";
             return Err(Failure::new(FailCode::FailTimeout, text));
@@ -101,7 +124,7 @@ impl Proxied {
                     until = Instant::now() + self.patience;
                 }
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => self.wait(pipe.as_fd(), PollFlags::POLLOUT, until)?,
+                Err(Errno::EAGAIN) => self.wait(&[pipe.as_fd()], PollFlags::POLLOUT, until)?,
                 Err(Errno::EPIPE) => return Err(self.reason()),
                 Err(e) => {
                     return Err(Failure::new(FailCode::FailLost, format!("pipe to image-proxy: {e}")));
@@ -128,12 +151,17 @@ impl Link for Proxied {
 
     fn room(&self) -> Result<Option<Slot>, Failure> {
         let Some(ring) = &self.ring else { return Ok(None) };
-        let until = Instant::now() + self.patience;
+        let begun = Instant::now();
         loop {
-            if let Some(slot) = ring.take()? {
-                return Ok(Some(slot));
+            match ring.take()? {
+                Taken::Slot(slot) => return Ok(Some(slot)),
+                Taken::Closed => return Err(self.reason()),
+                // It is free only when all of it is with the connection, which may be slow and shared with many.
+                Taken::None(moved) => {
+                    let until = moved.max(begun) + self.patience.max(SLOWEST);
+                    self.wait(&ring.fds(), PollFlags::POLLIN, until)?;
+                }
             }
-            self.wait(ring.fd(), PollFlags::POLLIN, until)?;
         }
     }
 
@@ -141,7 +169,7 @@ impl Link for Proxied {
         let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ring) = &self.ring {
             // Under the lock, so that slots are noted in the order in which the proxy frees them.
-            ring.sent(room, placed)?;
+            ring.sent(room, placed);
         }
         self.write(&pipe, frames)
     }
@@ -200,5 +228,76 @@ impl Link for Proxied {
             (local_reply::What::Restored(restored), _) => Ok(restored),
             (other, _) => Err(self.packets.unexpected(&other)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
+    };
+
+    use super::*;
+    use crate::remote::local;
+    use crate::remote::ring;
+    use crate::sys;
+
+    /// A proxy that opens one snapshot: its end of the socket, and what it holds of pipe and ring.
+    fn opened() -> (tempfile::TempDir, Proxied, OwnedFd, OwnedFd, ring::Ring) {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&dir.path().join(PROXY_SOCKET)).unwrap()).unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let far = std::thread::spawn(move || {
+            let socket =
+                sys::fd::adopt(accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap()).unwrap();
+            local::receive::<pb::LocalRequest>(socket.as_fd()).unwrap().unwrap();
+            let (ring, [memory, told]) = ring::Ring::new().unwrap();
+            let (read, write) = nix::unistd::pipe().unwrap();
+            let what = Some(local_reply::What::Opened(pb::Opened { features: 0, ring: true }));
+            let fds = [memory.as_fd(), told.as_fd(), write.as_fd()];
+            local::send(socket.as_fd(), &pb::LocalReply { what }, &fds).unwrap();
+            (socket, read, ring)
+        });
+        let near = Proxied::open(dir.path(), pb::SnapshotBegin::default(), Duration::from_secs(20)).unwrap();
+        let (socket, pipe, ring) = far.join().unwrap();
+        (dir, near, socket, pipe, ring)
+    }
+
+    #[test]
+    fn all_threads_hear_why_it_is_refused_at_once() {
+        let (_dir, near, socket, pipe, ring) = opened();
+        let _slots: Vec<Slot> = (0..ring::SLOTS).map(|_| near.room().unwrap().unwrap()).collect();
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            let waiting: Vec<_> = (0..4).map(|_| scope.spawn(|| near.room().unwrap_err())).collect();
+            std::thread::sleep(Duration::from_millis(50));
+            let failed =
+                pb::Failed { code: FailCode::FailMemory.into(), text: "the cache is full".to_owned() };
+            let what = Some(local_reply::What::Failed(failed));
+            local::send(socket.as_fd(), &pb::LocalReply { what }, &[]).unwrap();
+            drop((pipe, ring));
+            for thread in waiting {
+                let failure = thread.join().unwrap();
+                assert_eq!(
+                    (failure.code, failure.text.as_str()),
+                    (FailCode::FailMemory, "the cache is full")
+                );
+            }
+        });
+        assert_eq!(near.send(&mut [IoSlice::new(b"x")]).unwrap_err().code, FailCode::FailMemory);
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_proxy_that_dies_ends_the_wait() {
+        let (_dir, near, socket, pipe, ring) = opened();
+        let _slots: Vec<Slot> = (0..ring::SLOTS).map(|_| near.room().unwrap().unwrap()).collect();
+        drop((socket, pipe, ring));
+        let failure = near.room().unwrap_err();
+        assert_eq!(failure.code, FailCode::FailLost, "{}", failure.text);
     }
 }

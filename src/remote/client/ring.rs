@@ -3,71 +3,89 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::ring::{SLOT, SLOTS, is_ring};
+use super::super::ring::{SLOT, SLOTS};
 use super::super::{Failure, pb::FailCode};
 use crate::sys::mapping::Slot;
 
-/// One snapshot's ring. The eventfd is a semaphore, so that every thread that waits for a slot is woken while there
-/// is one: it counts frames that the proxy is done with, and slots that are given back here.
+/// One snapshot's ring. Each thread that waits for a slot is woken while there is one: both descriptors stay readable
+/// until all that they count is taken.
 #[derive(Debug)]
 pub(super) struct Ring {
-    count: OwnedFd,
+    /// A byte for each frame that the proxy is done with.
+    told: OwnedFd,
+    /// Counts `spare`; a semaphore.
+    spares: EventFd,
     slots: Mutex<Slots>,
 }
 
 #[derive(Debug)]
 struct Slots {
-    /// Never used, or given back without a frame. They go first: with none of them left, what has been counted
-    /// beyond them are frames.
+    /// Never used, or given back without a frame.
     spare: Vec<Slot>,
     /// A frame each, in the order of their heads in the pipe; the last one of a slot has it.
     sent: VecDeque<Option<Slot>>,
+    /// When the proxy was last done with a frame.
+    moved: Instant,
+}
+
+/// What asking for a slot gives.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// One.
+    Slot(Slot),
+    /// None now; when the proxy was last done with a frame.
+    None(Instant),
+    /// The proxy has closed the ring.
+    Closed,
 }
 
 impl Ring {
     /// What came from the proxy.
-    pub(super) fn new(memory: &OwnedFd, count: OwnedFd) -> Result<Self, Failure> {
-        if !is_ring(memory.as_fd()) {
-            return Err(Failure::new(FailCode::FailProtocol, "what image-proxy sent as a ring is none"));
-        }
-        let failed = |e| Failure::new(FailCode::FailInternal, format!("map the ring of image-proxy: {e}"));
-        let spare = Slot::map(memory.as_fd(), SLOTS, SLOT).map_err(failed)?;
-        let ring = Self { count, slots: Mutex::new(Slots { spare, sent: VecDeque::new() }) };
-        ring.count_up(SLOTS as u64)?;
-        Ok(ring)
+    pub(super) fn new(memory: OwnedFd, told: OwnedFd) -> nix::Result<Self> {
+        fcntl(&told, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let spare = Slot::map(memory, SLOTS, SLOT)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+        let spares = EventFd::from_value_and_flags(SLOTS as u32, flags)?;
+        let slots = Slots { spare, sent: VecDeque::new(), moved: Instant::now() };
+        Ok(Self { told, spares, slots: Mutex::new(slots) })
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn count_up(&self, by: u64) -> Result<(), Failure> {
-        nix::unistd::write(&self.count, &by.to_ne_bytes()).map(drop).map_err(broken)
-    }
-
-    /// Readable while slots are free.
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.count.as_fd()
+    /// Of these at least one is readable while slots are free.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.told.as_fd(), self.spares.as_fd()]
     }
 
     /// A free slot, if there is one now.
-    pub(super) fn take(&self) -> Result<Option<Slot>, Failure> {
+    pub(super) fn take(&self) -> Result<Taken, Failure> {
         let mut slots = self.slots();
         loop {
-            match nix::unistd::read(&self.count, &mut [0; 8]) {
+            if self.spares.read().is_ok()
+                && let Some(slot) = slots.spare.pop()
+            {
+                return Ok(Taken::Slot(slot));
+            }
+            match nix::unistd::read(&self.told, &mut [0]) {
+                Ok(0) => return Ok(Taken::Closed),
                 Ok(_) => {}
-                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EAGAIN) => return Ok(Taken::None(slots.moved)),
                 Err(Errno::EINTR) => continue,
-                Err(e) => return Err(broken(e)),
+                Err(e) => {
+                    return Err(Failure::new(FailCode::FailLost, format!("ring of image-proxy: {e}")));
+                }
             }
-            if let Some(slot) = slots.spare.pop() {
-                return Ok(Some(slot));
-            }
+            slots.moved = Instant::now();
             match slots.sent.pop_front() {
-                Some(Some(slot)) => return Ok(Some(slot)),
+                Some(Some(slot)) => return Ok(Taken::Slot(slot)),
                 Some(None) => {}
                 None => {
                     let text = "image-proxy frees more of the ring than was used";
@@ -78,20 +96,20 @@ impl Ring {
     }
 
     /// The heads of `frames` frames with their payload in `slot` go into the pipe next.
-    pub(super) fn sent(&self, slot: Slot, frames: usize) -> Result<(), Failure> {
+    pub(super) fn sent(&self, slot: Slot, frames: usize) {
         let mut slots = self.slots();
-        let Some(others) = frames.checked_sub(1) else {
-            slots.spare.push(slot);
-            return self.count_up(1);
-        };
-        slots.sent.extend(std::iter::repeat_with(|| None).take(others));
-        slots.sent.push_back(Some(slot));
-        Ok(())
+        match frames.checked_sub(1) {
+            None => {
+                slots.spare.push(slot);
+                // It counts to 16 at most.
+                let _ = self.spares.write(1);
+            }
+            Some(others) => {
+                slots.sent.extend(std::iter::repeat_with(|| None).take(others));
+                slots.sent.push_back(Some(slot));
+            }
+        }
     }
-}
-
-fn broken(e: Errno) -> Failure {
-    Failure::new(FailCode::FailLost, format!("ring of image-proxy: {e}"))
 }
 
 #[cfg(test)]
@@ -105,16 +123,22 @@ mod tests {
     use crate::remote::ring;
 
     fn rings() -> (ring::Ring, Ring) {
-        let far = ring::Ring::new().unwrap();
-        let [memory, count] = far.ends().unwrap();
-        let near = Ring::new(&memory, count).unwrap();
-        (far, near)
+        let (far, [memory, told]) = ring::Ring::new().unwrap();
+        (far, Ring::new(memory, told).unwrap())
+    }
+
+    fn take(ring: &Ring) -> Option<Slot> {
+        match ring.take().unwrap() {
+            Taken::Slot(slot) => Some(slot),
+            Taken::None(_) => None,
+            Taken::Closed => panic!("closed"),
+        }
     }
 
     #[test]
     fn all_slots_are_free_once() {
         let (_far, near) = rings();
-        let slots: Vec<Slot> = std::iter::from_fn(|| near.take().unwrap()).collect();
+        let slots: Vec<Slot> = std::iter::from_fn(|| take(&near)).collect();
         let mut at: Vec<usize> = slots.iter().map(Slot::offset).collect();
         at.sort_unstable();
         assert_eq!(at, (0..SLOTS).map(|slot| slot * SLOT).collect::<Vec<_>>());
@@ -123,14 +147,14 @@ mod tests {
     #[test]
     fn a_slot_is_free_with_its_last_frame() {
         let (far, near) = rings();
-        let mut slots: Vec<Slot> = std::iter::from_fn(|| near.take().unwrap()).collect();
+        let mut slots: Vec<Slot> = std::iter::from_fn(|| take(&near)).collect();
         let (three, one, none) = (slots.remove(0), slots.remove(0), slots.remove(0));
         let at = [three.offset(), one.offset(), none.offset()];
-        near.sent(three, 3).unwrap();
-        near.sent(one, 1).unwrap();
-        assert!(near.take().unwrap().is_none());
-        near.sent(none, 0).unwrap();
-        let next = || near.take().unwrap().map(|slot| slot.offset());
+        near.sent(three, 3);
+        near.sent(one, 1);
+        assert!(take(&near).is_none());
+        near.sent(none, 0);
+        let next = || take(&near).map(|slot| slot.offset());
         assert_eq!((next(), next()), (Some(at[2]), None));
         far.free();
         far.free();
@@ -141,6 +165,14 @@ mod tests {
         assert_eq!((next(), next()), (Some(at[1]), None));
         far.free();
         assert_eq!(near.take().unwrap_err().code, FailCode::FailProtocol);
+    }
+
+    #[test]
+    fn a_ring_that_is_closed() {
+        let (far, near) = rings();
+        while take(&near).is_some() {}
+        drop(far);
+        assert!(matches!(near.take(), Ok(Taken::Closed)));
     }
 
     #[test]
@@ -155,10 +187,10 @@ mod tests {
         let work = |seed: usize| {
             for round in 0..ROUNDS {
                 let slot = loop {
-                    if let Some(slot) = near.take().unwrap() {
+                    if let Some(slot) = take(&near) {
                         break slot;
                     }
-                    let mut fds = [PollFd::new(near.fd(), PollFlags::POLLIN)];
+                    let mut fds = near.fds().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                     assert!(poll(&mut fds, 40_000u16).unwrap() > 0, "a slot is waited for in vain");
                 };
                 let number = slot.offset() / SLOT;
@@ -168,7 +200,7 @@ mod tests {
                 if frames == 0 {
                     used.lock().unwrap()[number] = false;
                 }
-                near.sent(slot, frames).unwrap();
+                near.sent(slot, frames);
                 pipe.extend((0..frames).map(|frame| (frame + 1 == frames).then_some(number)));
             }
         };

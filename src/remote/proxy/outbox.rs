@@ -149,7 +149,9 @@ impl Outbox {
     ) -> io::Result<Pumped> {
         loop {
             let ring = match &self.tail {
-                Some(Tail { source: Source::Ring(payload), left, .. }) if *left > 0 && sink.is_plain() => {
+                Some(Tail { source: Source::Ring(payload), left, .. })
+                    if *left > 0 && !payload.lost && sink.is_plain() =>
+                {
                     Some((payload, *left))
                 }
                 _ => None,
@@ -172,6 +174,12 @@ impl Outbox {
                     }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pumped::Blocked),
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    // Its dump has made holes in it, and there is no memory to fill them. Holes can be read.
+                    Err(e) if e.raw_os_error() == Some(libc::EFAULT) && ring.is_some() => {
+                        if let Some(Tail { source: Source::Ring(payload), .. }) = &mut self.tail {
+                            payload.lost = true;
+                        }
+                    }
                     Err(e) => return Err(e),
                 }
                 continue;

@@ -82,6 +82,8 @@ pub(super) struct Payload {
     pub(super) ring: Arc<Ring>,
     /// Where it begins, in bytes.
     pub(super) at: usize,
+    /// It cannot be sent from where it is.
+    pub(super) lost: bool,
 }
 
 impl Payload {
@@ -202,7 +204,7 @@ impl Pipe {
             self.buffer.shrink_to(AHEAD + SMALL);
         }
         match place {
-            Some((at, ring)) => Rest::Ring(Payload { ring, at }, len),
+            Some((at, ring)) => Rest::Ring(Payload { ring, at, lost: false }, len),
             None if len == buffered => Rest::None,
             None => Rest::Pipe(len - buffered),
         }

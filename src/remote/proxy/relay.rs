@@ -473,10 +473,13 @@ impl<D: Dial> Relay<D> {
         let rings =
             self.snapshots.values().filter_map(|s| s.pipe.as_ref()).filter(|pipe| pipe.has_ring()).count();
         // What is compressed is not sent from where it was read. Without a ring all goes through the pipe.
-        let ring = if rings < MAX_RINGS && features & FEATURE_LZ4 == 0 { Ring::new().ok() } else { None };
-        let ends = ring.as_ref().map_or(Ok(Vec::new()), |ring| ring.ends().map(Vec::from));
+        let failed = |e: &io::Error| tracing::debug!("no ring for the dump: {e}");
+        let ring = (rings < MAX_RINGS && features & FEATURE_LZ4 == 0)
+            .then(|| Ring::new().inspect_err(failed).ok())
+            .flatten();
         let opened = pb::Opened { features, ring: ring.is_some() };
-        let pipe = ends.and_then(|ends| Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end)));
+        let (ring, ends) = ring.map_or((None, Vec::new()), |(ring, ends)| (Some(ring), Vec::from(ends)));
+        let pipe = Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end));
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         let Some(client) = s.dump.and_then(|dump| self.clients.get_mut(&dump)) else { return };
         let added = pipe.and_then(|(pipe, mut ends, end)| {
