@@ -30,6 +30,7 @@ static CASES: &[Case] = &[
     ("attached_killed", attached_killed),
     ("attached_interrupted", attached_interrupted),
     ("exec_cmd", exec_cmd),
+    ("first_of_a_namespace", first_of_a_namespace),
     ("sibling", sibling),
     ("leave_running", leave_running),
     ("leave_stopped", leave_stopped),
@@ -287,6 +288,25 @@ fn exec_cmd(work: &Work) {
     fs::write(work.path("over"), "").expect("over");
     assert_eq!(child.wait().expect("wait").code(), Some(5));
     work.moves();
+}
+
+/// As the first process of a pid namespace it must stay as long as the tree.
+fn first_of_a_namespace(work: &Work) {
+    work.saved();
+    let inside = |args: &[&str]| {
+        let inner = work.command(args);
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--mount-proc"]).arg(inner.get_program()).args(inner.get_args());
+        command.current_dir(work.dir.path()).stdin(Stdio::null());
+        command
+    };
+    let out = inside(&["restore", "-d"]).output().expect("unshare starts");
+    failed(&out, "as the first process of a pid namespace");
+    work.rests();
+    let mut child = inside(&["restore"]).spawn().expect("unshare starts");
+    work.moves();
+    fs::write(work.path("end"), "").expect("end");
+    assert_eq!(child.wait().expect("wait").code(), Some(7));
 }
 
 fn sibling(work: &Work) {

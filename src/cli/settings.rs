@@ -50,6 +50,11 @@ pub(crate) enum UsageError {
     NotFor { origin: Origin, name: &'static str, command: &'static str },
     #[error("{origin}option --{name}: {value:?}: {wanted}")]
     Value { origin: Origin, name: String, value: String, wanted: String },
+    #[error(
+        "restore with --restore-detached as the first process of a pid namespace, whose end is that of all others: \
+         leave the option out"
+    )]
+    DetachedInit,
     #[error("command {0} needs {1}")]
     Needs(&'static str, &'static str),
     #[error("unexpected word {0:?}")]
@@ -405,6 +410,9 @@ fn restore(
     }
     if opts.exec_cmd && opts.words.is_empty() {
         return Err(UsageError::Needs("restore --exec-cmd", "a program after --"));
+    }
+    if opts.restore_detached && !opts.exec_cmd && std::process::id() == 1 {
+        return Err(UsageError::DetachedInit);
     }
     let mut settings = RestoreSettings::new(images_dir);
     settings.remote = remotely::restore(&opts, typed, &work_dir)?;
