@@ -8,6 +8,7 @@ use std::{iter::Peekable, ops::Range, os::fd::AsRawFd};
 use anyhow::{Context, Result, ensure};
 
 use super::{
+    implant::Implants,
     inherit::{self, Heritage},
     vdso,
 };
@@ -122,6 +123,8 @@ pub(super) struct Space<'a> {
 pub(super) struct Made {
     /// Areas that are writable now whatever their protection.
     opened: Vec<u64>,
+    /// Held until the puppet is filled.
+    implants: Implants,
     /// Pages compared with the maker's, and found equal.
     pub(super) compared: u64,
     pub(super) kept: u64,
@@ -176,10 +179,16 @@ pub(super) fn plan(
         plan_vma(list, vma, filled, objects)?;
         if filled {
             made.opened.push(vma.start);
-            load.extend(space.pages.within(vma.start, vma.end));
+            if !made.implants.take(vma, space.pages) {
+                load.extend(space.pages.within(vma.start, vma.end));
+            }
         }
     }
-    plan_fill(list, space.pages, &load, crew)?;
+    let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
+    taken.push((space.area.0.saturating_sub(super::VDSO_ROOM), space.area.0 + space.area.1));
+    made.implants.begin(list, space.pages, taken)?;
+    plan_fill(list, space.pages, &load, &made.implants, crew)?;
+    made.implants.end(list);
     if !vdso_due {
         plan_vdso_entries(list, &space.vdso, space.pid);
     }
@@ -328,19 +337,32 @@ pub(super) trait Crew {
 }
 
 /// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
-fn plan_fill(list: &mut List, pages: &Pages, load: &[Piece], crew: &mut dyn Crew) -> Result<()> {
-    let total: u64 = load.iter().map(Piece::len).sum();
-    let wanted = usize::try_from(total / FILL_SHARE).unwrap_or(usize::MAX);
+fn plan_fill(
+    list: &mut List,
+    pages: &Pages,
+    load: &[Piece],
+    implants: &Implants,
+    crew: &mut dyn Crew,
+) -> Result<()> {
+    let len = |pieces: &[Piece]| pieces.iter().map(Piece::len).sum::<u64>();
+    let (read, copied) = (len(load), len(&implants.pieces));
+    let wanted = usize::try_from((read + copied) / FILL_SHARE).unwrap_or(usize::MAX);
     let threads = (crew.size() + 1).min(wanted).max(1);
-    let mut shares = split(load, threads, total).into_iter();
-    let Some(mine) = shares.next() else { return Ok(()) };
+    let mut reads = split(load, threads, read).into_iter();
+    let mut copies = split(&implants.pieces, threads, copied).into_iter();
+    let most = at_once(read + copied);
     let mut done = Vec::new();
-    for share in shares {
+    let fill = |list: &mut List, read: Option<Vec<Piece>>, copied: Option<Vec<Piece>>| {
+        plan_pages(list, pages, &read.unwrap_or_default());
+        implants.copy(list, &copied.unwrap_or_default(), most);
+    };
+    let mine = (reads.next(), copies.next());
+    for _ in 1..threads {
         let mut work = List::new("fill");
-        plan_pages(&mut work, pages, &share);
+        fill(&mut work, reads.next(), copies.next());
         done.push(crew.hire(work, list)?);
     }
-    plan_pages(list, pages, &mine);
+    fill(list, mine.0, mine.1);
     for word in done {
         list.op(Op::WaitAtLeast(word, 1));
     }
@@ -381,8 +403,7 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
 /// are made just before they are read, many with one call: that takes two thirds of the time of a fault for each of
 /// them.
 fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
-    let total: u64 = load.iter().map(Piece::len).sum();
-    let most = (total / MOST_READS).next_multiple_of(PAGE).clamp(READ, READ_MAX);
+    let most = at_once(load.iter().map(Piece::len).sum());
     let mut load = load.iter().flat_map(|piece| piece.in_parts(most)).peekable();
     let mut consumed = vec![0..0; pages.images().len()];
     let mut now: Vec<Piece> = Vec::new();
@@ -411,6 +432,11 @@ fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
     for (image, consumed) in pages.images().iter().zip(&consumed) {
         plan_free(list, image.file.as_raw_fd(), consumed);
     }
+}
+
+/// How much of so many bytes is read with one call.
+fn at_once(total: u64) -> u64 {
+    (total / MOST_READS).next_multiple_of(PAGE).clamp(READ, READ_MAX)
 }
 
 /// Makes the pages of these pieces.

@@ -6,6 +6,7 @@
 mod birth;
 mod crew;
 mod images;
+mod implant;
 mod inherit;
 mod memory;
 mod shared;

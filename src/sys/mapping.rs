@@ -183,6 +183,33 @@ pub fn memfd(name: &std::ffi::CStr, len: u64) -> Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Private anonymous memory, writable; unmapped when dropped.
+#[derive(Debug)]
+pub struct AnonPrivate(Mapping);
+
+impl AnonPrivate {
+    /// Maps `len` bytes.
+    pub fn new(len: usize) -> Result<Self> {
+        let (flags, prot) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let addr = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        if addr == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self(Mapping { addr: addr as usize, len }))
+    }
+
+    /// Where it is.
+    pub fn addr(&self) -> usize {
+        self.0.addr
+    }
+
+    /// Copies from `offset` into `bytes`. ERANGE when there are too few.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        self.0.read(offset, bytes)
+    }
+}
+
 /// Anonymous shared memory (named `/dev/zero (deleted)` by the kernel), mapped without access so
 /// that it can be opened through /proc/self/map_files; unmapped when dropped.
 #[derive(Debug)]

@@ -32,6 +32,7 @@ pub mod task;
 pub mod ticker;
 pub mod tmpfs;
 pub mod tty;
+pub mod userfault;
 pub mod wait;
 
 pub use nix::errno::Errno;
