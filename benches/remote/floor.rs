@@ -62,7 +62,7 @@ pub fn run(form: Form, target: &Target, reaper: &Reaper) -> Result<(Run, Run), S
     let (began_receiver, receiver) = start(format!("{form:?} {}", target.bytes), far).map_err(failed)?;
     // It gets to its first recv.
     thread::sleep(Duration::from_millis(50));
-    let role = format!("Send {} {} {}", target.pid, target.start, target.bytes);
+    let role = format!("Send {} {} {}", target.at, target.start, target.bytes);
     let (began_sender, sender) = start(role, near).map_err(failed)?;
     let end = |what: &str, begin: Instant, pid: i32| match reaper.wait(pid, LIMIT) {
         Some((ended, at)) if ended.status == 0 => {

@@ -7,8 +7,8 @@
 //! which is the time from freeze to running as the target itself lived it; when told to end it checks every byte.
 //! For each size and run, one way after the other (who is first changes with each run) moves a fresh target. The
 //! floor only reads the memory of the target, which keeps running, sends it and writes it into a memfd. What is
-//! printed are medians. Everything happens on tmpfs and in a pid namespace of its own. docs/benchmarks.md says what
-//! each figure means.
+//! printed are medians. Everything happens on tmpfs and in a pid namespace of its own, targets and dumps in one below
+//! that: destinations have pids of their own. docs/benchmarks.md says what each figure means.
 
 // A benchmark exports nothing; `pub` here means "for the other modules".
 #![allow(unreachable_pub)]
@@ -20,6 +20,7 @@ mod certificates;
 mod daemon;
 mod floor;
 mod measure;
+mod source;
 // Shared with the benchmark `compare`.
 #[path = "../compare/sys.rs"]
 #[allow(dead_code)]

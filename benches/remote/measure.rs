@@ -8,6 +8,7 @@ use std::{
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::source::Source;
 use crate::target::{PATIENCE, Target};
 use crate::tool::{Reaper, Tool};
 use crate::ways::{self, Place, Sample, Way};
@@ -74,20 +75,25 @@ impl Bench {
     }
 
     fn sample_in(&self, dir: &Path, way: Way, bytes: u64) -> Result<Sample, String> {
-        let target = Target::start(dir, bytes, &self.reaper)?;
+        let source = Source::start(dir, &self.reaper)?;
+        let target = Target::start(&source, dir, bytes, &self.reaper)?;
         let (ours_path, ours) = &self.ours;
-        let place = Place { dir, ours, ours_path, peer: self.peer.as_ref(), reaper: &self.reaper };
+        let peer = self.peer.as_ref();
+        let place = Place { dir, source: &source, ours, ours_path, peer, reaper: &self.reaper };
         match place.go(way, &target) {
             Ok(mut sample) => {
-                let gap = target.end(dir, &self.reaper)?;
-                if !matches!(way, Way::Floor(_)) {
+                let moved = !matches!(way, Way::Floor(_));
+                let gap = target.end(moved, dir, &self.reaper)?;
+                if moved {
                     sample.gap = Some(gap.as_secs_f64());
                 }
                 Ok(sample)
             }
             Err(text) => {
+                // At the source it ends with its namespace.
                 let _ = kill(Pid::from_raw(target.pid), Signal::SIGKILL);
-                self.reaper.wait(target.pid, PATIENCE);
+                drop(source);
+                self.reaper.wait(target.carrier, PATIENCE);
                 Err(text + &ways::errors(dir))
             }
         }

@@ -15,6 +15,7 @@ use std::{
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::source::{Source, child_of};
 use crate::tool::Reaper;
 
 /// Its size in bytes.
@@ -29,16 +30,25 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 /// A target at work.
 #[derive(Debug)]
 pub struct Target {
+    /// Its pid there, and at the destination once it is.
     pub pid: i32,
+    /// Its pid for the benchmark while it is at the source.
+    pub at: i32,
+    /// The process of ours that waits for its end there.
+    pub carrier: i32,
     /// Where its memory is.
     pub start: u64,
     pub bytes: u64,
 }
 
 impl Target {
-    pub fn start(dir: &Path, bytes: u64, reaper: &Reaper) -> Result<Self, String> {
-        let child = Command::new(env::current_exe().map_err(|e| e.to_string())?)
+    pub fn start(source: &Source, dir: &Path, bytes: u64, reaper: &Reaper) -> Result<Self, String> {
+        let prefix = source.prefix();
+        let child = Command::new(&prefix[0])
+            .args(&prefix[1..])
+            .arg(env::current_exe().map_err(|e| e.to_string())?)
             .env_clear()
+            .env("PATH", env::var_os("PATH").unwrap_or_default())
             .env(SIZE, bytes.to_string())
             .env(DIR, dir)
             .current_dir("/")
@@ -47,24 +57,27 @@ impl Target {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|e| format!("start the target: {e}"))?;
-        let pid = child.id().cast_signed();
+        let carrier = child.id().cast_signed();
         let begin = Instant::now();
         let ready = dir.join("ready");
         while !ready.exists() {
-            if begin.elapsed() > PATIENCE || reaper.wait(pid, Duration::from_millis(2)).is_some() {
+            if begin.elapsed() > PATIENCE || reaper.wait(carrier, Duration::from_millis(2)).is_some() {
                 return Err("the target does not get ready".into());
             }
         }
         let text = fs::read_to_string(&ready).map_err(|e| format!("{}: {e}", ready.display()))?;
-        let start = text.trim().parse().map_err(|e| format!("{}: {e}", ready.display()))?;
-        Ok(Self { pid, start, bytes })
+        let bad = || format!("{}: {text}", ready.display());
+        let (start, pid) = text.trim().split_once(' ').ok_or_else(bad)?;
+        let (start, pid) = (start.parse().map_err(|_| bad())?, pid.parse().map_err(|_| bad())?);
+        let at = child_of(carrier).ok_or("the target is not where it was started")?;
+        Ok(Self { pid, at, carrier, start, bytes })
     }
 
-    /// Tells it to end: the longest time in which it did not run, if all its memory is as it was.
-    pub fn end(&self, dir: &Path, reaper: &Reaper) -> Result<Duration, String> {
-        let pid = nix::unistd::Pid::from_raw(self.pid);
-        let _ = nix::sys::signal::kill(pid, Signal::SIGTERM);
-        match reaper.wait(self.pid, PATIENCE) {
+    /// Tells it to end, where it is now: the longest time in which it did not run, if all its memory is as it was.
+    pub fn end(&self, moved: bool, dir: &Path, reaper: &Reaper) -> Result<Duration, String> {
+        let (pid, ends) = if moved { (self.pid, self.pid) } else { (self.at, self.carrier) };
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM);
+        match reaper.wait(ends, PATIENCE) {
             Some((ended, _)) if ended.status == 0 => {}
             ended => return Err(format!("the target is not intact: {ended:?}")),
         }
@@ -85,7 +98,8 @@ pub fn main(size: &str) -> ExitCode {
     let mut words: Vec<u64> = Vec::with_capacity(bytes / 8);
     words.extend(content().take(bytes / 8));
     let told = SignalFd::with_flags(&term, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).expect("signalfd");
-    fs::write(dir.join("ready.new"), format!("{}\n", words.as_ptr().addr())).expect("say where");
+    fs::write(dir.join("ready.new"), format!("{} {}\n", words.as_ptr().addr(), std::process::id()))
+        .expect("say where");
     fs::rename(dir.join("ready.new"), dir.join("ready")).expect("say ready");
     // Not the monotonic clock: CRIU lets that go on, by a time namespace, from where it was at the dump.
     let (mut last, mut gap) = (SystemTime::now(), Duration::ZERO);
@@ -113,8 +127,14 @@ pub fn content() -> impl Iterator<Item = u64> {
     })
 }
 
-/// What the caller's shell left open is not the target's.
+/// What the caller's shell left open is not the target's. What `/dev/null` was opened by others is on a mount of theirs,
+/// which CRIU does not find.
 fn close_inherited() {
+    let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").expect("/dev/null");
+    nix::unistd::dup2_stdin(&null).expect("stdin");
+    nix::unistd::dup2_stdout(&null).expect("stdout");
+    nix::unistd::dup2_stderr(&null).expect("stderr");
+    drop(null);
     let open: Vec<i32> = fs::read_dir("/proc/self/fd")
         .map(|entries| entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
         .unwrap_or_default();

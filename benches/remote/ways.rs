@@ -13,6 +13,7 @@ use std::{
 use crate::certificates;
 use crate::daemon::{self, Daemon, Watch};
 use crate::floor::{self, Form};
+use crate::source::Source;
 use crate::target::Target;
 use crate::tool::{Reaper, Run, Tool};
 
@@ -116,6 +117,7 @@ pub struct Sample {
 #[derive(Debug)]
 pub struct Place<'a> {
     pub dir: &'a Path,
+    pub source: &'a Source,
     pub ours: &'a Tool,
     pub ours_path: &'a Path,
     pub peer: Option<&'a Tool>,
@@ -156,7 +158,7 @@ impl Place<'_> {
     /// Takes the end of a target that was dumped: what a tool let it do in its own name, and its end, cost
     /// processor time too, beyond the `before`.
     fn gone(&self, target: &Target, before: f64) -> Result<f64, String> {
-        let ended = self.reaper.wait(target.pid, Duration::from_secs(10));
+        let ended = self.reaper.wait(target.carrier, Duration::from_secs(10));
         let (ended, _) = ended.ok_or_else(|| "the target survived its dump".to_owned())?;
         Ok(ended.cpu.as_secs_f64() - before)
     }
@@ -205,8 +207,8 @@ impl Place<'_> {
         let mut restore_words = vec!["restore", "-d", "--remote", "-W", &work, "-o", "restore.log"];
         restore_words.extend((way == Way::Free).then_some("--free-as-read"));
         let restore = self.ours.start(&restore_words, &self.path("out.restore"))?;
-        let before = daemon::cpu(target.pid);
-        let dump = self.ours.run(self.reaper, &words, &out, false)?;
+        let before = daemon::cpu(target.at);
+        let dump = self.ours.behind(&self.source.prefix()).run(self.reaper, &words, &out, false)?;
         let sent = Instant::now();
         let in_its_name = self.gone(target, before)?;
         let restore = restore.end(self.reaper, false)?;
@@ -255,8 +257,9 @@ impl Place<'_> {
         }
         let out = self.path("out");
         let words = ["dump", "-t", &pid, "-D", &near, "-W", &near, "-o", "log", "--page-server"];
-        let before = daemon::cpu(target.pid);
-        let dump = peer.run(self.reaper, &[&words, &net[..]].concat(), &out, false)?;
+        let before = daemon::cpu(target.at);
+        let dump =
+            peer.behind(&self.source.prefix()).run(self.reaper, &[&words, &net[..]].concat(), &out, false)?;
         let server = server.end(self.reaper, false)?;
         let in_its_name = self.gone(target, before)?;
         // All the rest is small.
@@ -278,8 +281,13 @@ impl Place<'_> {
         let [near, far] = self.dirs(["near", "far"])?;
         let pid = target.pid.to_string();
         let out = self.path("out");
-        let before = daemon::cpu(target.pid);
-        let dump = peer.run(self.reaper, &["dump", "-t", &pid, "-D", &near, "-o", "log"], &out, false)?;
+        let before = daemon::cpu(target.at);
+        let dump = peer.behind(&self.source.prefix()).run(
+            self.reaper,
+            &["dump", "-t", &pid, "-D", &near, "-o", "log"],
+            &out,
+            false,
+        )?;
         let in_its_name = self.gone(target, before)?;
         let sent = tar(self.reaper, &near, &far)?;
         let restore =
