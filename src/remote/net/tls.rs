@@ -29,6 +29,8 @@ use crate::settings::TlsSettings;
 
 /// Plaintext that may wait for the socket, in bytes.
 const HELD: usize = 512 << 10;
+/// What is received at once, in bytes.
+const RECEIVED: usize = 256 << 10;
 /// What is read of a connection that is refused, in bytes: closed with something unread, the reason would be lost.
 const DRAINED: usize = 256 << 10;
 
@@ -240,6 +242,9 @@ impl Write for Socket<'_> {
 #[derive(Debug)]
 pub(super) struct Session {
     connection: Connection,
+    /// What has come and rustls has not taken yet, from `at` on: it takes 4 KiB at a time.
+    incoming: Vec<u8>,
+    at: usize,
     /// Decrypted bytes that nobody has read yet.
     unread: usize,
     ending: bool,
@@ -258,7 +263,7 @@ impl Session {
 
     fn new(mut connection: Connection) -> Self {
         connection.set_buffer_limit(Some(HELD));
-        Self { connection, unread: 0, ending: false }
+        Self { connection, incoming: Vec::new(), at: 0, unread: 0, ending: false }
     }
 
     /// What the socket must be watched for so that it gets on.
@@ -267,7 +272,7 @@ impl Session {
     }
 
     pub(super) fn pending(&self) -> bool {
-        self.unread > 0
+        self.unread > 0 || self.at < self.incoming.len()
     }
 
     /// Both sides have proven who they are, as far as this side can know: the other may still refuse ours.
@@ -288,13 +293,23 @@ impl Session {
         if into.is_empty() {
             return Ok(0);
         }
+        let mut done = 0;
         loop {
-            match self.connection.reader().read(into) {
+            match self.connection.reader().read(into.get_mut(done..).unwrap_or_default()) {
                 Ok(count) => {
                     self.unread = self.unread.saturating_sub(count);
-                    return Ok(count);
+                    done += count;
+                    if count == 0 || done == into.len() {
+                        return Ok(done);
+                    }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.pull(socket)?,
+                // What is said of more than that is said again the next time.
+                Err(_) if done > 0 && self.at == self.incoming.len() => return Ok(done),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match self.pull(socket) {
+                    Err(_) if done > 0 => return Ok(done),
+                    pulled => pulled?,
+                },
+                Err(_) if done > 0 => return Ok(done),
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     return Err(io::Error::new(error.kind(), "it was cut: closed without a word"));
                 }
@@ -308,11 +323,19 @@ impl Session {
         // The other side may be waiting for it. If it takes nothing any more, its last word is still to be read.
         let _ = self.push(socket);
         let greeting = self.connection.is_handshaking();
-        let end = match self.connection.read_tls(&mut Socket(socket)) {
-            Ok(count) => count == 0,
-            Err(error) if greeting && error.kind() == io::ErrorKind::ConnectionReset => true,
-            Err(error) => return Err(error),
-        };
+        let mut end = false;
+        if self.at == self.incoming.len() {
+            self.at = 0;
+            self.incoming.resize(RECEIVED, 0);
+            let came = Socket(socket).read(&mut self.incoming);
+            self.incoming.truncate(*came.as_ref().unwrap_or(&0));
+            end = match came {
+                Ok(count) => count == 0,
+                Err(error) if greeting && error.kind() == io::ErrorKind::ConnectionReset => true,
+                Err(error) => return Err(error),
+            };
+        }
+        self.feed()?;
         match self.connection.process_new_packets() {
             Ok(state) => self.unread = state.plaintext_bytes_to_read(),
             Err(error) => {
@@ -328,6 +351,24 @@ impl Session {
         }
         // Answers of the handshake; the rest goes when there is room.
         let _ = self.push(socket);
+        Ok(())
+    }
+
+    /// Gives rustls of what has come what it takes before it must decrypt: a record, or the end if nothing is there.
+    fn feed(&mut self) -> io::Result<()> {
+        for fed in 0.. {
+            let mut rest = self.incoming.get(self.at..).unwrap_or_default();
+            match self.connection.read_tls(&mut rest) {
+                Ok(0) => break,
+                Ok(count) => self.at += count,
+                // It is full.
+                Err(_) if fed > 0 => break,
+                Err(error) => return Err(error),
+            }
+            if self.at == self.incoming.len() {
+                break;
+            }
+        }
         Ok(())
     }
 
