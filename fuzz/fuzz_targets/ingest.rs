@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 fn mend(bytes: &mut [u8]) {
     let mut at = 0;
     while let Some(head) = bytes.get_mut(at..at + HEADER) {
-        let head = head.try_into().expect("as long as a header");
+        let head: &mut [u8; HEADER] = head.try_into().expect("as long as a header");
         seal(head);
         let Ok(header) = Header::decode(head) else { return };
         let end = at + HEADER + header.len as usize;

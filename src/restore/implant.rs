@@ -7,8 +7,8 @@
 //! What is not done this way:
 //! - Memory of files, and what is shared copy-on-write with the maker of the puppet: its pages are there.
 //! - Images on disk: a mapping reads ahead less than preadv does. Images that are freed as they are read.
-//! - Anything where the kernel gives large pages unasked, since this makes small ones, and where it can not be
-//!   done at all (tried once).
+//! - Anything where the kernel gives large pages unasked, since this makes small ones; under a limit of address space
+//!   (RLIMIT_AS), which the image may not fit into; and where it cannot be done at all (tried once).
 //! - Areas of few or scattered pages: there a call each costs more than it saves.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -31,7 +31,14 @@ const MIN_AREA: u64 = 512 << 10;
 const MIN_PIECE: u64 = 32 << 10;
 
 /// Whether it can and should be done here.
-static USABLE: LazyLock<bool> = LazyLock::new(|| userfault::works() && !large_pages_unasked());
+static USABLE: LazyLock<bool> =
+    LazyLock::new(|| userfault::works() && address_space_is_free() && !large_pages_unasked());
+
+/// Whether an image can be mapped beside what is filled from it.
+fn address_space_is_free() -> bool {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+    getrlimit(Resource::RLIMIT_AS).is_ok_and(|(soft, _)| soft == RLIM_INFINITY)
+}
 
 /// Whether anonymous memory gets pages larger than 4 KiB without asking for them.
 fn large_pages_unasked() -> bool {

@@ -38,6 +38,7 @@ pub const CASES: &[Case] = &[
     Case::new("mappings_20000", mappings_20000),
     Case::new("reservation_100_gib", reservation_100_gib),
     Case::new("sparse_pages", sparse_pages),
+    Case::new("large_areas", large_areas),
     Case::new("lowest_and_highest", lowest_and_highest),
     Case::new("moved", moved),
     Case::new("holes", holes),
@@ -491,6 +492,55 @@ fn sparse_pages(gate: &Gate) {
         assert_eq!(memory.get::<u8>(n * 2 * MIB + n), n as u8 | 1, "page {n}");
     }
     assert!(rollup(sys::getpid(), "Pss") < 64 * 1024);
+}
+
+/// Areas large enough for any other way of filling there may be: full, with holes small and large, not accessible; a child
+/// that has the same with some changes, and areas of its own.
+fn large_areas(gate: &Gate) {
+    const STEP: usize = 128 << 10;
+    let full = sys::anon(3 * MIB + PAGE);
+    full.fill(1);
+    let holed = sys::anon(4 * MIB);
+    let blocks = || (0..holed.len / STEP).map(|n| (n as u64 + 2, n * STEP));
+    blocks().for_each(|(seed, at)| part(holed, at, STEP / 2 + PAGE).fill(seed));
+    let scattered = sys::anon(4 * MIB);
+    (0..scattered.len).step_by(2 * PAGE).for_each(|at| scattered.set(at, at as u64 | 1));
+    let closed = sys::anon(2 * MIB);
+    closed.fill(4);
+    protect(closed, libc::PROT_NONE);
+    let check = move || {
+        full.check(1);
+        for (seed, at) in blocks() {
+            part(holed, at, STEP / 2 + PAGE).check(seed);
+            part(holed, at + STEP / 2 + PAGE, STEP / 2 - PAGE).check_zero();
+        }
+        for at in (0..scattered.len).step_by(PAGE) {
+            let value = if at % (2 * PAGE) == 0 { at as u64 | 1 } else { 0 };
+            assert_eq!(scattered.get::<u64>(at), value, "page at {at:#x}");
+        }
+        protect(closed, READ | WRITE);
+        closed.check(4);
+        closed.fill(5);
+        closed.check(5);
+    };
+    let child = fork(|| {
+        let own = sys::anon(2 * MIB);
+        own.fill(6);
+        part(full, MIB, PAGE).fill(7);
+        gate.mark("child");
+        gate.wait();
+        own.check(6);
+        part(full, MIB, PAGE).check(7);
+        (0..PAGE).step_by(8).for_each(|at| {
+            let at = MIB + at;
+            full.set(at, sys::pattern(1, at));
+        });
+        check();
+    });
+    gate.await_mark("child");
+    gate.ready();
+    check();
+    join(child);
 }
 
 /// Mappings where a restorer might like to put its own things.
