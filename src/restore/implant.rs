@@ -54,6 +54,8 @@ fn large_pages_unasked() -> bool {
 pub(super) struct Implants {
     areas: Vec<(u64, u64)>,
     pub(super) pieces: Vec<Piece>,
+    /// Which images it can be done from; looked at once.
+    fit: Option<Vec<bool>>,
     /// Keeps a number free in the puppet for its userfaultfd.
     number: Option<OwnedFd>,
     /// The images, as the puppet maps them.
@@ -64,6 +66,7 @@ pub(super) struct Implants {
 #[derive(Debug, Clone, Copy)]
 struct Source {
     image: usize,
+    fd: i32,
     /// Where the part begins in the image, and how long it is.
     offset: u64,
     len: u64,
@@ -78,39 +81,46 @@ impl Implants {
         if huge || !private(vma) || vma.status & status::ANON_PRIVATE == 0 || !*USABLE {
             return false;
         }
-        let (mut bytes, mut count) = (0, 0);
-        for piece in pages.within(vma.start, vma.end) {
-            let fits = pages
-                .images()
-                .get(piece.image)
-                .is_some_and(|image| !image.consumed && in_memory(&image.file));
-            if !fits {
-                return false;
-            }
-            bytes += piece.len();
-            count += 1;
-        }
+        let own = || pages.within(vma.start, vma.end);
+        let (bytes, count) = own().fold((0, 0), |(bytes, count), piece| (bytes + piece.len(), count + 1));
         if bytes < MIN_AREA || bytes / count < MIN_PIECE {
             return false;
         }
+        let fit = self.fit.get_or_insert_with(|| {
+            pages.images().iter().map(|image| !image.consumed && in_memory(&image.file)).collect()
+        });
+        if !own().all(|piece| fit.get(piece.image).copied().unwrap_or(false)) {
+            return false;
+        }
         self.areas.push((vma.start, vma.end));
-        self.pieces.extend(pages.within(vma.start, vma.end));
+        self.pieces.extend(own());
         true
     }
 
     /// Maps the images and readies the areas, which are mapped already. `taken` is what else there is in the
-    /// puppet's address space, or will be.
-    pub(super) fn begin(&mut self, list: &mut List, pages: &Pages, mut taken: Vec<(u64, u64)>) -> Result<()> {
-        if self.pieces.is_empty() {
-            return Ok(());
-        }
+    /// puppet's address space, or will be. What comes back has to come another way: there may be no room for an
+    /// image.
+    pub(super) fn begin(
+        &mut self,
+        list: &mut List,
+        pages: &Pages,
+        mut taken: Vec<(u64, u64)>,
+    ) -> Result<Vec<Piece>> {
         for (number, image) in pages.images().iter().enumerate() {
             let mine = || self.pieces.iter().filter(|piece| piece.image == number);
             let Some(offset) = mine().map(|piece| piece.offset).min() else { continue };
             let len = mine().map(|piece| piece.offset + piece.len()).max().unwrap_or(offset) - offset;
-            let at = free_everywhere(taken.clone(), len).context("no room to map the pages image")?;
+            let Some(at) = free_everywhere(taken.clone(), len) else {
+                self.sources.clear();
+                return Ok(std::mem::take(&mut self.pieces));
+            };
             taken.push((at, at + len));
-            let fd = image.file.as_raw_fd();
+            self.sources.push(Source { image: number, fd: image.file.as_raw_fd(), offset, len, at });
+        }
+        if self.sources.is_empty() {
+            return Ok(Vec::new());
+        }
+        for &Source { fd, offset, len, at, .. } in &self.sources {
             list.call(
                 "mmap of the pages image",
                 libc::SYS_mmap,
@@ -124,7 +134,6 @@ impl Implants {
                 ],
                 Want::Equal(at),
             );
-            self.sources.push(Source { image: number, offset, len, at });
         }
         let number = crate::sys::pipe::pipe2(libc::O_CLOEXEC).context("pipe")?.0;
         let flags = libc::O_CLOEXEC | userfault::USER_MODE_ONLY;
@@ -145,7 +154,7 @@ impl Implants {
             let words = list.value(&[*start, end - start, userfault::MISSING, 0]);
             self.ioctl(list, format!("UFFDIO_REGISTER of {start:#x}-{end:#x}"), userfault::REGISTER, words);
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// Puts these pages into place.
@@ -197,3 +206,30 @@ fn in_memory(file: &std::fs::File) -> bool {
 }
 
 const _: () = assert!(MIN_PIECE.is_multiple_of(PAGE));
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::image::{ImageKind, MemStore, PagesSink, Store};
+    use crate::pages::PagemapWriter;
+    use crate::pages::pagemap::{PRESENT, Run};
+
+    #[test]
+    fn without_room_pages_come_another_way() {
+        let store = MemStore::new();
+        let mut pagemap = PagemapWriter::create(&store, ImageKind::Pagemap, 1, 1).unwrap();
+        pagemap.push(Run { start: 0x10_0000, pages: 300, flags: PRESENT }).unwrap();
+        pagemap.finish().unwrap();
+        let PagesSink::File(image) = store.create_pages("pages-1.img", 0).unwrap() else { panic!("no file") };
+        image.write_all_at(&[1], 300 * PAGE - 1).unwrap();
+        let pages = Pages::read(&store, ImageKind::Pagemap, 1).unwrap().unwrap();
+        let mut implants = Implants { pieces: pages.pieces().to_vec(), ..Implants::default() };
+        let mut list = List::new("no room");
+        let back = implants.begin(&mut list, &pages, vec![(0, super::super::memory::TASK_SIZE)]).unwrap();
+        implants.end(&mut list);
+        assert_eq!(back, pages.pieces());
+        assert!(list.is_empty() && implants.pieces.is_empty() && implants.sources.is_empty());
+    }
+}

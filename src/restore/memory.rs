@@ -186,7 +186,11 @@ pub(super) fn plan(
     }
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
     taken.push((space.area.0.saturating_sub(super::VDSO_ROOM), space.area.0 + space.area.1));
-    made.implants.begin(list, space.pages, taken)?;
+    let others = made.implants.begin(list, space.pages, taken)?;
+    if !others.is_empty() {
+        load.extend(others);
+        load.sort_unstable_by_key(|piece| piece.start);
+    }
     plan_fill(list, space.pages, &load, &made.implants, crew)?;
     made.implants.end(list);
     if !vdso_due {
