@@ -31,6 +31,8 @@ use crate::settings::TlsSettings;
 const HELD: usize = 512 << 10;
 /// What is received at once, in bytes.
 const RECEIVED: usize = 256 << 10;
+/// The same until both sides know each other.
+const RECEIVED_FIRST: usize = 8 << 10;
 /// What is read of a connection that is refused, in bytes: closed with something unread, the reason would be lost.
 const DRAINED: usize = 256 << 10;
 
@@ -326,7 +328,8 @@ impl Session {
         let mut end = false;
         if self.at == self.incoming.len() {
             self.at = 0;
-            self.incoming.resize(RECEIVED, 0);
+            // A stranger gets less memory.
+            self.incoming.resize(if greeting { RECEIVED_FIRST } else { RECEIVED }, 0);
             let came = Socket(socket).read(&mut self.incoming);
             self.incoming.truncate(*came.as_ref().unwrap_or(&0));
             end = match came {
