@@ -21,6 +21,16 @@ fn placed(image: u32, at: usize, payload: &[u8]) -> Vec<u8> {
     Header::data(Place::at(at).encode(), image, len, crc::of(payload)).encode().to_vec()
 }
 
+/// A frame in every slot.
+fn fill(dump: &mut Dump) {
+    let map = dump.map();
+    for slot in 0..SLOTS {
+        let payload = vec![7; SLOT];
+        map.write(slot * SLOT, &payload).unwrap();
+        dump.write(&placed(1, slot * SLOT, &payload));
+    }
+}
+
 /// One after another, waited for.
 fn take_one(count: &OwnedFd) {
     let mut fds = [PollFd::new(count.as_fd(), PollFlags::POLLIN)];
@@ -133,15 +143,10 @@ fn a_dump_that_goes_leaves_whole_frames() {
     let mut dump = proxy.dump("a");
     dump.opened();
     cache.begun();
-    let map = dump.map();
-    for slot in 0..SLOTS {
-        let payload = vec![7; SLOT];
-        map.write(slot * SLOT, &payload).unwrap();
-        dump.write(&placed(1, slot * SLOT, &payload));
-    }
+    fill(&mut dump);
     // The connection is full in the middle of one of them.
     std::thread::sleep(Duration::from_millis(100));
-    drop((dump, map));
+    drop(dump);
     proxy.until("a", State::Failed);
     loop {
         let (header, payload) = cache.frame();
@@ -165,11 +170,7 @@ fn a_dump_that_makes_holes_harms_only_itself() {
     let mut dump = proxy.dump("a");
     dump.opened();
     let (stream, _) = cache.begun();
-    let map = dump.map();
-    for slot in 0..SLOTS {
-        map.write(slot * SLOT, &vec![7; SLOT]).unwrap();
-        dump.write(&placed(1, slot * SLOT, &vec![7; SLOT]));
-    }
+    fill(&mut dump);
     std::thread::sleep(Duration::from_millis(100));
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     fallocate(&dump.ring.as_ref().unwrap().0, how, 0, WHOLE as i64).unwrap();
