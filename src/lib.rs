@@ -17,6 +17,7 @@ pub mod mem;
 pub mod pages;
 pub mod pidfile;
 pub mod proc;
+pub(crate) mod process_tree;
 pub mod remote;
 pub mod restore;
 pub mod settings;

@@ -1,9 +1,9 @@
 //! A dump: freeze, look inside, collect, write, commit or undo.
 //!
-//! This module knows the order only. Until [`Fate`] is decided at the very end, every early return lets the
+//! This module knows the order only. Until the end is decided at the very end, every early return lets the
 //! tree go on as it was: [`Tree`] detaches when dropped, the store removes what was written.
 
-mod fate;
+mod finish;
 mod ids;
 mod inside;
 mod survey;
@@ -81,7 +81,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     look_at_root(pid)?;
     action::run(scripts, Action::PreDump, root)?;
     let mut collected = Collected::new(store, settings);
-    collected.memory.set_aside(pid).context("room for the pages")?;
+    collected.memory.reserve(pid).context("room for the pages")?;
     let _ticker = Ticker::start()?;
     let check = tree::checker(settings.timeout);
     let mut stats = DumpStats::default();
@@ -118,7 +118,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     }
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
-    fate::decide(tree, settings.leave, &|survives| Ok(store.confirm(survives)?))?;
+    finish::decide(tree, settings.leave, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
         stats.frozen_time = frozen.elapsed();

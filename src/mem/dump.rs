@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::aside::SetAside;
+use super::reserve::ReservedImages;
 use super::scan::Scan;
 use super::{AddressSpace, MemError, SharedMemory, vma};
 use crate::image::{ImageKind, PagesSink, Store, TypedStore, pb};
@@ -15,18 +15,18 @@ use crate::stats::DumpStats;
 pub struct MemoryDump<'a> {
     store: &'a dyn Store,
     next_pages_id: u32,
-    aside: SetAside,
+    aside: ReservedImages,
 }
 
 impl<'a> MemoryDump<'a> {
     /// Into `store`.
     pub fn new(store: &'a dyn Store) -> Self {
-        Self { store, next_pages_id: 1, aside: SetAside::default() }
+        Self { store, next_pages_id: 1, aside: ReservedImages::default() }
     }
 
     /// Makes room for the pages of the tree under `root`, which still runs: less to do once it is frozen.
-    pub fn set_aside(&mut self, root: i32) -> Result<(), MemError> {
-        self.aside = SetAside::make(self.store, root, &mut self.next_pages_id)?;
+    pub fn reserve(&mut self, root: i32) -> Result<(), MemError> {
+        self.aside = ReservedImages::make(self.store, root, &mut self.next_pages_id)?;
         Ok(())
     }
 

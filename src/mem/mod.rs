@@ -9,10 +9,10 @@
 //! files, untouched memory, the zero page and, in private anonymous memory, pages of zeros are
 //! left out. Guard regions become areas of their own behind the others.
 
-mod aside;
 mod collect;
 mod dump;
 mod error;
+mod reserve;
 mod scan;
 mod shared;
 pub mod vma;

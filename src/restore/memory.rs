@@ -8,8 +8,8 @@ use std::{iter::Peekable, ops::Range, os::fd::AsRawFd};
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    implant::Implants,
-    inherit::{self, Heritage},
+    cow::{self, ParentMemory},
+    uffd_copy::UffdCopies,
     vdso,
 };
 use crate::{
@@ -112,7 +112,7 @@ pub(super) struct Space<'a> {
     /// Descriptor of the program.
     pub(super) exe_fd: i32,
     /// What the maker of the puppet has, and leaves to it.
-    pub(super) heritage: Option<Heritage<'a>>,
+    pub(super) parent: Option<ParentMemory<'a>>,
     /// Where lists are.
     pub(super) area: (u64, u64),
     pub(super) vdso: vdso::Plan,
@@ -124,29 +124,29 @@ pub(super) struct Made {
     /// Areas that are writable now whatever their protection.
     opened: Vec<u64>,
     /// Held until the puppet is filled.
-    implants: Implants,
+    uffd: UffdCopies,
     /// Pages compared with the maker's, and found equal.
     pub(super) compared: u64,
     pub(super) kept: u64,
 }
 
-/// Maps and fills an address space; `crew` gives threads that help to fill a large one.
+/// Maps and fills an address space; `spawner` gives threads that help to fill a large one.
 pub(super) fn plan(
     list: &mut List,
     space: &Space<'_>,
     objects: &mut dyn MappedObjects,
-    crew: &mut dyn Crew,
+    spawner: &mut dyn SpawnPageThread,
 ) -> Result<Made> {
     let mut made = Made::default();
-    let mut heritage = space.heritage.filter(|h| h.mm.exe_file_id == space.mm.exe_file_id);
-    if let Some(h) = &heritage
+    let mut parent = space.parent.filter(|h| h.mm.exe_file_id == space.mm.exe_file_id);
+    if let Some(h) = &parent
         && !h.worthwhile(space.mm)
     {
-        heritage = None;
+        parent = None;
     }
-    let kept = heritage.map(|h| h.kept(space.mm)).unwrap_or_default();
+    let kept = parent.map(|h| h.kept(space.mm)).unwrap_or_default();
     plan_clear(list, space.area, &kept);
-    plan_mm(list, space.mm, if heritage.is_some() { -1 } else { space.exe_fd });
+    plan_mm(list, space.mm, if parent.is_some() { -1 } else { space.exe_fd });
     let mut vdso_due = true;
     let mut load = Vec::new();
     for vma in &space.mm.vmas {
@@ -159,9 +159,9 @@ pub(super) fn plan(
             }
             continue;
         }
-        if let (true, Some(h)) = (inherited, &heritage) {
+        if let (true, Some(h)) = (inherited, &parent) {
             made.opened.push(vma.start);
-            let differing = inherit::compare(h.pages, space.pages, vma.start, vma.end)?;
+            let differing = cow::compare(h.pages, space.pages, vma.start, vma.end)?;
             for (start, end) in &differing.drop {
                 list.call(
                     "madvise(MADV_DONTNEED)",
@@ -179,20 +179,20 @@ pub(super) fn plan(
         plan_vma(list, vma, filled, objects)?;
         if filled {
             made.opened.push(vma.start);
-            if !made.implants.take(vma, space.pages) {
+            if !made.uffd.take(vma, space.pages) {
                 load.extend(space.pages.within(vma.start, vma.end));
             }
         }
     }
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
     taken.push((space.area.0.saturating_sub(super::VDSO_ROOM), space.area.0 + space.area.1));
-    let others = made.implants.begin(list, space.pages, taken)?;
+    let others = made.uffd.begin(list, space.pages, taken)?;
     if !others.is_empty() {
         load.extend(others);
         load.sort_unstable_by_key(|piece| piece.start);
     }
-    plan_fill(list, space.pages, &load, &made.implants, crew)?;
-    made.implants.end(list);
+    plan_fill(list, space.pages, &load, &made.uffd, spawner)?;
+    made.uffd.end(list);
     if !vdso_due {
         plan_vdso_entries(list, &space.vdso, space.pid);
     }
@@ -332,12 +332,12 @@ fn plan_vma(
 }
 
 /// Where threads that help come from.
-pub(super) trait Crew {
+pub(super) trait SpawnPageThread {
     /// How many can be had.
     fn size(&self) -> usize;
     /// A thread of the puppet that will run `work` and end: the call that makes it, and the word that says 1
     /// once it is done.
-    fn hire(&mut self, work: List, maker: &mut List) -> Result<RemoteAddr>;
+    fn spawn(&mut self, work: List, maker: &mut List) -> Result<RemoteAddr>;
 }
 
 /// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
@@ -345,26 +345,26 @@ fn plan_fill(
     list: &mut List,
     pages: &Pages,
     load: &[Piece],
-    implants: &Implants,
-    crew: &mut dyn Crew,
+    uffd: &UffdCopies,
+    spawner: &mut dyn SpawnPageThread,
 ) -> Result<()> {
     let len = |pieces: &[Piece]| pieces.iter().map(Piece::len).sum::<u64>();
-    let (read, copied) = (len(load), len(&implants.pieces));
+    let (read, copied) = (len(load), len(&uffd.pieces));
     let wanted = usize::try_from((read + copied) / FILL_SHARE).unwrap_or(usize::MAX);
-    let threads = (crew.size() + 1).min(wanted).max(1);
+    let threads = (spawner.size() + 1).min(wanted).max(1);
     let mut reads = split(load, threads, read).into_iter();
-    let mut copies = split(&implants.pieces, threads, copied).into_iter();
+    let mut copies = split(&uffd.pieces, threads, copied).into_iter();
     let most = at_once(read + copied);
     let mut done = Vec::new();
     let fill = |list: &mut List, read: Option<Vec<Piece>>, copied: Option<Vec<Piece>>| {
         plan_pages(list, pages, &read.unwrap_or_default());
-        implants.copy(list, &copied.unwrap_or_default(), most);
+        uffd.copy(list, &copied.unwrap_or_default(), most);
     };
     let mine = (reads.next(), copies.next());
     for _ in 1..threads {
         let mut work = List::new("fill");
         fill(&mut work, reads.next(), copies.next());
-        done.push(crew.hire(work, list)?);
+        done.push(spawner.spawn(work, list)?);
     }
     fill(list, mine.0, mine.1);
     for word in done {

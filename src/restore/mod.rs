@@ -1,17 +1,16 @@
 //! A restore: read, validate, plan, make, apply, hand over or undo.
 //!
-//! The supervisor (this process) thinks; puppets act. See `stage.rs` for who holds them, `birth.rs` for who
+//! The supervisor (this process) thinks; puppets act. See `tracees.rs` for who holds them, `process_tree/fork_plan.rs` for who
 //! makes whom, `memory.rs` for their address spaces. This module knows the order only.
 
-mod birth;
-mod crew;
+mod cow;
 mod images;
-mod implant;
-mod inherit;
 mod memory;
+mod page_threads;
+mod pid_allocator;
 mod shared;
-mod spare;
-mod stage;
+mod tracees;
+mod uffd_copy;
 mod vdso;
 
 use std::{
@@ -29,14 +28,13 @@ use nix::{
 };
 
 use self::{
-    birth::{Births, Step, Wanted},
-    crew::Fillers,
+    cow::ParentMemory,
     images::{Images, State, Task},
-    inherit::Heritage,
     memory::{Made, MappedObjects, Space},
+    page_threads::PageThreads,
+    pid_allocator::PidAllocator,
     shared::SharedObjects,
-    spare::Spare,
-    stage::Stage,
+    tracees::Tracees,
 };
 use crate::{
     action::{self, Action},
@@ -47,6 +45,7 @@ use crate::{
     interrupt,
     pages::Pages,
     proc::stat,
+    process_tree::fork_plan::{self, ForkPlan, Step, Wanted},
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{
@@ -56,7 +55,7 @@ use crate::{
         pidfd, pipe, ptrace, rseq, ticker,
     },
     task,
-    tracee::{Area, Deputy, List, Op, Placed, RemoteAddr, Want},
+    tracee::{Area, KillGuard, List, Op, Placed, RemoteAddr, Want},
 };
 
 /// Room for lists: sparse, only what is written takes memory.
@@ -97,20 +96,20 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
 
     let images = Images::read(store)?;
     cpuinfo::check(store, settings.common.cpu_cap)?;
-    let mut spare =
-        Spare::new(images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid])));
-    let births = plan_births(&images, settings, &mut spare)?;
+    let mut pids =
+        PidAllocator::new(images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid])));
+    let forks = plan_forks(&images, settings, &mut pids)?;
     let tables = images.tasks.iter().map(|t| t.ids.files_id).collect();
     let mut files = FilesRestore::read(store, settings, &tables)?;
     files.open_early()?;
-    let mut cast = Cast::plan(store, &images, births, files, spare)?;
+    let mut cast = Cast::plan(store, &images, forks, files, pids)?;
     pids_are_free(&images)?;
     interrupt::check()?;
 
     let forking = Instant::now();
     let root = cast.make_first(settings)?;
-    cast.stage.settle()?;
-    cast.fillers.check(&cast.stage.area)?;
+    cast.tracees.settle()?;
+    cast.page_threads.check(&cast.tracees.area)?;
     cast.form_groups()?;
     let forking_time = forking.elapsed();
     cast.apply()?;
@@ -150,7 +149,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
 }
 
 /// Who makes whom; with `--shell-job` what came from outside is replaced by our own session and group.
-fn plan_births(images: &Images, settings: &RestoreSettings, spare: &mut Spare) -> Result<Births> {
+fn plan_forks(images: &Images, settings: &RestoreSettings, pids: &mut PidAllocator) -> Result<ForkPlan> {
     let root = images.tasks.first().context("no task")?;
     let ours = (getsid(None)?.as_raw(), getpgrp().as_raw());
     let foreign_session = (root.sid != root.pid).then_some(root.sid);
@@ -180,28 +179,28 @@ fn plan_births(images: &Images, settings: &RestoreSettings, spare: &mut Spare) -
             sid: if Some(t.sid) == foreign_session { ours.0 } else { t.sid },
         })
         .collect();
-    let mut births = birth::plan(&wanted, ours)?;
+    let mut forks = fork_plan::plan(&wanted, ours)?;
     // Its parent-death signal must not be the end of crtool.
     let asks = |core: &&pb::CoreEntry| {
         core.thread_core.as_ref().is_some_and(|c| c.pdeath_sig.is_some_and(|signal| signal != 0))
     };
     if settings.detached && !settings.sibling && root.cores.iter().any(|core| asks(&core)) {
-        births.add_midwife(spare.pick()?);
+        forks.add_intermediate_parent(pids.pick()?);
     }
-    Ok(births)
+    Ok(forks)
 }
 
 /// Everything that takes part.
 struct Cast<'i> {
     images: &'i Images,
-    births: Births,
+    forks: ForkPlan,
     files: FilesRestore<'i>,
     /// Held open: puppets inherit the descriptors.
     _shared: SharedObjects,
     pages: Vec<Pages>,
     made: Vec<Made>,
-    fillers: Fillers,
-    stage: Stage,
+    page_threads: PageThreads,
+    tracees: Tracees,
     on_fail: RemoteAddr,
     /// Slots of all puppets' leaders.
     slots: Vec<RemoteAddr>,
@@ -230,13 +229,13 @@ impl MappedObjects for (&mut FilesRestore<'_>, &SharedObjects) {
 }
 
 impl<'i> Cast<'i> {
-    /// Plans the first act of everybody: address spaces and births.
+    /// Plans the first act of everybody: address spaces and forks.
     fn plan(
         store: &'i dyn Store,
         images: &'i Images,
-        births: Births,
+        forks: ForkPlan,
         mut files: FilesRestore<'i>,
-        spare: Spare,
+        pids: PidAllocator,
     ) -> Result<Self> {
         let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
         for task in &images.tasks {
@@ -254,49 +253,56 @@ impl<'i> Cast<'i> {
         fail.op(Op::Trap);
         let on_fail = area.place(&fail)?.start;
         let (held, go) = pipe::pipe2(libc::O_CLOEXEC).context("pipe")?;
-        let mut slots = Vec::with_capacity(births.puppets.len());
-        for _ in &births.puppets {
+        let mut slots = Vec::with_capacity(forks.puppets.len());
+        for _ in &forks.puppets {
             slots.push(area.slot()?);
         }
-        let mut stage = Stage::new(area, spare);
+        let mut tracees = Tracees::new(area, pids);
         let mut first_list = None;
         let own_vdso = vdso::Own::read()?;
-        let mut fillers = Fillers::new();
-        let mut made = Vec::with_capacity(births.puppets.len());
-        for (index, puppet) in births.puppets.iter().enumerate() {
+        let mut page_threads = PageThreads::new();
+        let mut made = Vec::with_capacity(forks.puppets.len());
+        for (index, puppet) in forks.puppets.iter().enumerate() {
             let label = match puppet.task {
                 Some(_) => format!("task {}", puppet.pid),
-                None if index == births.first => format!("helper {} (the root's midwife)", puppet.pid),
+                None if index == forks.first => {
+                    format!("helper {} (the root's intermediate parent)", puppet.pid)
+                }
                 None => format!("helper {} (for a dead leader)", puppet.pid),
             };
-            let mut list = List::new(format!("birth of {}", puppet.pid));
-            if index == births.first {
+            let mut list = List::new(format!("creation of {}", puppet.pid));
+            if index == forks.first {
                 plan_first(&mut list, held.as_raw_fd(), go.as_raw_fd());
             }
-            let at = (stage.area.start().0, stage.area.len() as u64);
+            let at = (tracees.area.start().0, tracees.area.len() as u64);
             let task = puppet.task.and_then(|t| images.tasks.get(t));
-            let shares = shares_memory(&births, images, index)?;
+            let shares = shares_memory(&forks, images, index)?;
             made.push(match task.and_then(|t| t.mm.as_ref()) {
                 Some(_) if shares => Made::default(),
                 // What it makes is to have what crtool would have given it.
-                None if index == births.first => Made::default(),
+                None if index == forks.first => Made::default(),
                 None => {
                     memory::plan_clear(&mut list, at, &[]);
                     Made::default()
                 }
                 Some(mm) => {
                     let exe_fd = files.vma_file(mm.exe_file_id, false).context("program")?;
-                    let heritage = births.maker(index).and_then(|m| {
-                        Some(Heritage { mm: images.tasks.get(m)?.mm.as_ref()?, pages: pages.get(m)? })
+                    let parent = forks.maker(index).and_then(|m| {
+                        Some(ParentMemory { mm: images.tasks.get(m)?.mm.as_ref()?, pages: pages.get(m)? })
                     });
                     let vdso = vdso::plan(mm, &pages[index], own_vdso.as_ref(), at.0 - VDSO_ROOM)?;
                     if let vdso::Plan::Foreign { start, end, .. } = &vdso {
                         not_within(task, *start, *end)?;
                     }
                     let space =
-                        Space { pid: puppet.pid, mm, pages: &pages[index], exe_fd, heritage, area: at, vdso };
-                    memory::plan(&mut list, &space, &mut (&mut files, &shared), &mut fillers.at(&mut stage))
-                        .with_context(|| format!("memory of task {}", puppet.pid))?
+                        Space { pid: puppet.pid, mm, pages: &pages[index], exe_fd, parent, area: at, vdso };
+                    memory::plan(
+                        &mut list,
+                        &space,
+                        &mut (&mut files, &shared),
+                        &mut page_threads.at(&mut tracees),
+                    )
+                    .with_context(|| format!("memory of task {}", puppet.pid))?
                 }
             });
             if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.cores.first()?.tc.as_ref()) {
@@ -304,7 +310,7 @@ impl<'i> Cast<'i> {
                 list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
             }
             for step in &puppet.steps {
-                plan_step(&mut list, *step, &births, images, &slots, index)?;
+                plan_step(&mut list, *step, &forks, images, &slots, index)?;
                 if *step == Step::Setsid && puppet.task.is_some() {
                     files.plan_controlling(puppet.pid, &mut list);
                 }
@@ -312,12 +318,12 @@ impl<'i> Cast<'i> {
             list.op(Op::Trap);
             list.op(Op::Next);
             log_list(&list);
-            let placed = stage.area.place(&list)?;
-            stage.area.arm(slots[index], placed.start, on_fail)?;
-            if index == births.first {
+            let placed = tracees.area.place(&list)?;
+            tracees.area.arm(slots[index], placed.start, on_fail)?;
+            if index == forks.first {
                 first_list = Some(placed.clone());
             }
-            stage.expect(puppet.pid, true, label, slots[index], placed);
+            tracees.expect(puppet.pid, true, label, slots[index], placed);
         }
         let first_list = first_list.context("no root")?;
         let supervisor = task::Supervisor::probe()?;
@@ -328,13 +334,13 @@ impl<'i> Cast<'i> {
         let seccomp = task::seccomp::Plan::new(&filters, &processes)?;
         Ok(Self {
             images,
-            births,
+            forks,
             files,
             _shared: shared,
             pages,
             made,
-            fillers,
-            stage,
+            page_threads,
+            tracees,
             on_fail,
             slots,
             go: File::from(go),
@@ -350,18 +356,18 @@ impl<'i> Cast<'i> {
     }
 
     fn task_of(&self, index: usize) -> Option<&'i Task> {
-        self.births.puppets.get(index)?.task.and_then(|t| self.images.tasks.get(t))
+        self.forks.puppets.get(index)?.task.and_then(|t| self.images.tasks.get(t))
     }
 
     /// Clones the first puppet and takes it under ptrace before it does anything. Tells the root's pid.
     fn make_first(&mut self, settings: &RestoreSettings) -> Result<Pid> {
         let root = self.images.tasks.first().context("no root")?.pid;
-        let slot = *self.slots.get(self.births.first).context("no slot")?;
-        let first = self.births.puppets.get_mut(self.births.first).context("no first puppet")?;
+        let slot = *self.slots.get(self.forks.first).context("no slot")?;
+        let first = self.forks.puppets.get_mut(self.forks.first).context("no first puppet")?;
         let sibling = settings.detached && settings.sibling;
         let all = SigSet::all();
         let mut old = SigSet::empty();
-        let runner = self.stage.area.runner().0;
+        let runner = self.tracees.area.runner().0;
         let pid = loop {
             let set_tid = [first.pid];
             let args = CloneArgs {
@@ -376,16 +382,16 @@ impl<'i> Cast<'i> {
             sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
             match made {
                 Ok(pid) => break pid,
-                Err(Errno::EEXIST) if self.stage.spare.gave(first.pid) => {
-                    let other = self.stage.spare.pick()?;
-                    self.stage.rename(first.pid, other);
+                Err(Errno::EEXIST) if self.tracees.pids.gave(first.pid) => {
+                    let other = self.tracees.pids.pick()?;
+                    self.tracees.rename(first.pid, other);
                     first.pid = other;
                 }
-                Err(Errno::EEXIST) if self.stage.may_become_free(first.pid) => interrupt::check()?,
+                Err(Errno::EEXIST) if self.tracees.may_become_free(first.pid) => interrupt::check()?,
                 Err(error) => return Err(taken(first.pid, error)),
             }
         };
-        self.stage.running(pid);
+        self.tracees.running(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
             .or_else(|_| ptrace::seize(pid, options))
@@ -397,7 +403,7 @@ impl<'i> Cast<'i> {
     /// Everybody exists: join groups; let zombies and helpers end.
     fn form_groups(&mut self) -> Result<()> {
         let mut moving = false;
-        for (index, puppet) in self.births.puppets.clone().iter().enumerate() {
+        for (index, puppet) in self.forks.puppets.clone().iter().enumerate() {
             if let Some(group) = puppet.join_group {
                 let mut list = List::new(format!("group of {}", puppet.pid));
                 list.call(
@@ -408,17 +414,17 @@ impl<'i> Cast<'i> {
                 );
                 list.op(Op::Trap);
                 list.op(Op::Next);
-                let placed = self.stage.area.place(&list)?;
-                self.stage.next_list(puppet.pid, placed)?;
-                self.stage.resume(puppet.pid)?;
+                let placed = self.tracees.area.place(&list)?;
+                self.tracees.next_list(puppet.pid, placed)?;
+                self.tracees.resume(puppet.pid)?;
                 moving = true;
             }
             let _ = index;
         }
         if moving {
-            self.stage.settle()?;
+            self.tracees.settle()?;
         }
-        for (index, puppet) in self.births.puppets.clone().iter().enumerate() {
+        for (index, puppet) in self.forks.puppets.clone().iter().enumerate() {
             let code = match self.task_of(index).map(|t| t.state) {
                 None => 0,
                 Some(State::Zombie(code)) => code,
@@ -428,12 +434,12 @@ impl<'i> Cast<'i> {
             if signal == 0 {
                 let mut list = List::new(format!("end of {}", puppet.pid));
                 list.call("exit_group", libc::SYS_exit_group, &[((code >> 8) & 0xff).into()], Want::Any);
-                let placed = self.stage.area.place(&list)?;
-                self.stage.next_list(puppet.pid, placed)?;
+                let placed = self.tracees.area.place(&list)?;
+                self.tracees.next_list(puppet.pid, placed)?;
             }
-            self.stage.end(puppet.pid, signal)?;
+            self.tracees.end(puppet.pid, signal)?;
         }
-        self.stage.settle()
+        self.tracees.settle()
     }
 
     /// The main act: descriptors, attributes, threads.
@@ -442,30 +448,30 @@ impl<'i> Cast<'i> {
         let mut tables: Vec<u32> = self.alive().map(|t| t.ids.files_id).collect();
         tables.sort_unstable();
         let tables_shared = tables.windows(2).any(|w| w[0] == w[1]);
-        for index in 0..self.births.puppets.len() {
+        for index in 0..self.forks.puppets.len() {
             let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
             let placed =
                 self.plan_main(index, task, tables_shared).with_context(|| format!("task {}", task.pid))?;
-            self.stage.next_list(task.pid, placed)?;
+            self.tracees.next_list(task.pid, placed)?;
         }
         if tables_shared {
             for task in self.alive() {
-                self.stage.resume(task.pid)?;
+                self.tracees.resume(task.pid)?;
             }
-            self.stage.settle()?;
+            self.tracees.settle()?;
         }
         // Stopped tasks first, children before parents: a parent hears of the stop, and forgets it, before
         // its own signals are restored.
         let stopped: Vec<&Task> = self.alive().filter(|t| t.state == State::Stopped).collect();
         for task in stopped.into_iter().rev() {
-            self.stage.resume(task.pid)?;
-            self.stage.settle()?;
+            self.tracees.resume(task.pid)?;
+            self.tracees.settle()?;
             self.stop(task).with_context(|| format!("stop of task {}", task.pid))?;
         }
         for task in self.alive().filter(|t| t.state != State::Stopped) {
-            self.stage.resume(task.pid)?;
+            self.tracees.resume(task.pid)?;
         }
-        self.stage.settle()
+        self.tracees.settle()
     }
 
     fn thread_plan<'a>(
@@ -489,7 +495,7 @@ impl<'i> Cast<'i> {
         let mut list = List::new(format!("restore of {}", task.pid));
         let core = task.core()?;
         // Helpers that were our children have ended; whoever reaps them now is their parent.
-        for puppet in self.births.puppets.iter().filter(|p| p.parent == Some(index) && p.task.is_none()) {
+        for puppet in self.forks.puppets.iter().filter(|p| p.parent == Some(index) && p.task.is_none()) {
             list.call(
                 format!("wait4 for helper {}", puppet.pid),
                 libc::SYS_wait4,
@@ -498,7 +504,7 @@ impl<'i> Cast<'i> {
             );
         }
         let mm = task.mm.as_ref().context("no mm image")?;
-        if !shares_memory(&self.births, self.images, index)? {
+        if !shares_memory(&self.forks, self.images, index)? {
             memory::plan_late(&mut list, mm, &self.made[index]);
         }
         task::plan_process_early(core, &self.supervisor, &mut list)?;
@@ -516,10 +522,10 @@ impl<'i> Cast<'i> {
             task::plan_thread(&self.thread_plan(task, *tid, core, mm), &mut own)?;
             own.op(Op::Trap);
             own.op(Op::Next);
-            let placed = self.stage.area.place(&own)?;
-            let slot = self.stage.area.slot()?;
-            self.stage.area.arm(slot, placed.start, self.on_fail)?;
-            self.stage.expect(*tid, false, format!("thread {tid} of task {}", task.pid), slot, placed);
+            let placed = self.tracees.area.place(&own)?;
+            let slot = self.tracees.area.slot()?;
+            self.tracees.area.arm(slot, placed.start, self.on_fail)?;
+            self.tracees.expect(*tid, false, format!("thread {tid} of task {}", task.pid), slot, placed);
             let flags = libc::CLONE_VM
                 | libc::CLONE_FS
                 | libc::CLONE_FILES
@@ -534,20 +540,20 @@ impl<'i> Cast<'i> {
         list.op(Op::Trap);
         list.op(Op::Next);
         log_list(&list);
-        Ok(self.stage.area.place(&list)?)
+        Ok(self.tracees.area.place(&list)?)
     }
 
     /// Registers, masks, and the area gone: from here on every task is what it was.
     fn set_final_state(&mut self) -> Result<()> {
-        let (area, len) = (self.stage.area.start(), self.stage.area.len() as u64);
+        let (area, len) = (self.tracees.area.start(), self.tracees.area.len() as u64);
         let mut cleared = HashSet::new();
         for task in self.alive() {
             let label = || format!("final state of task {}", task.pid);
             if cleared.insert(task.ids.vm_id) || task.ids.vm_id == 0 {
                 let munmap = [area.0, len, 0, 0, 0, 0];
-                let gone = self.stage.bare_call(task.pid, libc::SYS_munmap, munmap).with_context(label)?;
+                let gone = self.tracees.bare_call(task.pid, libc::SYS_munmap, munmap).with_context(label)?;
                 ensure!(gone == 0, "task {}: munmap of the area failed with {gone}", task.pid);
-                self.stage.stop_before_user_code(task.pid).with_context(label)?;
+                self.tracees.stop_before_user_code(task.pid).with_context(label)?;
             }
             for (tid, core) in task.tids.iter().zip(&task.cores) {
                 let mut state = task::final_state(core).with_context(label)?;
@@ -567,22 +573,22 @@ impl<'i> Cast<'i> {
         let core = task.core()?;
         let wanted = core.tc.as_ref().and_then(|tc| tc.stop_signo).and_then(|s| i32::try_from(s).ok());
         let wanted = wanted.filter(|s| task::sigaction::is_default(core, *s)).unwrap_or(libc::SIGSTOP);
-        self.stage.stop_process(&task.tids, wanted)
+        self.tracees.stop_process(&task.tids, wanted)
     }
 
     /// The last thing that can fail. Killed before its end, crtool leaves nothing of the tree; killed after it, or with
     /// whatever else goes wrong then, all of it.
     fn commit(&mut self) -> Result<()> {
         let pids: Vec<i32> = self.alive().map(|t| t.pid).collect();
-        let deputy = Deputy::appoint(&pids);
+        let kill_guard = KillGuard::arm(&pids);
         for tid in self.alive().flat_map(|t| &t.tids) {
             ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
         }
-        match deputy {
-            Ok(mut deputy) => deputy.dismiss(),
+        match kill_guard {
+            Ok(mut kill_guard) => kill_guard.disarm(),
             Err(error) => tracing::debug!("{:#}", anyhow!(error)),
         }
-        self.stage.release();
+        self.tracees.release();
         Ok(())
     }
 
@@ -646,7 +652,7 @@ fn plan_first(list: &mut List, held: i32, go: i32) {
 fn plan_step(
     list: &mut List,
     step: Step,
-    births: &Births,
+    forks: &ForkPlan,
     images: &Images,
     slots: &[RemoteAddr],
     maker: usize,
@@ -663,9 +669,9 @@ fn plan_step(
         Step::Make(child) => (child, false),
         Step::MakeSibling(child) => (child, true),
     };
-    let puppet = births.puppets.get(child).context("a birth without a child")?;
+    let puppet = forks.puppets.get(child).context("a fork without a child")?;
     let ids = |p: usize| {
-        births.puppets.get(p).and_then(|p| p.task).and_then(|t| images.tasks.get(t)).map(|t| &t.ids)
+        forks.puppets.get(p).and_then(|p| p.task).and_then(|t| images.tasks.get(t)).map(|t| &t.ids)
     };
     let mut flags = CLONE_PTRACE;
     if sibling {
@@ -705,10 +711,10 @@ fn not_within(task: Option<&Task>, start: u64, end: u64) -> Result<()> {
 }
 
 /// Whether a puppet has the address space of its maker (CLONE_VM).
-fn shares_memory(births: &Births, images: &Images, index: usize) -> Result<bool> {
-    let task = |i: usize| births.puppets.get(i).and_then(|p| p.task).and_then(|t| images.tasks.get(t));
+fn shares_memory(forks: &ForkPlan, images: &Images, index: usize) -> Result<bool> {
+    let task = |i: usize| forks.puppets.get(i).and_then(|p| p.task).and_then(|t| images.tasks.get(t));
     let Some(own) = task(index).filter(|t| !t.is_zombie()) else { return Ok(false) };
-    if births.maker(index).and_then(task).is_some_and(|m| m.ids.vm_id == own.ids.vm_id) {
+    if forks.maker(index).and_then(task).is_some_and(|m| m.ids.vm_id == own.ids.vm_id) {
         return Ok(true);
     }
     match images.tasks.iter().find(|t| t.pid != own.pid && !t.is_zombie() && t.ids.vm_id == own.ids.vm_id) {

@@ -60,8 +60,8 @@ impl Own {
     }
 }
 
-/// Compares the vdso of an image with ours. `spare` is an address with room for ours.
-pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, spare: u64) -> Result<Plan> {
+/// Compares the vdso of an image with ours. `pids` is an address with room for ours.
+pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, pids: u64) -> Result<Plan> {
     let Some(vdso) = mm.vmas.iter().find(|v| v.status & status::VDSO != 0) else { return Ok(Plan::None) };
     let Some(own) = own else { bail!("the task has a vdso, this kernel offers none (vdso=0)") };
     let first = mm.vmas.iter().filter(|v| v.status & status::VVAR != 0).map(|v| v.start).min();
@@ -80,8 +80,8 @@ pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, spare: u6
     if old == own.code && vdso.start - first == own.data_len {
         return Ok(Plan::Same(first));
     }
-    let patches = patches(&old, vdso.start, &own.code, spare + own.data_len)?;
-    Ok(Plan::Foreign { start: vdso.start, end: vdso.end, at: spare, patches })
+    let patches = patches(&old, vdso.start, &own.code, pids + own.data_len)?;
+    Ok(Plan::Foreign { start: vdso.start, end: vdso.end, at: pids, patches })
 }
 
 /// The bytes of an area, if all its pages are in the image.

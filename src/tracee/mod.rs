@@ -44,9 +44,9 @@
 
 mod addr;
 mod area;
-mod deputy;
 mod gadget;
 mod inject;
+mod kill_guard;
 pub mod list;
 mod memory;
 pub mod rseq;
@@ -54,10 +54,10 @@ mod stop;
 
 pub use addr::RemoteAddr;
 pub use area::{Area, Placed};
-pub use deputy::Deputy;
 pub use gadget::GadgetCache;
 use gadget::Gadgets;
 pub use inject::{Injection, Thread, read_maps, read_status};
+pub use kill_guard::KillGuard;
 pub use list::{Arg, CallId, Data, List, Op, Want};
 pub use memory::RemoteMemory;
 pub use stop::{Stop, Stopped, TraceError};

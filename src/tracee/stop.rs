@@ -67,8 +67,8 @@ pub enum TraceError {
         size: usize,
     },
     /// There is nobody to finish what crtool does should it be killed.
-    #[error("a deputy cannot be made: {what}")]
-    Deputy {
+    #[error("a kill_guard cannot be made: {what}")]
+    KillGuard {
         /// What failed.
         what: &'static str,
         /// Why.

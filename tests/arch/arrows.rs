@@ -10,7 +10,7 @@ const LAYERS: [&[&str]; 7] = [
     &["main", "cli"],
     &["command"],
     &["dump", "restore", "remote", "migrate"],
-    &["files", "task", "mem", "cpuinfo", "ns", "cgroup", "net", "pages"],
+    &["files", "task", "mem", "cpuinfo", "ns", "cgroup", "net", "pages", "process_tree"],
     // What is asked for and what is told, as plain data, besides what knows one thing of the outside.
     &[
         "image",

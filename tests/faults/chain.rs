@@ -38,7 +38,7 @@ fn refused(site: &Site, images: &Path, wanted: &[&str]) -> Result<(), String> {
         return Err(format!("not one line with {wanted:?}:\n{said}"));
     }
     let log = fs::read_to_string(site.dir.join("tool.log")).unwrap_or_default();
-    if log.contains("birth of") {
+    if log.contains("creation of") {
         return Err(format!("refused when there were processes already: {said}"));
     }
     site.nothing_left()
@@ -85,7 +85,7 @@ fn picture(dirs: &[PathBuf]) -> Result<Vec<(PathBuf, u64, Vec<u8>)>, String> {
 fn intact(site: &Site, dirs: &[PathBuf; 3]) -> Result<(), String> {
     let before = picture(dirs)?;
     site.restore(&dirs[0])?;
-    if !fs::read_to_string(site.dir.join("tool.log")).unwrap_or_default().contains("birth of") {
+    if !fs::read_to_string(site.dir.join("tool.log")).unwrap_or_default().contains("creation of") {
         return Err("the log does not tell of processes".to_owned());
     }
     if picture(dirs)? != before {

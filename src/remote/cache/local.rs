@@ -16,8 +16,8 @@ use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::poll::Interest;
 use super::super::{Failure, name};
-use super::shelf::Shelf;
 use super::snapshot::{Found, Reader};
+use super::snapshots::Snapshots;
 
 /// Bytes of names in one packet of a list; the rest of a packet is room for what surrounds them.
 const PAGE: usize = 64 << 10;
@@ -140,7 +140,7 @@ impl Client {
     }
 
     /// Something happened to the socket.
-    pub(super) fn ready(&mut self, shelf: &mut Shelf, daemon: &str) {
+    pub(super) fn ready(&mut self, snapshots: &mut Snapshots, daemon: &str) {
         self.write();
         for _ in 0..TURN {
             if self.pending.is_some() || !self.out.is_empty() {
@@ -152,15 +152,15 @@ impl Client {
                 self.out.clear();
             }
             match local::receive::<pb::LocalRequest>(self.socket.as_fd()) {
-                Ok(Some(packet)) => self.request(shelf, packet, daemon),
+                Ok(Some(packet)) => self.request(snapshots, packet, daemon),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Ok(None) => return self.leave(shelf),
+                Ok(None) => return self.leave(snapshots),
                 Err(e) if e.raw_os_error() == Some(libc::EBADMSG) => {
                     self.push(Err(wrong("this is no request")));
                     self.write();
-                    return self.leave(shelf);
+                    return self.leave(snapshots);
                 }
-                Err(_) => return self.leave(shelf),
+                Err(_) => return self.leave(snapshots),
             }
         }
     }
@@ -196,13 +196,13 @@ impl Client {
         }
     }
 
-    fn request(&mut self, shelf: &mut Shelf, packet: Packet<pb::LocalRequest>, daemon: &str) {
+    fn request(&mut self, snapshots: &mut Snapshots, packet: Packet<pb::LocalRequest>, daemon: &str) {
         use local_request::What;
         self.spoke = true;
         let Packet { message, fds } = packet;
         let reply = match message.what {
-            Some(What::Get(get)) => self.get(shelf, get),
-            Some(What::ListImages(list)) => self.list(shelf, &list),
+            Some(What::Get(get)) => self.get(snapshots, get),
+            Some(What::ListImages(list)) => self.list(snapshots, &list),
             Some(What::ReadImage(read)) => {
                 self.pending = Some(Pending::Read(read));
                 Ok(None)
@@ -211,51 +211,51 @@ impl Client {
             Some(What::Ran(ran)) => match self.taken.take() {
                 Some(id) => {
                     self.root = None;
-                    shelf.ran(id, ran.pid);
+                    snapshots.ran(id, ran.pid);
                     done()
                 }
                 None => Err(wrong("nothing was being restored")),
             },
             Some(What::GiveUp(abort)) => {
-                self.release(shelf, &abort.reason);
+                self.release(snapshots, &abort.reason);
                 done()
             }
             Some(What::Status(_)) => {
-                shelf.measure();
-                self.status(shelf, daemon);
+                snapshots.measure();
+                self.status(snapshots, daemon);
                 Ok(None)
             }
-            Some(What::Drop(drop)) => shelf.drop_by_hand(&drop.name, drop.force).and_then(|()| done()),
-            Some(What::Release(release)) => shelf.release(&release.name).and_then(|()| done()),
+            Some(What::Drop(drop)) => snapshots.drop_by_hand(&drop.name, drop.force).and_then(|()| done()),
+            Some(What::Release(release)) => snapshots.release(&release.name).and_then(|()| done()),
             Some(_) => Err(wrong("this is image-cache; that is asked of image-proxy")),
             None => Err(wrong("this is no request that image-cache knows")),
         };
         self.push(reply);
-        self.retry(shelf, Instant::now());
+        self.retry(snapshots, Instant::now());
     }
 
-    fn get(&mut self, shelf: &Shelf, get: pb::Get) -> Answer {
+    fn get(&mut self, snapshots: &Snapshots, get: pb::Get) -> Answer {
         name::check_snapshot(&get.name)?;
-        if let Some(other) = self.taken.and_then(|id| shelf.get(id)) {
+        if let Some(other) = self.taken.and_then(|id| snapshots.get(id)) {
             return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
         }
         let until = Instant::now().checked_add(Duration::from_millis(get.wait_ms));
-        let newest = shelf.newest();
+        let newest = snapshots.newest();
         self.pending = Some(Pending::Get { get, until, newest, seen: None, doubt: None });
         Ok(None)
     }
 
-    fn list(&self, shelf: &Shelf, list: &pb::ListImages) -> Answer {
-        let found = self.own(shelf).and_then(|id| {
-            let images = shelf.generation(id, list.generation).and_then(|s| s.images.as_ref());
+    fn list(&self, snapshots: &Snapshots, list: &pb::ListImages) -> Answer {
+        let found = self.own(snapshots).and_then(|id| {
+            let images = snapshots.generation(id, list.generation).and_then(|s| s.images.as_ref());
             images.ok_or_else(|| chain_ends(list.generation))
         });
         answer(local_reply::What::Images(found?.list(&list.after, PAGE)))
     }
 
-    fn own(&self, shelf: &Shelf) -> Result<u64, Failure> {
+    fn own(&self, snapshots: &Snapshots) -> Result<u64, Failure> {
         let id = self.taken.ok_or_else(|| wrong("no snapshot was asked for"))?;
-        match shelf.get(id) {
+        match snapshots.get(id) {
             Some(snapshot) if snapshot.is_live() => Ok(id),
             Some(snapshot) => Err(snapshot.failure()),
             None => Err(Failure::new(FailCode::FailNotFound, "the snapshot is gone")),
@@ -269,10 +269,10 @@ impl Client {
         Ok(None)
     }
 
-    fn status(&mut self, shelf: &Shelf, daemon: &str) {
+    fn status(&mut self, snapshots: &Snapshots, daemon: &str) {
         let mut page = pb::Snapshots { daemon: daemon.to_owned(), ..pb::Snapshots::default() };
         let mut room = PAGE;
-        for snapshot in shelf.all() {
+        for snapshot in snapshots.all() {
             let info = snapshot.info();
             let len = prost::Message::encoded_len(&info) + 8;
             if len > room && !page.snapshots.is_empty() {
@@ -288,27 +288,27 @@ impl Client {
     }
 
     /// Answers what waits, if it can be answered now.
-    pub(super) fn retry(&mut self, shelf: &mut Shelf, now: Instant) {
+    pub(super) fn retry(&mut self, snapshots: &mut Snapshots, now: Instant) {
         let reply = match self.pending.take() {
             None => Ok(None),
             Some(Pending::Get { get, until, newest, mut seen, mut doubt }) => {
                 let reader = Reader { client: self.id, pid: self.pid };
-                seen = seen.or_else(|| shelf.failed_since(&get.name, newest));
-                match shelf.take(&get.name, &mut seen, get.early, reader) {
+                seen = seen.or_else(|| snapshots.failed_since(&get.name, newest));
+                match snapshots.take(&get.name, &mut seen, get.early, reader) {
                     Ok(Some(id)) => {
                         self.taken = Some(id);
-                        let info = shelf.get(id).map(super::snapshot::Snapshot::info);
+                        let info = snapshots.get(id).map(super::snapshot::Snapshot::info);
                         answer(local_reply::What::Snapshot(info.unwrap_or_default()))
                     }
                     Err(failure) => Err(failure),
                     Ok(None) => {
                         let in_doubt =
-                            seen.and_then(|id| shelf.get(id)).is_some_and(|s| s.state == State::InDoubt);
+                            seen.and_then(|id| snapshots.get(id)).is_some_and(|s| s.state == State::InDoubt);
                         doubt = if in_doubt { doubt.or(now.checked_add(self.timeout)) } else { None };
                         // What has begun to arrive is waited for to its end.
                         let until = if seen.is_some() { doubt } else { until };
                         if until.is_some_and(|until| now >= until) {
-                            Err(shelf.not_found(&get.name, Duration::from_millis(get.wait_ms)))
+                            Err(snapshots.not_found(&get.name, Duration::from_millis(get.wait_ms)))
                         } else {
                             self.pending = Some(Pending::Get { get, until, newest, seen, doubt });
                             Ok(None)
@@ -316,8 +316,8 @@ impl Client {
                     }
                 }
             }
-            Some(Pending::Read(read)) => self.read(shelf, read),
-            Some(Pending::Starting) => match self.own(shelf).and_then(|id| shelf.starting(id)) {
+            Some(Pending::Read(read)) => self.read(snapshots, read),
+            Some(Pending::Starting) => match self.own(snapshots).and_then(|id| snapshots.starting(id)) {
                 Ok(true) => done(),
                 Ok(false) => {
                     self.pending = Some(Pending::Starting);
@@ -333,16 +333,17 @@ impl Client {
         self.write();
     }
 
-    fn read(&mut self, shelf: &mut Shelf, read: pb::ReadImage) -> Answer {
+    fn read(&mut self, snapshots: &mut Snapshots, read: pb::ReadImage) -> Answer {
         name::check_image(&read.name)?;
-        let id = self.own(shelf)?;
+        let id = self.own(snapshots)?;
         if read.consume
             && read.generation == 0
-            && let Some(Found::Image(info, fd)) = shelf.consume(id, &read.name)?
+            && let Some(Found::Image(info, fd)) = snapshots.consume(id, &read.name)?
         {
             return Ok(Some((local_reply::What::Image(info), Some(fd))));
         }
-        let snapshot = shelf.generation(id, read.generation).ok_or_else(|| chain_ends(read.generation))?;
+        let snapshot =
+            snapshots.generation(id, read.generation).ok_or_else(|| chain_ends(read.generation))?;
         let images = snapshot.images.as_ref().ok_or_else(|| snapshot.failure())?;
         match images.read(&read.name)? {
             Found::Image(info, fd) => Ok(Some((local_reply::What::Image(info), Some(fd)))),
@@ -358,25 +359,25 @@ impl Client {
     }
 
     /// Gives back what it has.
-    fn release(&mut self, shelf: &mut Shelf, why: &str) {
+    fn release(&mut self, snapshots: &mut Snapshots, why: &str) {
         let Some(id) = self.taken.take() else { return };
-        let starting = shelf.get(id).is_some_and(|s| s.state == State::Starting);
+        let starting = snapshots.get(id).is_some_and(|s| s.state == State::Starting);
         match self.root.take() {
             Some(root) if starting => {
-                shelf.orphan(id);
+                snapshots.orphan(id);
                 let process = self.process.as_ref().and_then(|fd| fd.try_clone().ok());
                 self.watches.push(Watch::new(id, root, process, why));
             }
-            _ => shelf.let_go(id, why),
+            _ => snapshots.let_go(id, why),
         }
     }
 
     /// It is gone.
-    pub(super) fn leave(&mut self, shelf: &mut Shelf) {
+    pub(super) fn leave(&mut self, snapshots: &mut Snapshots) {
         self.gone = true;
         self.pending = None;
         let why = format!("its restore (pid {}) ended without a word", self.pid);
-        self.release(shelf, &why);
+        self.release(snapshots, &why);
     }
 }
 
@@ -434,9 +435,9 @@ impl Watch {
     }
 
     /// Looks; true when it is known what became of the tree.
-    pub(super) fn look(&mut self, shelf: &mut Shelf, now: Instant) -> bool {
+    pub(super) fn look(&mut self, snapshots: &mut Snapshots, now: Instant) -> bool {
         if is_dead(&self.root) {
-            shelf.let_go(self.id, &format!("{}; the tree is gone", self.why));
+            snapshots.let_go(self.id, &format!("{}; the tree is gone", self.why));
             return true;
         }
         if self.restore.as_ref().is_some_and(is_dead) {
@@ -453,7 +454,7 @@ impl Watch {
             self.until = Some(now + LAST_LOOK / 10);
             return false;
         }
-        shelf.ran(self.id, self.pid);
+        snapshots.ran(self.id, self.pid);
         true
     }
 }

@@ -4,7 +4,7 @@
 //! - [`serve`]: the one thread, its sockets and its clock.
 //! - [`source`]: a connection from a source: which frame may follow which; [`decode`] takes them out of its bytes.
 //! - [`local`]: commands of this host.
-//! - [`shelf`]: all snapshots, what may become of each, and the memory they take.
+//! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
 //! - [`snapshot`], [`memory`]: the images of one, and the bytes of one image.
 //!
 //! Nothing is ever written to a disk. What is not here: how sockets come to be, and how the daemon starts.
@@ -14,8 +14,8 @@ mod local;
 mod memory;
 mod run;
 mod serve;
-mod shelf;
 mod snapshot;
+mod snapshots;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -29,7 +29,7 @@ pub use serve::Cache;
 /// restored, which must be none.
 pub fn swallow(bytes: &[u8], cuts: &[u8]) -> u64 {
     use super::pb::snapshot_info::State;
-    let mut shelf = shelf::Shelf::new(Some(16 << 20));
+    let mut snapshots = snapshots::Snapshots::new(Some(16 << 20));
     let mut source = source::Source::new(1, std::time::Duration::from_secs(1));
     let mut cuts = cuts.iter().cycle();
     let mut left = bytes;
@@ -38,22 +38,22 @@ pub fn swallow(bytes: &[u8], cuts: &[u8]) -> u64 {
         let (mut piece, rest) = left.split_at_checked(len).unwrap_or((left, &[]));
         left = rest;
         while !piece.is_empty() {
-            match source.feed(&mut shelf, &mut piece) {
+            match source.feed(&mut snapshots, &mut piece) {
                 Ok(source::Fed::All) => break,
                 // Nobody will make room.
-                Ok(source::Fed::Held(id)) => shelf.fail(id, shelf.does_not_fit(id)),
+                Ok(source::Fed::Held(id)) => snapshots.fail(id, snapshots.does_not_fit(id)),
                 Err(failure) => {
-                    source.refuse(&mut shelf, &failure);
+                    source.refuse(&mut snapshots, &failure);
                     break;
                 }
             }
         }
     }
-    shelf.lost(1, "the end");
+    snapshots.lost(1, "the end");
     let kept = |state| matches!(state, State::Ready | State::InDoubt);
-    let needed: u64 = shelf.all().filter(|s| kept(s.state)).map(snapshot::Snapshot::charged).sum();
+    let needed: u64 = snapshots.all().filter(|s| kept(s.state)).map(snapshot::Snapshot::charged).sum();
     // Parents of those are in them too: one that is not, is not live and has images.
     let parents: u64 =
-        shelf.all().filter(|s| !kept(s.state) && s.children > 0).map(snapshot::Snapshot::charged).sum();
-    shelf.used() - needed - parents
+        snapshots.all().filter(|s| !kept(s.state) && s.children > 0).map(snapshot::Snapshot::charged).sum();
+    snapshots.used() - needed - parents
 }

@@ -14,7 +14,7 @@ use super::super::poll::{Interest, Poll};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, local, pb};
 use super::local::{Client, Watch};
-use super::shelf::Shelf;
+use super::snapshots::Snapshots;
 use super::source::{Fed, Source};
 
 /// Bytes taken from a connection at once: what fits into a cache of the CPU beside what else it needs.
@@ -64,7 +64,7 @@ struct Held {
 #[derive(Debug)]
 pub struct Cache {
     poll: Poll,
-    shelf: Shelf,
+    snapshots: Snapshots,
     seen: u64,
     lines: BTreeMap<u64, Line>,
     clients: BTreeMap<u64, Client>,
@@ -83,7 +83,7 @@ impl Cache {
     pub fn new(max_memory: Option<u64>, timeout: Duration, place: String) -> io::Result<Self> {
         Ok(Self {
             poll: Poll::new()?,
-            shelf: Shelf::new(max_memory),
+            snapshots: Snapshots::new(max_memory),
             seen: 0,
             lines: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -104,7 +104,7 @@ impl Cache {
 
     /// Whether snapshots wait or arrive.
     pub fn has_live(&self) -> bool {
-        self.shelf.has_live()
+        self.snapshots.has_live()
     }
 
     /// Whether a connection was lost before all its snapshots were settled.
@@ -117,7 +117,7 @@ impl Cache {
         for line in self.lines.values_mut() {
             let _ = line.stream.end();
         }
-        self.shelf.part();
+        self.snapshots.part();
     }
 
     fn token(&mut self) -> u64 {
@@ -180,8 +180,8 @@ impl Cache {
     fn describe(&self) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let mut text = format!("image-cache, pid {}, {}", std::process::id(), self.place);
-        text += &format!("; {} connections; {} MiB in use", self.lines.len(), mib(self.shelf.used()));
-        if let Some(max) = self.shelf.max() {
+        text += &format!("; {} connections; {} MiB in use", self.lines.len(), mib(self.snapshots.used()));
+        if let Some(max) = self.snapshots.max() {
             text += &format!(" of {} (--max-memory)", mib(max));
         }
         text
@@ -207,7 +207,7 @@ impl Cache {
             } else if self.clients.contains_key(&event.token) {
                 let daemon = self.describe();
                 if let Some(client) = self.clients.get_mut(&event.token) {
-                    client.ready(&mut self.shelf, &daemon);
+                    client.ready(&mut self.snapshots, &daemon);
                 }
             } else if event.token < 1 << 32 {
                 others.push(event.token);
@@ -225,7 +225,7 @@ impl Cache {
                 None => line.heard + line.source.silence(),
                 Some(held) => (held.since + self.timeout).min(line.said + self.timeout / 3),
             };
-            let look = (line.held.is_some() && self.shelf.is_consumed()).then(|| Instant::now() + LOOK);
+            let look = (line.held.is_some() && self.snapshots.is_consumed()).then(|| Instant::now() + LOOK);
             [line.ending, Some(silent), busy.then_some(line.heard), look]
         });
         let clients = self.clients.values().map(Client::deadline);
@@ -239,8 +239,8 @@ impl Cache {
         if let Some(held) = line.held.take() {
             // Not asked to be told of bytes: the other side is gone, and the snapshot can never be complete.
             let text = "the connection was lost while it waited for memory";
-            self.shelf.fail(held.snapshot, Failure::new(FailCode::FailLost, text));
-            line.take_rest(&mut self.shelf, now);
+            self.snapshots.fail(held.snapshot, Failure::new(FailCode::FailLost, text));
+            line.take_rest(&mut self.snapshots, now);
         }
         for _ in 0..TURN {
             if line.held.is_some() {
@@ -248,13 +248,13 @@ impl Cache {
             }
             match line.stream.read(&mut self.buffer) {
                 Ok(0) => {
-                    line.end(&mut self.shelf, "it was closed there");
+                    line.end(&mut self.snapshots, "it was closed there");
                     break;
                 }
                 Ok(count) => {
                     line.heard = now;
                     let mut input = self.buffer.get(..count).unwrap_or_default();
-                    line.feed(&mut self.shelf, &mut input, now);
+                    line.feed(&mut self.snapshots, &mut input, now);
                     line.rest.extend_from_slice(input);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
@@ -263,7 +263,7 @@ impl Cache {
                     if e.kind() == io::ErrorKind::InvalidData && !line.source.is_known() {
                         tracing::warn!("connection from {} is refused: {e}", line.stream.peer());
                     }
-                    line.end(&mut self.shelf, &e.to_string());
+                    line.end(&mut self.snapshots, &e.to_string());
                     break;
                 }
             }
@@ -273,20 +273,20 @@ impl Cache {
     /// What follows from what has happened: answers, time-outs, ends.
     fn settle(&mut self, now: Instant) {
         for (token, line) in &mut self.lines {
-            line.look_at_time(*token, &mut self.shelf, now, self.timeout);
+            line.look_at_time(*token, &mut self.snapshots, now, self.timeout);
         }
         if self.lines.values().any(|line| line.held.is_some()) {
-            self.shelf.measure();
+            self.snapshots.measure();
         }
         self.retry(now);
-        for (owner, letter) in self.shelf.take_letters() {
+        for (owner, letter) in self.snapshots.take_letters() {
             if let Some(line) = self.lines.get_mut(&owner.source) {
                 line.source.out().extend(letter);
             }
         }
         let mut over = Vec::new();
         for (token, line) in &mut self.lines {
-            line.write(&mut self.shelf, now);
+            line.write(&mut self.snapshots, now);
             if line.ended {
                 self.torn |= line.torn;
                 over.push(*token);
@@ -306,22 +306,22 @@ impl Cache {
     /// Lets those try again who wait for something that may have come, as long as that changes anything.
     fn retry(&mut self, now: Instant) {
         loop {
-            let changes = self.shelf.changes();
+            let changes = self.snapshots.changes();
             let changed = changes != self.seen;
             self.seen = changes;
             for client in self.clients.values_mut() {
                 if changed || client.deadline().is_some_and(|until| now >= until) {
-                    client.retry(&mut self.shelf, now);
+                    client.retry(&mut self.snapshots, now);
                 }
             }
-            let shelf = &mut self.shelf;
-            self.watches.retain(|_, watch| !watch.look(shelf, now));
+            let snapshots = &mut self.snapshots;
+            self.watches.retain(|_, watch| !watch.look(snapshots, now));
             if changed {
                 for line in self.lines.values_mut().filter(|line| line.held.is_some()) {
-                    line.take_rest(&mut self.shelf, now);
+                    line.take_rest(&mut self.snapshots, now);
                 }
             }
-            if self.shelf.changes() == self.seen {
+            if self.snapshots.changes() == self.seen {
                 return;
             }
         }
@@ -338,7 +338,7 @@ impl Cache {
         }
         self.clients.retain(|_, client| !client.is_gone());
         for mut watch in watches {
-            if watch.look(&mut self.shelf, now) {
+            if watch.look(&mut self.snapshots, now) {
                 continue;
             }
             let token = self.token();
@@ -364,11 +364,11 @@ impl Line {
     }
 
     /// Hands bytes on; what is left in `input` has to wait.
-    fn feed(&mut self, shelf: &mut Shelf, input: &mut &[u8], now: Instant) {
-        match self.source.feed(shelf, input) {
+    fn feed(&mut self, snapshots: &mut Snapshots, input: &mut &[u8], now: Instant) {
+        match self.source.feed(snapshots, input) {
             Ok(Fed::All) => *input = &[],
             Ok(Fed::Held(snapshot)) => {
-                if let Some(s) = shelf.get(snapshot) {
+                if let Some(s) = snapshots.get(snapshot) {
                     tracing::warn!("snapshot {} waits for memory", s.begin.name);
                 }
                 self.held = Some(Held { snapshot, since: now });
@@ -376,19 +376,19 @@ impl Line {
             Err(failure) => {
                 tracing::warn!("connection from {} is given up: {failure}", self.stream.peer());
                 *input = &[];
-                self.torn |= self.source.is_busy(shelf);
-                self.source.refuse(shelf, &failure);
+                self.torn |= self.source.is_busy(snapshots);
+                self.source.refuse(snapshots, &failure);
                 self.ending = Some(now + LAST_WORD);
             }
         }
     }
 
     /// Tries again with what had to wait.
-    fn take_rest(&mut self, shelf: &mut Shelf, now: Instant) {
+    fn take_rest(&mut self, snapshots: &mut Snapshots, now: Instant) {
         let since = self.held.take().map(|held| held.since);
         let rest = std::mem::take(&mut self.rest);
         let mut input = &rest[..];
-        self.feed(shelf, &mut input, now);
+        self.feed(snapshots, &mut input, now);
         self.rest = input.to_vec();
         match (&mut self.held, since) {
             // Still the same wait.
@@ -397,43 +397,43 @@ impl Line {
         }
     }
 
-    fn look_at_time(&mut self, token: u64, shelf: &mut Shelf, now: Instant, timeout: Duration) {
+    fn look_at_time(&mut self, token: u64, snapshots: &mut Snapshots, now: Instant, timeout: Duration) {
         if let Some(held) = self.held {
             if now >= held.since + timeout {
-                let failure = shelf.does_not_fit(held.snapshot);
-                shelf.fail(held.snapshot, failure);
-                self.take_rest(shelf, now);
+                let failure = snapshots.does_not_fit(held.snapshot);
+                snapshots.fail(held.snapshot, failure);
+                self.take_rest(snapshots, now);
             } else if now >= self.said + timeout / 3 {
                 self.source.out().extend(wire::bare(Kind::Ping, 0, 0, 0));
             }
             return;
         }
         if self.ending.is_some_and(|until| now >= until) {
-            self.end(shelf, "it was given up here, and was not closed there");
+            self.end(snapshots, "it was given up here, and was not closed there");
         } else if now >= self.heard + self.source.silence() {
             let why = format!("nothing was heard from it for {} s", self.source.silence().as_secs_f32());
             if !self.source.is_known() {
                 tracing::warn!("connection {token} from {} said nothing", self.stream.peer());
             }
-            self.end(shelf, &why);
+            self.end(snapshots, &why);
         }
     }
 
     /// The connection is gone.
-    fn end(&mut self, shelf: &mut Shelf, why: &str) {
+    fn end(&mut self, snapshots: &mut Snapshots, why: &str) {
         let (peer, host) = (self.stream.peer(), self.source.host());
-        self.torn |= self.source.is_busy(shelf);
+        self.torn |= self.source.is_busy(snapshots);
         if self.torn || !(self.source.is_between() || self.source.is_over()) {
             tracing::warn!("the connection to {host} ({peer}) was lost: {why}");
         } else {
             tracing::debug!("the connection to {host} ({peer}) has ended: {why}");
         }
-        shelf.lost(self.source.id(), why);
+        snapshots.lost(self.source.id(), why);
         self.ended = true;
     }
 
     /// Sends what waits.
-    fn write(&mut self, shelf: &mut Shelf, now: Instant) {
+    fn write(&mut self, snapshots: &mut Snapshots, now: Instant) {
         if self.ended {
             return;
         }
@@ -447,7 +447,7 @@ impl Line {
             }
         }
         if self.source.out().len() > MAX_OUT {
-            self.end(shelf, "it does not read what it is told");
+            self.end(snapshots, "it does not read what it is told");
         } else if self.ending.is_some() && self.source.out().is_empty() && !self.said_last {
             self.said_last = true;
             // The reason has gone out; the other side closes when it has read it.

@@ -1,6 +1,6 @@
 //! One snapshot: its images as they arrive, and the check that they are all there.
 //!
-//! What happens to it as a whole (its states, its name, its memory) is decided in `shelf`.
+//! What happens to it as a whole (its states, its name, its memory) is decided in `snapshots`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;

@@ -13,8 +13,8 @@ use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAGIC, MAX_DATA};
 use super::super::{Failure, crc, host};
 use super::decode::{Decoder, Item, Last, Take};
-use super::shelf::{Room, Shelf};
 use super::snapshot::{Images, Owner};
+use super::snapshots::{Room, Snapshots};
 
 /// Most snapshots on their way at once on one connection.
 pub(super) const MAX_STREAMS: usize = 64;
@@ -65,9 +65,9 @@ impl Streams {
     }
 
     /// The snapshot that images on this stream belong to.
-    fn receiving(&mut self, shelf: &Shelf, stream: u32) -> Option<u64> {
+    fn receiving(&mut self, snapshots: &Snapshots, stream: u32) -> Option<u64> {
         let id = *self.active.get(&stream)?;
-        let state = shelf.get(id).map(|s| s.state);
+        let state = snapshots.get(id).map(|s| s.state);
         if state.is_none_or(|state| !matches!(state, State::Receiving | State::Prepared)) {
             // It ended for a reason of ours.
             self.end(stream);
@@ -75,19 +75,24 @@ impl Streams {
         (state == Some(State::Receiving)).then_some(id)
     }
 
-    fn fail(&mut self, shelf: &mut Shelf, stream: u32, failure: Failure) {
-        if let Some(id) = self.receiving(shelf, stream) {
-            shelf.fail(id, failure);
+    fn fail(&mut self, snapshots: &mut Snapshots, stream: u32, failure: Failure) {
+        if let Some(id) = self.receiving(snapshots, stream) {
+            snapshots.fail(id, failure);
             self.end(stream);
         }
     }
 
-    fn open_images(&self, shelf: &Shelf) -> usize {
-        self.active.values().filter_map(|id| shelf.images(*id)).map(Images::open).sum()
+    fn open_images(&self, snapshots: &Snapshots) -> usize {
+        self.active.values().filter_map(|id| snapshots.images(*id)).map(Images::open).sum()
     }
 
     /// What to do with the payload of a frame, now that its header is there.
-    fn judge(&mut self, shelf: &mut Shelf, out: &mut Vec<u8>, header: &Header) -> Result<Take, Failure> {
+    fn judge(
+        &mut self,
+        snapshots: &mut Snapshots,
+        out: &mut Vec<u8>,
+        header: &Header,
+    ) -> Result<Take, Failure> {
         match header.kind {
             Kind::SnapshotBegin | Kind::Resume | Kind::Ping | Kind::Pong => return Ok(Take::Whole),
             Kind::Hello | Kind::Prepared | Kind::Failed | Kind::Restored => {
@@ -111,17 +116,19 @@ impl Streams {
         if matches!(header.kind, Kind::Confirm | Kind::Abort) {
             return Ok(if self.active.contains_key(&stream) { Take::Whole } else { Take::Skip });
         }
-        let Some(id) = self.receiving(shelf, stream) else { return Ok(Take::Skip) };
+        let Some(id) = self.receiving(snapshots, stream) else { return Ok(Take::Skip) };
         let (raw, image) = (header.raw, header.image);
         let room = match header.kind {
-            Kind::ImageBegin if self.open_images(shelf) >= MAX_OPEN => Err(Failure::new(
+            Kind::ImageBegin if self.open_images(snapshots) >= MAX_OPEN => Err(Failure::new(
                 FailCode::FailProtocol,
                 format!("more than {MAX_OPEN} images begun and not ended"),
             )),
-            Kind::ImageBegin => shelf.room_for_image(id),
-            Kind::Data => shelf.room_for(id, image, raw, false),
-            Kind::Zero => shelf.room_for(id, image, raw, true),
-            Kind::Commit if u64::from(header.len) > shelf.images(id).map_or(0, Images::longest_commit) => {
+            Kind::ImageBegin => snapshots.room_for_image(id),
+            Kind::Data => snapshots.room_for(id, image, raw, false),
+            Kind::Zero => snapshots.room_for(id, image, raw, true),
+            Kind::Commit
+                if u64::from(header.len) > snapshots.images(id).map_or(0, Images::longest_commit) =>
+            {
                 let text = "the list of images is longer than what has come";
                 Err(Failure::new(FailCode::FailProtocol, text))
             }
@@ -132,7 +139,7 @@ impl Streams {
             Ok(Room::Yes) => Take::Whole,
             Ok(Room::Later) => Take::Later,
             Err(failure) => {
-                self.fail(shelf, stream, failure);
+                self.fail(snapshots, stream, failure);
                 Take::Skip
             }
         })
@@ -204,8 +211,8 @@ impl Source {
     }
 
     /// Whether a snapshot of this connection is neither confirmed nor ended.
-    pub(super) fn is_busy(&self, shelf: &Shelf) -> bool {
-        let states = self.streams.active.values().filter_map(|id| shelf.get(*id)).map(|s| s.state);
+    pub(super) fn is_busy(&self, snapshots: &Snapshots) -> bool {
+        let states = self.streams.active.values().filter_map(|id| snapshots.get(*id)).map(|s| s.state);
         states.into_iter().any(|state| matches!(state, State::Receiving | State::Prepared))
     }
 
@@ -215,7 +222,7 @@ impl Source {
     }
 
     /// Takes bytes that came. An error is final: [`Self::refuse`] tells it to the other side.
-    pub(super) fn feed(&mut self, shelf: &mut Shelf, input: &mut &[u8]) -> Result<Fed, Failure> {
+    pub(super) fn feed(&mut self, snapshots: &mut Snapshots, input: &mut &[u8]) -> Result<Fed, Failure> {
         while let Stage::Magic(have) = self.stage {
             let Some((first, rest)) = input.split_first() else { return Ok(Fed::All) };
             if MAGIC.get(have) != Some(first) {
@@ -238,7 +245,7 @@ impl Source {
             let Self { decoder, streams, out, stage, .. } = self;
             let stage = *stage;
             let judge = |header: &Header| match stage {
-                Stage::Open => streams.judge(shelf, out, header),
+                Stage::Open => streams.judge(snapshots, out, header),
                 _ if header.kind == Kind::Hello => Ok(Take::Whole),
                 _ => {
                     Err(Failure::new(FailCode::FailProtocol, format!("{:?} frame before Hello", header.kind)))
@@ -248,22 +255,22 @@ impl Source {
                 None => return Ok(Fed::All),
                 Some(Item::Later) => {
                     // Only frames of images wait.
-                    let Some(id) = self.awaited(shelf) else { return Ok(Fed::All) };
+                    let Some(id) = self.awaited(snapshots) else { return Ok(Fed::All) };
                     return Ok(Fed::Held(id));
                 }
-                Some(Item::Part(header, bytes, last)) => self.part(shelf, &header, bytes, last),
+                Some(Item::Part(header, bytes, last)) => self.part(snapshots, &header, bytes, last),
                 Some(Item::Frame(header, payload)) if stage == Stage::Hello => {
                     self.hello(&header, &payload)?
                 }
-                Some(Item::Frame(header, payload)) => self.frame(shelf, &header, &payload)?,
+                Some(Item::Frame(header, payload)) => self.frame(snapshots, &header, &payload)?,
             }
         }
     }
 
     /// The snapshot of the frame that was left for later.
-    fn awaited(&mut self, shelf: &Shelf) -> Option<u64> {
+    fn awaited(&mut self, snapshots: &Snapshots) -> Option<u64> {
         let stream = self.decoder.head().ok()?.stream;
-        self.streams.receiving(shelf, stream)
+        self.streams.receiving(snapshots, stream)
     }
 
     fn hello(&mut self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
@@ -289,15 +296,15 @@ impl Source {
         Ok(())
     }
 
-    fn part(&mut self, shelf: &mut Shelf, header: &Header, bytes: &[u8], last: Last) {
-        if let Some(id) = self.streams.receiving(shelf, header.stream) {
+    fn part(&mut self, snapshots: &mut Snapshots, header: &Header, bytes: &[u8], last: Last) {
+        if let Some(id) = self.streams.receiving(snapshots, header.stream) {
             self.crc = crc::append(self.crc, bytes);
-            let mut done = shelf.append(id, header.image, bytes);
+            let mut done = snapshots.append(id, header.image, bytes);
             if last == Last::Yes {
-                done = done.and_then(|()| shelf.appended(id, header, self.crc));
+                done = done.and_then(|()| snapshots.appended(id, header, self.crc));
             }
             if let Err(failure) = done {
-                self.streams.fail(shelf, header.stream, failure);
+                self.streams.fail(snapshots, header.stream, failure);
             }
         }
         if last == Last::Yes {
@@ -305,7 +312,7 @@ impl Source {
         }
     }
 
-    fn frame(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    fn frame(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let stream = header.stream;
         match header.kind {
             Kind::Ping => self.out.extend(wire::bare(Kind::Pong, 0, 0, 0)),
@@ -313,11 +320,11 @@ impl Source {
             Kind::SnapshotBegin | Kind::Resume => {
                 let begun = if header.kind == Kind::Resume {
                     wire::message(header, payload).map(|resume| {
-                        shelf.resume(Owner { source: self.streams.source, stream }, &resume);
+                        snapshots.resume(Owner { source: self.streams.source, stream }, &resume);
                         None
                     })
                 } else {
-                    self.begin(shelf, header, payload).map(Some)
+                    self.begin(snapshots, header, payload).map(Some)
                 };
                 match begun {
                     Ok(Some(id)) => {
@@ -332,59 +339,59 @@ impl Source {
                     }
                 }
             }
-            Kind::Confirm | Kind::Abort => self.verdict(shelf, header, payload)?,
+            Kind::Confirm | Kind::Abort => self.verdict(snapshots, header, payload)?,
             _ => {
-                if let Some(id) = self.streams.receiving(shelf, stream)
-                    && let Err(failure) = of_images(shelf, id, header, payload)
+                if let Some(id) = self.streams.receiving(snapshots, stream)
+                    && let Err(failure) = of_images(snapshots, id, header, payload)
                 {
-                    self.streams.fail(shelf, stream, failure);
+                    self.streams.fail(snapshots, stream, failure);
                 }
             }
         }
         Ok(())
     }
 
-    fn begin(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<u64, Failure> {
+    fn begin(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<u64, Failure> {
         let stream = header.stream;
         let begin: pb::SnapshotBegin = wire::message(header, payload)?;
         if self.streams.active.contains_key(&stream) {
             let failure = Failure::new(FailCode::FailProtocol, format!("stream {stream} begins twice"));
-            self.streams.fail(shelf, stream, failure.clone());
+            self.streams.fail(snapshots, stream, failure.clone());
             return Err(failure);
         }
         if self.streams.active.len() >= MAX_STREAMS {
             let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
             return Err(Failure::new(FailCode::FailProtocol, text));
         }
-        shelf.begin(Owner { source: self.streams.source, stream }, begin)
+        snapshots.begin(Owner { source: self.streams.source, stream }, begin)
     }
 
     /// The last word. One that was damaged ends the connection: the source says it again over another, and would not
     /// if this one went on.
-    fn verdict(&mut self, shelf: &mut Shelf, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    fn verdict(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let stream = header.stream;
         let owner = Owner { source: self.streams.source, stream };
         let Some(id) = self.streams.active.get(&stream).copied() else { return Ok(()) };
         // A snapshot that was resumed elsewhere listens there.
-        let Some(state) = shelf.get(id).filter(|s| s.owner == Some(owner)).map(|s| s.state) else {
+        let Some(state) = snapshots.get(id).filter(|s| s.owner == Some(owner)).map(|s| s.state) else {
             self.streams.end(stream);
             return Ok(());
         };
         if header.kind == Kind::Abort {
             let reason = wire::message::<pb::Abort>(header, payload).map(|abort| abort.reason);
-            shelf.abort(id, &reason.unwrap_or_default());
+            snapshots.abort(id, &reason.unwrap_or_default());
             self.streams.end(stream);
             return Ok(());
         }
         match (wire::message::<pb::Confirm>(header, payload), state) {
             (Ok(confirm), State::Prepared) => {
-                shelf.confirm(id, confirm.survives);
+                snapshots.confirm(id, confirm.survives);
                 self.streams.end(stream);
             }
-            (Err(failure), State::Receiving) => self.streams.fail(shelf, stream, failure),
+            (Err(failure), State::Receiving) => self.streams.fail(snapshots, stream, failure),
             (Ok(_), State::Receiving) => {
                 let text = "confirmed before all images had come";
-                self.streams.fail(shelf, stream, Failure::new(FailCode::FailProtocol, text));
+                self.streams.fail(snapshots, stream, Failure::new(FailCode::FailProtocol, text));
             }
             (Err(failure), _) => return Err(failure),
             (Ok(_), _) => {}
@@ -393,7 +400,7 @@ impl Source {
     }
 
     /// Says why the connection is given up, to all whose images were on their way.
-    pub(super) fn refuse(&mut self, shelf: &mut Shelf, failure: &Failure) {
+    pub(super) fn refuse(&mut self, snapshots: &mut Snapshots, failure: &Failure) {
         let silent = matches!(self.stage, Stage::Magic(_)) || self.stage == Stage::Over;
         self.stage = Stage::Over;
         let streams: Vec<u32> = self.streams.active.keys().copied().collect();
@@ -401,25 +408,25 @@ impl Source {
             self.out.extend(wire::frame(Kind::Failed, 0, 0, &pb::Failed::from(failure.clone())));
         }
         for stream in streams {
-            self.streams.fail(shelf, stream, failure.clone());
+            self.streams.fail(snapshots, stream, failure.clone());
         }
     }
 }
 
 /// What carries images.
-fn of_images(shelf: &mut Shelf, id: u64, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+fn of_images(snapshots: &mut Snapshots, id: u64, header: &Header, payload: &[u8]) -> Result<(), Failure> {
     match header.kind {
-        Kind::ImageBegin => shelf.image_begin(id, header.image, wire::message(header, payload)?),
-        Kind::ImageEnd => shelf.image_end(id, header.image, &wire::message(header, payload)?),
-        Kind::Zero => shelf.zeros(id, header),
-        Kind::Commit => shelf.commit(id, &wire::message(header, payload)?),
+        Kind::ImageBegin => snapshots.image_begin(id, header.image, wire::message(header, payload)?),
+        Kind::ImageEnd => snapshots.image_end(id, header.image, &wire::message(header, payload)?),
+        Kind::Zero => snapshots.zeros(id, header),
+        Kind::Commit => snapshots.commit(id, &wire::message(header, payload)?),
         // The only data that is taken whole.
         _ => {
             let mut raw = vec![0; header.raw.min(MAX_DATA) as usize];
             match lz4_flex::block::decompress_into(payload, &mut raw) {
                 Ok(len) if len == raw.len() => {
-                    shelf.append(id, header.image, &raw)?;
-                    shelf.appended(id, header, crc::of(&raw))
+                    snapshots.append(id, header.image, &raw)?;
+                    snapshots.appended(id, header, crc::of(&raw))
                 }
                 _ => Err(Failure::new(FailCode::FailChecksum, "compressed bytes were damaged on their way")),
             }

@@ -1,4 +1,4 @@
-//! Ids for what a restore makes for itself: helping threads, and the midwife of a detached root.
+//! Ids for what a restore makes for itself: helping threads, and the intermediate parent of a detached root.
 //!
 //! They are taken from the far end of the range, where no task of the tree is and the kernel, which counts upwards,
 //! rarely comes. Another restore may look for some at the same moment, and whoever comes second takes others.
@@ -9,14 +9,14 @@ use anyhow::{Context, Result};
 
 /// Hands out ids, each once.
 #[derive(Debug)]
-pub(super) struct Spare {
+pub(super) struct PidAllocator {
     tree: HashSet<i32>,
     given: HashSet<i32>,
     /// All above have been looked at.
     next: i32,
 }
 
-impl Spare {
+impl PidAllocator {
     /// Ids that are not in `tree`.
     pub(super) fn new(tree: impl Iterator<Item = i32>) -> Self {
         let max = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok();
@@ -45,11 +45,11 @@ mod tests {
 
     #[test]
     fn each_is_given_once_and_none_of_the_tree() {
-        let first = Spare::new(std::iter::empty()).pick().unwrap();
-        let mut spare = Spare::new([first, first - 2].into_iter());
-        let picked: Vec<i32> = (0..5).map(|_| spare.pick().unwrap()).collect();
-        assert!(picked.iter().all(|id| *id < first && *id != first - 2 && spare.gave(*id)), "{picked:?}");
+        let first = PidAllocator::new(std::iter::empty()).pick().unwrap();
+        let mut pids = PidAllocator::new([first, first - 2].into_iter());
+        let picked: Vec<i32> = (0..5).map(|_| pids.pick().unwrap()).collect();
+        assert!(picked.iter().all(|id| *id < first && *id != first - 2 && pids.gave(*id)), "{picked:?}");
         assert!(picked.is_sorted_by(|a, b| a > b), "{picked:?}");
-        assert!(!spare.gave(first));
+        assert!(!pids.gave(first));
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     proc::stat,
     settings::Leave,
     sys::{Errno, ptrace, task, wait},
-    tracee::{Deputy, Thread},
+    tracee::{KillGuard, Thread},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
@@ -62,8 +62,8 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     let alive = || tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_)));
     // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
     let pids: Vec<i32> = alive().map(|p| p.pid).collect();
-    let mut deputy = match Deputy::appoint(&pids) {
-        Ok(deputy) => Some(deputy),
+    let mut kill_guard = match KillGuard::arm(&pids) {
+        Ok(kill_guard) => Some(kill_guard),
         Err(error) => {
             tracing::warn!("if crtool is killed now, a part of the tree runs on: {:#}", anyhow!(error));
             None
@@ -87,8 +87,8 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
         }
     }
     // Before somebody else may have these pids.
-    if let Some(deputy) = &mut deputy {
-        deputy.dismiss();
+    if let Some(kill_guard) = &mut kill_guard {
+        kill_guard.disarm();
     }
     if let Some(error) = failed {
         return Err(error.context(SAFE));

@@ -10,7 +10,7 @@
 //!
 //! The rule behind it: the images are kept as long as the tree may run nowhere else, and can be restored only once
 //! it is known not to run at the source. This module decides; it reads and writes no sockets. What it has to tell
-//! a source waits in [`Shelf::take_letters`].
+//! a source waits in [`Snapshots::take_letters`].
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
@@ -39,7 +39,7 @@ pub(super) enum Room {
 
 /// All snapshots.
 #[derive(Debug, Default)]
-pub(super) struct Shelf {
+pub(super) struct Snapshots {
     snapshots: BTreeMap<u64, Snapshot>,
     last: u64,
     max: Option<u64>,
@@ -81,7 +81,7 @@ fn label(text: &str) -> String {
     label
 }
 
-impl Shelf {
+impl Snapshots {
     /// An empty one that holds at most `max` bytes.
     pub(super) fn new(max: Option<u64>) -> Self {
         Self { max, ..Self::default() }
@@ -409,9 +409,9 @@ impl Shelf {
     pub(super) fn resume(&mut self, owner: Owner, resume: &pb::Resume) {
         let same = |s: &Snapshot| resume.id != 0 && s.begin.id == resume.id && s.begin.name == resume.name;
         let found = self.snapshots.iter().rev().find(|(_, s)| same(s)).map(|(id, s)| (*id, s.state));
-        let refuse = |shelf: &mut Self, failure: Failure| {
+        let refuse = |snapshots: &mut Self, failure: Failure| {
             let failed = pb::Failed::from(failure);
-            shelf.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
+            snapshots.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
         };
         let Some((id, state)) = found else {
             let text = format!("the cache knows no snapshot {} of that dump", label(&resume.name));

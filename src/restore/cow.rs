@@ -20,7 +20,7 @@ const PARALLEL_FROM: u64 = 16 << 20;
 
 /// What a maker leaves to a puppet.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Heritage<'a> {
+pub(super) struct ParentMemory<'a> {
     pub(super) mm: &'a pb::MmEntry,
     pub(super) pages: &'a Pages,
 }
@@ -36,7 +36,7 @@ pub(super) struct Differing {
     pub(super) equal: u64,
 }
 
-impl Heritage<'_> {
+impl ParentMemory<'_> {
     fn same(&self, vma: &pb::VmaEntry) -> bool {
         // The vdso is mapped anew: it costs nothing, and may be in two places (`vdso.rs`).
         let special = status::VSYSCALL | status::GUARD | status::VDSO | status::VVAR;

@@ -1,7 +1,7 @@
-//! A deputy: a short-lived process that kills a tree should crtool be killed before it has dealt with all of it.
+//! A kill_guard: a short-lived process that kills a tree should crtool be killed before it has dealt with all of it.
 //!
 //! A tree is killed, or let go, one thread at a time, and `kill -9` of crtool may come between any two. The
-//! deputy is a copy of crtool that executes nothing but a list. It sleeps on a pipe that only crtool holds at the
+//! kill_guard is a copy of crtool that executes nothing but a list. It sleeps on a pipe that only crtool holds at the
 //! other end: a byte tells it that there is nothing to do, the end of the pipe that crtool is gone. So the fate of a
 //! whole tree is decided by one system call: its clone when the tree is to die, its dismissal when the tree is to
 //! live. It does not see to it that nobody runs for a moment in between: that is EXITKILL's part.
@@ -29,28 +29,28 @@ const ROOM: usize = 8 << 10;
 /// Generous for one step.
 const STEP: usize = 128;
 
-/// The deputy at its post.
+/// The kill_guard at its post.
 #[derive(Debug)]
-pub struct Deputy {
+pub struct KillGuard {
     pid: i32,
     word: Option<File>,
 }
 
-impl Deputy {
-    /// Makes the deputy. From its birth until its dismissal, these processes are killed in this order if crtool dies.
-    pub fn appoint(pids: &[i32]) -> Result<Self, TraceError> {
-        let failed = |what| move |source| TraceError::Deputy { what, source };
+impl KillGuard {
+    /// Makes the kill_guard. From its birth until its dismissal, these processes are killed in this order if crtool dies.
+    pub fn arm(pids: &[i32]) -> Result<Self, TraceError> {
+        let failed = |what| move |source| TraceError::KillGuard { what, source };
         let (end, word) = pipe2(OFlag::O_CLOEXEC).map_err(failed("pipe"))?;
         let len = (ROOM + pids.len() * STEP).next_multiple_of(4096);
-        let memory = memfd(c"crtool-deputy", len as u64).map_err(failed("memory"))?;
+        let memory = memfd(c"crtool-kill_guard", len as u64).map_err(failed("memory"))?;
         let map = Mapping::shared(memory.as_fd(), 0, len, Access::All, None).map_err(failed("memory"))?;
         let at = RemoteAddr(map.addr() as u64);
         let mut area = Area::new(map, at)?;
 
-        let mut quit = List::new("end of the deputy");
+        let mut quit = List::new("end of the kill_guard");
         quit.call("exit_group", libc::SYS_exit_group, &[0u64.into()], Want::Any);
         let quit = area.place(&quit)?.start;
-        let mut list = List::new("deputy");
+        let mut list = List::new("kill_guard");
         // It keeps one descriptor: neither crtool's end of the pipe nor anything whose end others wait for.
         list.call("dup2", libc::SYS_dup2, &[end.as_raw_fd().into(), 0u64.into()], Want::Zero);
         list.call("close_range", libc::SYS_close_range, &[1u64.into(), u32::MAX.into()], Want::Zero);
@@ -75,15 +75,15 @@ impl Deputy {
     }
 
     /// Tells it that there is nothing left to do, without waiting for its end.
-    pub fn dismiss(&mut self) {
+    pub fn disarm(&mut self) {
         if let Some(mut word) = self.word.take() {
-            // The pipe is empty: this fails only when the deputy is gone.
+            // The pipe is empty: this fails only when the kill_guard is gone.
             let _ = word.write_all(b".");
         }
     }
 }
 
-impl Drop for Deputy {
+impl Drop for KillGuard {
     /// Not dismissed, it does its work now. Waits for its end.
     fn drop(&mut self) {
         drop(self.word.take());
@@ -101,11 +101,11 @@ mod tests {
     fn kills_unless_dismissed() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let mut deputy = Deputy::appoint(&[pid]).unwrap();
-        deputy.dismiss();
-        drop(deputy);
+        let mut kill_guard = KillGuard::arm(&[pid]).unwrap();
+        kill_guard.disarm();
+        drop(kill_guard);
         assert!(child.try_wait().unwrap().is_none());
-        drop(Deputy::appoint(&[pid]).unwrap());
+        drop(KillGuard::arm(&[pid]).unwrap());
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
     }
 }

@@ -8,7 +8,7 @@
 
 use anyhow::{Result, anyhow};
 
-use super::{memory::Crew, stage::Stage};
+use super::{memory::SpawnPageThread, tracees::Tracees};
 use crate::{
     sys::clone::CloneArgs,
     tracee::{Area, List, Op, Placed, RemoteAddr, Want},
@@ -19,25 +19,25 @@ const MOST: usize = 7;
 
 /// All helping threads of a restore.
 #[derive(Debug)]
-pub(super) struct Fillers {
+pub(super) struct PageThreads {
     size: usize,
-    hired: Vec<(RemoteAddr, Placed)>,
+    spawned: Vec<(RemoteAddr, Placed)>,
 }
 
-impl Fillers {
+impl PageThreads {
     pub(super) fn new() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { size: (cpus - 1).min(MOST), hired: Vec::new() }
+        Self { size: (cpus - 1).min(MOST), spawned: Vec::new() }
     }
 
     /// With room for lists, and ids.
-    pub(super) fn at<'a>(&'a mut self, stage: &'a mut Stage) -> Hiring<'a> {
-        Hiring { fillers: self, stage }
+    pub(super) fn at<'a>(&'a mut self, tracees: &'a mut Tracees) -> PageThreadSpawner<'a> {
+        PageThreadSpawner { page_threads: self, tracees }
     }
 
     /// Fails when a thread could not do its share.
     pub(super) fn check(&self, area: &Area) -> Result<()> {
-        for (slot, list) in &self.hired {
+        for (slot, list) in &self.spawned {
             if let Some(failure) = area.failure(*slot, &[list])? {
                 return Err(anyhow!(failure).context("filling of memory"));
             }
@@ -46,19 +46,19 @@ impl Fillers {
     }
 }
 
-/// Hires for one stage.
-pub(super) struct Hiring<'a> {
-    fillers: &'a mut Fillers,
-    stage: &'a mut Stage,
+/// Hires for one tracees.
+pub(super) struct PageThreadSpawner<'a> {
+    page_threads: &'a mut PageThreads,
+    tracees: &'a mut Tracees,
 }
 
-impl Crew for Hiring<'_> {
+impl SpawnPageThread for PageThreadSpawner<'_> {
     fn size(&self) -> usize {
-        self.fillers.size
+        self.page_threads.size
     }
 
-    fn hire(&mut self, mut work: List, maker: &mut List) -> Result<RemoteAddr> {
-        let area = &mut self.stage.area;
+    fn spawn(&mut self, mut work: List, maker: &mut List) -> Result<RemoteAddr> {
+        let area = &mut self.tracees.area;
         let done = area.alloc(64, 64)?;
         area.write(done, &0u32.to_ne_bytes())?;
         let mut end = List::new("end of filling");
@@ -76,9 +76,9 @@ impl Crew for Hiring<'_> {
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM;
         let args = CloneArgs { flags: flags as u64, ..CloneArgs::default() };
-        let tid = self.stage.spare.pick()?;
+        let tid = self.tracees.pids.pick()?;
         maker.clone3(format!("clone of a filling thread {tid}"), &args, &[tid], slot);
-        self.fillers.hired.push((slot, work));
+        self.page_threads.spawned.push((slot, work));
         Ok(done)
     }
 }

@@ -12,17 +12,17 @@ use anyhow::{Result, bail};
 
 /// What is wanted of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Wanted {
-    pub(super) pid: i32,
+pub(crate) struct Wanted {
+    pub(crate) pid: i32,
     /// Index of the parent; `None` for the root.
-    pub(super) parent: Option<usize>,
-    pub(super) pgid: i32,
-    pub(super) sid: i32,
+    pub(crate) parent: Option<usize>,
+    pub(crate) pgid: i32,
+    pub(crate) sid: i32,
 }
 
 /// A step in the life of a puppet, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// Makes this puppet as its child.
     Make(usize),
     /// Makes this puppet as its sibling (CLONE_PARENT).
@@ -35,40 +35,40 @@ pub(super) enum Step {
 
 /// One puppet: a task (index below the number of tasks) or a helper.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Puppet {
-    pub(super) pid: i32,
+pub(crate) struct Planned {
+    pub(crate) pid: i32,
     /// Index of the task, `None` for a helper.
-    pub(super) task: Option<usize>,
+    pub(crate) task: Option<usize>,
     /// Who is its parent, `None` for a child of crtool.
-    pub(super) parent: Option<usize>,
-    pub(super) steps: Vec<Step>,
+    pub(crate) parent: Option<usize>,
+    pub(crate) steps: Vec<Step>,
     /// Group to join once all puppets are there.
-    pub(super) join_group: Option<i32>,
+    pub(crate) join_group: Option<i32>,
 }
 
 /// All puppets; tasks first, at the same indices.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Births {
-    pub(super) puppets: Vec<Puppet>,
-    /// The one that crtool makes itself: the root, or its midwife.
-    pub(super) first: usize,
+pub(crate) struct ForkPlan {
+    pub(crate) puppets: Vec<Planned>,
+    /// The one that crtool makes itself: the root, or its intermediate parent.
+    pub(crate) first: usize,
 }
 
-impl Births {
+impl ForkPlan {
     /// Puts a helper with this pid between crtool and the root. It ends like all helpers, long before the tree runs: then
     /// the root is a child of whoever adopts orphans, and the end of crtool is nothing to it.
-    pub(super) fn add_midwife(&mut self, pid: i32) {
-        let midwife = self.puppets.len();
+    pub(crate) fn add_intermediate_parent(&mut self, pid: i32) {
+        let intermediate = self.puppets.len();
         if let Some(root) = self.puppets.first_mut() {
-            root.parent = Some(midwife);
+            root.parent = Some(intermediate);
         }
         let steps = vec![Step::Make(0)];
-        self.puppets.push(Puppet { pid, task: None, parent: None, steps, join_group: None });
-        self.first = midwife;
+        self.puppets.push(Planned { pid, task: None, parent: None, steps, join_group: None });
+        self.first = intermediate;
     }
 
     /// The puppet that makes puppet `index`.
-    pub(super) fn maker(&self, index: usize) -> Option<usize> {
+    pub(crate) fn maker(&self, index: usize) -> Option<usize> {
         let makes = |step: &Step| matches!(step, Step::Make(c) | Step::MakeSibling(c) if *c == index);
         let parent = self.puppets.get(index)?.parent?;
         // Nearly always its parent.
@@ -77,14 +77,14 @@ impl Births {
     }
 }
 
-/// Plans the births. `outside` is the session and the group that come from outside the tree
+/// Plans the forks. `outside` is the session and the group that come from outside the tree
 /// (`--shell-job`): those of crtool itself, which every task without an inner one gets.
-pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
+pub(crate) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<ForkPlan> {
     let pids: HashSet<i32> = tasks.iter().map(|t| t.pid).collect();
-    let mut puppets: Vec<Puppet> = tasks
+    let mut puppets: Vec<Planned> = tasks
         .iter()
         .enumerate()
-        .map(|(i, t)| Puppet {
+        .map(|(i, t)| Planned {
             pid: t.pid,
             task: Some(i),
             parent: t.parent,
@@ -160,7 +160,7 @@ pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
             );
         }
         let helper = *session_helpers.entry((parent, session)).or_insert_with(|| {
-            puppets.push(Puppet {
+            puppets.push(Planned {
                 pid: session,
                 task: None,
                 parent: Some(parent),
@@ -177,7 +177,7 @@ pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
         sibling_of.insert(child, helper);
     }
 
-    // Groups: leaders in the tree lead from birth; a group whose leader is dead gets a helper.
+    // Groups: leaders in the tree lead from the start; a group whose leader is dead gets a helper.
     let mut group_helpers: HashMap<i32, usize> = HashMap::new();
     for (index, task) in tasks.iter().enumerate() {
         if task.pgid == task.pid && task.sid != task.pid {
@@ -188,7 +188,7 @@ pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
                 || session_helpers.keys().any(|(_, s)| *s == task.pgid)
                 || group_helpers.contains_key(&task.pgid);
             if !led {
-                puppets.push(Puppet {
+                puppets.push(Planned {
                     pid: task.pgid,
                     task: None,
                     parent: Some(index),
@@ -235,7 +235,7 @@ pub(super) fn plan(tasks: &[Wanted], outside: (i32, i32)) -> Result<Births> {
         siblings.sort_unstable();
         puppet.steps.extend(siblings.into_iter().map(Step::MakeSibling));
     }
-    Ok(Births { puppets, first: 0 })
+    Ok(ForkPlan { puppets, first: 0 })
 }
 
 /// Whether `needed` is a session that nobody above `index` can hand down.
@@ -261,45 +261,45 @@ mod tests {
 
     #[test]
     fn plain_tree() {
-        let births = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
-        assert_eq!(births.puppets[0].steps, [Step::Setsid, Step::Make(1)]);
-        assert_eq!(births.puppets[1].join_group, Some(10));
+        let forks = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
+        assert_eq!(forks.puppets[0].steps, [Step::Setsid, Step::Make(1)]);
+        assert_eq!(forks.puppets[1].join_group, Some(10));
     }
 
     #[test]
-    fn midwife() {
-        let mut births = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
-        assert_eq!((births.first, births.maker(0)), (0, None));
-        births.add_midwife(7);
-        assert_eq!((births.first, births.maker(0), births.maker(1)), (2, Some(2), Some(0)));
-        assert_eq!(births.puppets[2].steps, [Step::Make(0)]);
+    fn intermediate_parent() {
+        let mut forks = plan(&[t(10, None, 10, 10), t(11, Some(0), 10, 10)], (1, 1)).unwrap();
+        assert_eq!((forks.first, forks.maker(0)), (0, None));
+        forks.add_intermediate_parent(7);
+        assert_eq!((forks.first, forks.maker(0), forks.maker(1)), (2, Some(2), Some(0)));
+        assert_eq!(forks.puppets[2].steps, [Step::Make(0)]);
     }
 
     #[test]
     fn child_of_the_old_session_comes_first() {
         let tasks =
             [t(10, None, 10, 10), t(11, Some(0), 11, 11), t(12, Some(1), 10, 10), t(13, Some(1), 11, 11)];
-        let births = plan(&tasks, (1, 1)).unwrap();
-        assert_eq!(births.puppets[1].steps, [Step::Make(2), Step::Setsid, Step::Make(3)]);
+        let forks = plan(&tasks, (1, 1)).unwrap();
+        assert_eq!(forks.puppets[1].steps, [Step::Make(2), Step::Setsid, Step::Make(3)]);
     }
 
     #[test]
     fn dead_session_leader() {
         let tasks = [t(10, None, 10, 10), t(12, Some(0), 11, 11)];
-        let births = plan(&tasks, (1, 1)).unwrap();
-        assert_eq!(births.puppets[2].pid, 11);
-        assert_eq!(births.puppets[2].steps, [Step::Setsid, Step::MakeSibling(1)]);
-        assert_eq!(births.puppets[0].steps, [Step::Setsid, Step::Make(2)]);
-        assert_eq!(births.puppets[1].join_group, Some(11));
+        let forks = plan(&tasks, (1, 1)).unwrap();
+        assert_eq!(forks.puppets[2].pid, 11);
+        assert_eq!(forks.puppets[2].steps, [Step::Setsid, Step::MakeSibling(1)]);
+        assert_eq!(forks.puppets[0].steps, [Step::Setsid, Step::Make(2)]);
+        assert_eq!(forks.puppets[1].join_group, Some(11));
     }
 
     #[test]
     fn dead_group_leader() {
         let tasks = [t(10, None, 10, 10), t(12, Some(0), 11, 10), t(13, Some(0), 11, 10)];
-        let births = plan(&tasks, (1, 1)).unwrap();
-        assert_eq!(births.puppets.len(), 4);
-        assert_eq!(births.puppets[3].pid, 11);
-        assert_eq!(births.puppets[1].steps, [Step::Make(3)]);
+        let forks = plan(&tasks, (1, 1)).unwrap();
+        assert_eq!(forks.puppets.len(), 4);
+        assert_eq!(forks.puppets[3].pid, 11);
+        assert_eq!(forks.puppets[1].steps, [Step::Make(3)]);
     }
 
     #[test]

@@ -25,9 +25,9 @@ const STEP_BYTES: u64 = 256 << 20;
 
 /// Pages images made beforehand, by task.
 #[derive(Debug, Default)]
-pub(super) struct SetAside(BTreeMap<i32, (u32, PagesSink)>);
+pub(super) struct ReservedImages(BTreeMap<i32, (u32, PagesSink)>);
 
-impl SetAside {
+impl ReservedImages {
     /// For the tree under `root`, which runs and changes: what is missed gets its room later.
     pub(super) fn make(store: &dyn Store, root: i32, next_pages_id: &mut u32) -> Result<Self, MemError> {
         let mut made = BTreeMap::new();
@@ -117,7 +117,7 @@ mod tests {
         let memory = vec![1u8; 32 << 20];
         let (store, mut next) = (MemStore::new(), 3);
         let own = std::process::id().cast_signed();
-        let mut aside = SetAside::make(&store, own, &mut next).unwrap();
+        let mut aside = ReservedImages::make(&store, own, &mut next).unwrap();
         assert!(memory.iter().all(|byte| *byte == 1) && next > 3);
         let (id, PagesSink::File(file)) = aside.take(own).unwrap() else {
             panic!("a store in memory streams")
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn nothing_for_a_task_that_is_gone() {
         let (store, mut next) = (MemStore::new(), 1);
-        let mut aside = SetAside::make(&store, i32::MAX, &mut next).unwrap();
+        let mut aside = ReservedImages::make(&store, i32::MAX, &mut next).unwrap();
         assert!(aside.take_any().is_none() && next == 1 && store.names().unwrap().is_empty());
     }
 }

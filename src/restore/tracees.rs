@@ -1,7 +1,7 @@
-//! The stage: puppets under ptrace, each of their threads waiting or running a list.
+//! The tracees: puppets under ptrace, each of their threads waiting or running a list.
 //!
-//! The stage knows who is there, lets lists run, and takes reports until everybody it waits for has
-//! reached a trap. Dropped before [`Stage::release`], it kills and reaps everything it holds; and if crtool
+//! The tracees knows who is there, lets lists run, and takes reports until everybody it waits for has
+//! reached a trap. Dropped before [`Tracees::release`], it kills and reaps everything it holds; and if crtool
 //! itself is killed, EXITKILL does the same.
 
 use std::{
@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::spare::Spare;
+use super::pid_allocator::PidAllocator;
 use crate::{
     interrupt,
     sys::{Errno, ptrace, task, wait, wait::Status},
@@ -44,32 +44,32 @@ struct Member {
 
 /// All tracees of a restore.
 #[derive(Debug)]
-pub(super) struct Stage {
+pub(super) struct Tracees {
     pub(super) area: Area,
     members: HashMap<i32, Member>,
-    /// Process ids, in the order of their birth.
-    pids: Vec<i32>,
+    /// Process ids, in the order in which they are forked.
+    leaders: Vec<i32>,
     armed: bool,
-    pub(super) spare: Spare,
+    pub(super) pids: PidAllocator,
     /// The id that was found to be taken last, and when that was found first.
     taken: Option<(i32, Instant)>,
 }
 
-impl Stage {
-    pub(super) fn new(area: Area, spare: Spare) -> Self {
-        Self { area, members: HashMap::new(), pids: Vec::new(), armed: true, spare, taken: None }
+impl Tracees {
+    pub(super) fn new(area: Area, pids: PidAllocator) -> Self {
+        Self { area, members: HashMap::new(), leaders: Vec::new(), armed: true, pids, taken: None }
     }
 
     /// Announces a thread that a list is going to make.
     pub(super) fn expect(&mut self, tid: i32, leader: bool, label: String, slot: RemoteAddr, list: Placed) {
         if leader {
-            self.pids.push(tid);
+            self.leaders.push(tid);
         }
         self.members
             .insert(tid, Member { label, slot, lists: vec![list], doing: Doing::Expected, ends: false });
     }
 
-    /// Gives a waiting thread its next list; it starts with [`Stage::resume`].
+    /// Gives a waiting thread its next list; it starts with [`Tracees::resume`].
     pub(super) fn next_list(&mut self, tid: i32, list: Placed) -> Result<()> {
         let member = self.members.get_mut(&tid).context("a list for nobody")?;
         self.area.set_next(member.slot, list.start)?;
@@ -173,8 +173,8 @@ impl Stage {
     /// Lets a thread that could not clone `id`, because that id was taken, try again, if there is hope.
     fn again(&mut self, tid: i32, id: i32) -> Result<bool> {
         let slot = self.members.get(&tid).context("nobody to try again")?.slot;
-        if self.spare.gave(id) {
-            let other = self.spare.pick()?;
+        if self.pids.gave(id) {
+            let other = self.pids.pick()?;
             tracing::debug!("pid {id} has been taken by somebody else; {other} does as well");
             self.area.set_child_id(slot, other)?;
         } else if !self.may_become_free(id) {
@@ -197,7 +197,7 @@ impl Stage {
         if let Some(member) = self.members.remove(&old) {
             self.members.insert(new, member);
         }
-        for pid in self.pids.iter_mut().filter(|pid| **pid == old) {
+        for pid in self.leaders.iter_mut().filter(|pid| **pid == old) {
             *pid = new;
         }
     }
@@ -293,7 +293,7 @@ impl Stage {
     }
 
     fn kill_all(&mut self) {
-        for pid in &self.pids {
+        for pid in &self.leaders {
             if self.members.get(pid).is_some_and(|m| m.doing != Doing::Gone && m.doing != Doing::Expected) {
                 let _ = task::kill(*pid, libc::SIGKILL);
             }
@@ -322,7 +322,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for Tracees {
     fn drop(&mut self) {
         if self.armed {
             self.kill_all();

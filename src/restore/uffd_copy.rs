@@ -51,7 +51,7 @@ fn large_pages_unasked() -> bool {
 
 /// What of an address space comes this way.
 #[derive(Debug, Default)]
-pub(super) struct Implants {
+pub(super) struct UffdCopies {
     areas: Vec<(u64, u64)>,
     pub(super) pieces: Vec<Piece>,
     /// Which images it can be done from; looked at once.
@@ -74,7 +74,7 @@ struct Source {
     at: u64,
 }
 
-impl Implants {
+impl UffdCopies {
     /// Takes the pages of `vma`, which is not inherited, if they are to come this way.
     pub(super) fn take(&mut self, vma: &pb::VmaEntry, pages: &Pages) -> bool {
         let huge = vma.flags & libc::MAP_HUGETLB.cast_unsigned() != 0;
@@ -225,11 +225,11 @@ mod tests {
         let PagesSink::File(image) = store.create_pages("pages-1.img", 0).unwrap() else { panic!("no file") };
         image.write_all_at(&[1], 300 * PAGE - 1).unwrap();
         let pages = Pages::read(&store, ImageKind::Pagemap, 1).unwrap().unwrap();
-        let mut implants = Implants { pieces: pages.pieces().to_vec(), ..Implants::default() };
+        let mut uffd = UffdCopies { pieces: pages.pieces().to_vec(), ..UffdCopies::default() };
         let mut list = List::new("no room");
-        let back = implants.begin(&mut list, &pages, vec![(0, super::super::memory::TASK_SIZE)]).unwrap();
-        implants.end(&mut list);
+        let back = uffd.begin(&mut list, &pages, vec![(0, super::super::memory::TASK_SIZE)]).unwrap();
+        uffd.end(&mut list);
         assert_eq!(back, pages.pieces());
-        assert!(list.is_empty() && implants.pieces.is_empty() && implants.sources.is_empty());
+        assert!(list.is_empty() && uffd.pieces.is_empty() && uffd.sources.is_empty());
     }
 }
