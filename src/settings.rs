@@ -7,6 +7,7 @@
 
 use std::{
     ffi::OsString,
+    fmt,
     os::fd::RawFd,
     path::{Path, PathBuf},
     time::Duration,
@@ -75,6 +76,17 @@ pub struct External {
     pub key: Vec<u8>,
     /// What follows the colon.
     pub value: Option<Vec<u8>>,
+}
+
+/// As it was written.
+impl fmt::Display for External {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.key))?;
+        match &self.value {
+            Some(value) => write!(f, ":{}", String::from_utf8_lossy(value)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A descriptor of the caller that stands for a file in the images: `--inherit-fd fd[N]:key`.
@@ -250,6 +262,13 @@ pub struct DumpSettings {
     pub timeout: Option<Duration>,
     /// Largest deleted file to carry, in bytes.
     pub ghost_limit: u64,
+    /// The extents of sparse deleted files are asked for by FIEMAP, many in one call, and by SEEK_DATA only where
+    /// a file system has none of that.
+    pub ghost_fiemap: bool,
+    /// The names of watched files (inotify) are looked for at once, also where a file handle would do.
+    pub force_irmap: bool,
+    /// Directories below which names of watched files are looked for, besides the usual ones.
+    pub irmap_scan_paths: Vec<PathBuf>,
     /// Into a cache instead of a directory.
     pub remote: Option<RemoteSettings>,
 }
@@ -263,6 +282,9 @@ impl DumpSettings {
             leave: Leave::default(),
             timeout: Some(DEFAULT_TIMEOUT),
             ghost_limit: DEFAULT_GHOST_LIMIT,
+            ghost_fiemap: true,
+            force_irmap: false,
+            irmap_scan_paths: Vec::new(),
             remote: None,
         }
     }

@@ -199,14 +199,14 @@ pub(crate) fn verbosity(options: &[Given]) -> u8 {
     level.min(MAX_VERBOSITY)
 }
 
-/// The options that count in the end: a switch taken back is gone.
+/// The options that count in the end: a switch taken back is gone, unless it is on by default.
 pub(crate) fn settle(options: Vec<Given>) -> Vec<Given> {
     let mut settled: Vec<Given> = Vec::with_capacity(options.len());
     for given in options {
         if given.known.value == Value::None {
             settled.retain(|other| other.known.canonical() != given.known.canonical());
         }
-        if !given.negated {
+        if !given.negated || given.known.on_by_default {
             settled.push(given);
         }
     }
@@ -220,7 +220,7 @@ pub(crate) fn canonical(options: &[Given], words: &[OsString]) -> Vec<OsString> 
         if matches!(given.known.long, "verbosity") {
             continue;
         }
-        let mut word = OsString::from("--");
+        let mut word = OsString::from(if given.negated { "--no-" } else { "--" });
         word.push(given.known.canonical());
         if let Some(value) = &given.value {
             word.push("=");
@@ -276,6 +276,9 @@ mod tests {
             ("dump -jRt 7", "--shell-job --leave-running --tree=7 --verbosity=2 -- dump"),
             ("dump -j -j --no-shell-job", "--verbosity=2 -- dump"),
             ("dump --no-shell-job -j", "--shell-job --verbosity=2 -- dump"),
+            ("dump --ghost-fiemap", "--ghost-fiemap --verbosity=2 -- dump"),
+            ("dump --no-ghost-fiemap", "--no-ghost-fiemap --verbosity=2 -- dump"),
+            ("dump --no-ghost-fiemap --ghost-fiemap", "--ghost-fiemap --verbosity=2 -- dump"),
             ("restore --daemon", "--restore-detached --verbosity=2 -- restore"),
             ("restore -d --no-daemon", "--verbosity=2 -- restore"),
             ("restore --cpu-cap none", "--cpu-cap --verbosity=2 -- restore none"),

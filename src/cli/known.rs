@@ -1,8 +1,10 @@
 //! Every option of criu(8), by name: which take a value, which have a `--no-` form, which work here.
 //!
 //! The table, not the parser, decides what may be abbreviated to what, so that an abbreviation means
-//! the same here as it does to CRIU. An option that CRIU has and we have not is a row too: it is
-//! refused by name and never ignored.
+//! the same here as it does to CRIU. Callers of CRIU pass the same options to every command, so an option that
+//! changes nothing is accepted, with a warning that says so. An option that CRIU has and we have not is a row too:
+//! it is refused where ignoring it would change what is saved or restored, and where nothing here depends on it, the
+//! warning says why.
 
 use clap::ValueEnum;
 
@@ -79,12 +81,15 @@ pub(crate) enum Value {
 pub(crate) enum Standing {
     /// Another name of the option given here (CRIU has synonyms), which says for which commands.
     Works(&'static str),
-    /// It works for one command; with another it is a mistake, not a setting that happens not to matter.
-    Only(&'static [Command]),
     /// It changes something for these commands, and nothing for the others.
     For(&'static [Command]),
-    /// CRIU has it, we do not yet.
-    ToCome,
+    /// It decides what is run in the end: with a command other than these it is refused.
+    Only(&'static [Command]),
+    /// CRIU has it and we do not yet: refused for these commands, because without it they would do something else
+    /// than what was asked for. Nothing depends on it for the others.
+    ToCome(&'static [Command], &'static str),
+    /// CRIU has it, and nothing here depends on it: why.
+    Moot(&'static str),
     /// CRIU refuses or deprecates it in favour of something else.
     Gone(&'static str),
 }
@@ -100,36 +105,43 @@ pub(crate) struct Known {
     pub(crate) value: Value,
     /// Is there `--no-LONG`?
     pub(crate) negatable: bool,
+    /// Is it on unless `--no-LONG` says otherwise?
+    pub(crate) on_by_default: bool,
     /// What we do about it.
     pub(crate) standing: Standing,
 }
 
 use Command::{Check, Dump, ImageCache, ImageProxy, Restore};
-use Standing::{For, Gone, Only, ToCome, Works};
+use Standing::{For, Gone, Moot, Only, ToCome, Works};
 
 /// A switch with a `--no-` form.
 const fn switch(long: &'static str, standing: Standing) -> Known {
-    Known { long, short: None, value: Value::None, negatable: true, standing }
+    Known { long, short: None, value: Value::None, negatable: true, on_by_default: false, standing }
 }
 
 /// A switch without one.
 const fn plain(long: &'static str, standing: Standing) -> Known {
-    Known { long, short: None, value: Value::None, negatable: false, standing }
+    Known { long, short: None, value: Value::None, negatable: false, on_by_default: false, standing }
 }
 
 /// An option with a value.
 const fn value(long: &'static str, standing: Standing) -> Known {
-    Known { long, short: None, value: Value::Required, negatable: false, standing }
+    Known { long, short: None, value: Value::Required, negatable: false, on_by_default: false, standing }
 }
 
 /// An option whose value may be left out.
 const fn optional(long: &'static str, standing: Standing) -> Known {
-    Known { long, short: None, value: Value::Optional, negatable: false, standing }
+    Known { long, short: None, value: Value::Optional, negatable: false, on_by_default: false, standing }
 }
 
 impl Known {
     const fn or(mut self, short: u8) -> Self {
         self.short = Some(short);
+        self
+    }
+
+    const fn on_by_default(mut self) -> Self {
+        self.on_by_default = true;
         self
     }
 
@@ -148,6 +160,17 @@ const BOTH: Standing = For(&[Dump, Restore]);
 const TREE: Standing = For(&[Dump, Restore, Check]);
 /// What runs until it ends, and what tells that it is ready.
 const RUNS: Standing = For(&[Dump, Restore, ImageCache, ImageProxy]);
+/// What `check` looks at.
+const CHECK: Standing = For(&[Check]);
+
+const NO_SOCKETS: Standing = Moot("sockets are not saved yet, and a tree that has some is refused");
+const NO_NETNS: Standing =
+    Moot("network namespaces are not saved yet, and a tree in another one than crtool's is refused");
+const NO_MNTNS: Standing =
+    Moot("mount namespaces are not saved yet, and a tree in another one than crtool's is refused");
+const NO_CGROUPS: Standing = Moot("control groups are left alone");
+const WHOLE: Standing = Moot("every dump is a whole one");
+
 /// Who speaks to another host.
 const NET: Standing = For(&[Dump, ImageCache, ImageProxy]);
 
@@ -162,64 +185,67 @@ pub(crate) static OPTIONS: &[Known] = &[
     value("images-dir", BOTH).or(b'D'),
     value("work-dir", ALL).or(b'W'),
     value("log-file", ALL).or(b'o'),
-    value("join-ns", ToCome).or(b'J'),
-    value("root", ToCome).or(b'r'),
-    optional("ext-unix-sk", ToCome).or(b'x'),
+    value("join-ns", ToCome(&[Restore], "the tree would be restored into crtool's own namespace")).or(b'J'),
+    value("root", NO_MNTNS).or(b'r'),
+    optional("ext-unix-sk", NO_SOCKETS).or(b'x'),
     plain("help", ALL).or(b'h'),
-    switch("tcp-established", ToCome),
+    switch("tcp-established", NO_SOCKETS),
     value("close", ALL),
     switch("log-pid", ALL),
     plain("version", ALL).or(b'V'),
     switch("evasive-devices", TREE),
     value("pidfile", RUNS),
-    value("veth-pair", ToCome),
+    value("veth-pair", NO_NETNS),
     value("action-script", BOTH),
     switch("link-remap", TREE),
     switch("shell-job", TREE).or(b'j'),
     switch("file-locks", TREE).or(b'l'),
-    switch("page-server", ToCome),
+    switch("page-server", ToCome(&[Dump], "the pages would stay in the images directory")),
     value("address", NET),
     value("port", NET),
-    value("prev-images-dir", ToCome),
+    value("prev-images-dir", WHOLE),
     plain("ms", Gone("see --extra, --experimental and --all of crtool check")),
-    switch("track-mem", ToCome),
-    switch("auto-dedup", ToCome),
-    value("libdir", ToCome).or(b'L'),
+    switch("track-mem", WHOLE),
+    switch("auto-dedup", Moot("the pages stay in the images that have them")),
+    value("libdir", Moot("there are no plugins, and a tree that has devices of theirs is refused")).or(b'L'),
     optional("cpu-cap", BOTH),
-    switch("force-irmap", ToCome),
-    value("ext-mount-map", ToCome).or(b'M'),
+    switch("force-irmap", For(&[Dump, Check])),
+    value("ext-mount-map", NO_MNTNS).or(b'M'),
     plain("exec-cmd", Only(&[Restore])),
     optional("manage-cgroups", BOTH),
-    value("cgroup-root", ToCome),
+    value("cgroup-root", NO_CGROUPS),
     value("inherit-fd", For(&[Restore])),
-    value("feature", Only(&[Check])),
-    value("skip-mnt", ToCome),
-    value("enable-fs", ToCome),
-    switch("enable-external-sharing", ToCome),
-    switch("enable-external-masters", ToCome),
-    value("freeze-cgroup", ToCome),
+    value("feature", CHECK),
+    value("skip-mnt", NO_MNTNS),
+    value("enable-fs", NO_MNTNS),
+    switch("enable-external-sharing", NO_MNTNS),
+    switch("enable-external-masters", NO_MNTNS),
+    value("freeze-cgroup", Moot("each task of the tree is stopped by itself")),
     value("ghost-limit", For(&[Dump, Check])),
-    value("irmap-scan-path", ToCome),
-    value("lsm-profile", ToCome),
+    value("irmap-scan-path", For(&[Dump, Check])),
+    value("lsm-profile", ToCome(&[Restore], "the tree would run without that profile")),
     value("timeout", RUNS),
     value("external", TREE),
-    value("empty-ns", ToCome),
-    plain("lazy-pages", ToCome),
-    switch("extra", Only(&[Check])),
-    switch("experimental", Only(&[Check])),
-    plain("all", Only(&[Check])),
-    value("cgroup-props", ToCome),
-    value("cgroup-props-file", ToCome),
-    value("cgroup-dump-controller", ToCome),
-    switch("skip-in-flight", ToCome),
+    value("empty-ns", NO_NETNS),
+    plain(
+        "lazy-pages",
+        ToCome(&[Dump], "nobody would ask for pages, and all of them would be in the images"),
+    ),
+    switch("extra", CHECK),
+    switch("experimental", CHECK),
+    plain("all", CHECK),
+    value("cgroup-props", NO_CGROUPS),
+    value("cgroup-props-file", NO_CGROUPS),
+    value("cgroup-dump-controller", NO_CGROUPS),
+    switch("skip-in-flight", NO_SOCKETS),
     switch("deprecated", ALL),
     switch("display-stats", BOTH),
-    switch("weak-sysctls", ToCome),
+    switch("weak-sysctls", Moot("settings of namespaces are not saved yet")),
     value("status-fd", RUNS),
-    switch("tcp-close", ToCome),
+    switch("tcp-close", NO_SOCKETS),
     optional("verbosity", ALL).or(b'v'),
     value("ps-socket", NET),
-    switch("stream", ToCome),
+    switch("stream", ToCome(&[Dump, Restore], "the images would not go through the streamer")),
     value("config", ALL),
     plain("no-default-config", ALL),
     value("tls-cacert", NET),
@@ -228,25 +254,26 @@ pub(crate) static OPTIONS: &[Known] = &[
     value("tls-key", NET),
     switch("tls", NET),
     plain("tls-no-cn-verify", NET),
-    value("cgroup-yard", ToCome),
-    value("pre-dump-mode", ToCome),
+    value("cgroup-yard", NO_CGROUPS),
+    value("pre-dump-mode", For(&[])),
     value("file-validation", BOTH),
     switch("skip-file-rwx-check", For(&[Restore])),
-    value("lsm-mount-context", ToCome),
-    value("network-lock", ToCome),
-    switch("mntns-compat-mode", ToCome),
-    switch("unprivileged", ToCome),
-    switch("ghost-fiemap", ToCome),
+    value("lsm-mount-context", NO_MNTNS),
+    value("network-lock", NO_SOCKETS),
+    switch("mntns-compat-mode", NO_MNTNS),
+    switch("unprivileged", Moot("what is not permitted is refused by name")),
+    switch("allow-uprobes", Moot("a tree that has such an area is refused")),
+    switch("ghost-fiemap", For(&[Dump, Check])).on_by_default(),
 ];
 
 /// What CRIU has not. They come after its own, so that an abbreviation means what it means there.
 pub(crate) static OWN_OPTIONS: &[Known] = &[
     switch("remote", BOTH),
     value("compress", NET),
-    optional("wait-restored", Only(&[Dump])),
-    switch("free-as-read", Only(&[Restore])),
-    value("max-memory", Only(&[ImageCache])),
-    plain("force", Only(&[ImageCache])),
+    optional("wait-restored", For(&[Dump])),
+    switch("free-as-read", For(&[Restore])),
+    value("max-memory", For(&[ImageCache])),
+    plain("force", For(&[ImageCache])),
 ];
 
 /// Every option there is.
@@ -342,6 +369,7 @@ mod tests {
         assert_eq!(name("tls"), "tls");
         assert_eq!(name("tls-n"), "tls-no-cn-verify");
         assert_eq!(name("no-sh"), "no-shell-job");
+        assert_eq!(name("al"), "all|allow-uprobes");
         assert_eq!(name("no-d"), "no-daemon|no-deprecated|no-display-stats|no-default-config");
         assert_eq!(name("no-default"), "no-default-config");
         assert_eq!(name("ver"), "version|verbosity");

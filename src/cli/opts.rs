@@ -31,7 +31,7 @@ Examples:
   dst# crtool restore -d --remote -W /run/crtool           continue it there
 
 Most switches can be taken back with --no-NAME. Names may be abbreviated. Every option of criu(8) is known
-by its name; one that is not listed here is refused as not supported yet.";
+by its name; one that is not listed here is refused as not supported yet, or has no effect, with a warning.";
 
 /// Checkpoint and restore Linux process trees.
 #[derive(Debug, Parser)]
@@ -152,6 +152,18 @@ pub(crate) struct Opts {
     /// Largest deleted file to carry, with K, M or G [default: 1M]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Resources")]
     pub(crate) ghost_limit: Option<u64>,
+    /// Look for the extents of sparse deleted files with SEEK_DATA only, not with FIEMAP
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) no_ghost_fiemap: bool,
+    /// FIEMAP is used unless --no-ghost-fiemap says otherwise
+    #[arg(long, hide = true)]
+    pub(crate) ghost_fiemap: bool,
+    /// Look for the names of watched files (inotify) also where a file handle would do
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) force_irmap: bool,
+    /// Also look for names of watched files below this directory
+    #[arg(long, value_name = "DIR", help_heading = "Resources")]
+    pub(crate) irmap_scan_path: Vec<PathBuf>,
     /// Allow another name for a device that cannot be opened by its own
     #[arg(long, help_heading = "Resources")]
     pub(crate) evasive_devices: bool,
@@ -356,8 +368,16 @@ mod tests {
     fn table_and_parser_agree() {
         Opts::command().debug_assert();
         let wanted: BTreeSet<_> = known::all()
-            .filter(|known| !matches!(known.standing, Standing::ToCome | Standing::Gone(_)))
-            .map(|known| (known.canonical().to_owned(), known.value != Value::None))
+            .filter(|known| match known.standing {
+                Standing::ToCome(..) | Standing::Moot(_) | Standing::Gone(_) => false,
+                Standing::For(commands) | Standing::Only(commands) => !commands.is_empty(),
+                Standing::Works(_) => true,
+            })
+            .flat_map(|known| {
+                let takes = known.value != Value::None;
+                let negation = known.on_by_default.then(|| (format!("no-{}", known.long), takes));
+                std::iter::once((known.canonical().to_owned(), takes)).chain(negation)
+            })
             .collect();
         let parsed: BTreeSet<_> = Opts::command()
             .get_arguments()
@@ -369,9 +389,9 @@ mod tests {
         assert_eq!(parsed, wanted);
         for arg in Opts::command().get_arguments() {
             let Some(long) = arg.get_long() else { continue };
-            let known = known::all().find(|known| known.long == long).map(|known| known.short);
+            let known = known::find_long(long).unwrap().known;
             let short = arg.get_short().map(|letter| u8::try_from(letter).unwrap());
-            assert_eq!(known, Some(short), "{long}");
+            assert_eq!(known.short, short, "{long}");
         }
     }
 

@@ -26,6 +26,9 @@ use crate::{
     },
 };
 
+const NO_SOCKETS: &str = "sockets are not saved yet, and a tree that has some is refused";
+const NO_NAMESPACES: &str = "namespaces are not saved yet, and a tree in others than crtool's is refused";
+
 /// A mistake of the caller: said in one line, nothing done.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -40,8 +43,8 @@ pub(crate) enum UsageError {
     UnknownCommand(String),
     #[error("command {0} is not supported yet")]
     CommandToCome(String),
-    #[error("{origin}option --{name} is not supported yet")]
-    ToCome { origin: Origin, name: &'static str },
+    #[error("{origin}option --{name} is not supported yet: without it {otherwise}")]
+    ToCome { origin: Origin, name: &'static str, otherwise: &'static str },
     #[error("{origin}option --{name}={value} is not supported yet")]
     ValueToCome { origin: Origin, name: &'static str, value: String },
     #[error("{origin}option --{name} is deprecated; {instead}")]
@@ -183,25 +186,26 @@ fn legal(
         let typed = given.origin == Origin::Words;
         // What a configuration file says about dump and restore does not stop the others.
         let concerned = typed || matches!(command, Command::Dump | Command::Restore);
-        let applies = match standing.unwrap_or(Standing::ToCome) {
-            Standing::ToCome if concerned => {
-                return Err(UsageError::ToCome { origin: given.origin, name });
+        let no_effect = match standing {
+            Some(Standing::ToCome(commands, otherwise)) if commands.contains(&command) => {
+                return Err(UsageError::ToCome { origin: given.origin, name, otherwise });
             }
-            Standing::Gone(instead) if concerned => {
+            Some(Standing::Gone(instead)) if concerned => {
                 return Err(UsageError::Gone { origin: given.origin, name, instead });
             }
-            Standing::ToCome | Standing::Gone(_) => false,
-            Standing::Only(commands) if typed && !commands.contains(&command) => {
+            Some(Standing::Only(commands)) if typed && !commands.contains(&command) => {
                 let command = command.name();
                 return Err(UsageError::NotFor { origin: given.origin, name, command });
             }
-            Standing::Only(commands) | Standing::For(commands) => commands.contains(&command),
-            Standing::Works(_) => false,
+            Some(Standing::Only(commands) | Standing::For(commands)) if commands.contains(&command) => {
+                kept.push(given);
+                continue;
+            }
+            Some(Standing::Moot(why)) => format!("option --{name} has no effect: {why}"),
+            _ => format!("option --{name} has no effect on {}", command.name()),
         };
-        if applies {
-            kept.push(given);
-        } else if typed {
-            warnings.push(format!("option --{name} has no effect on {}", command.name()));
+        if typed {
+            warnings.push(no_effect);
         }
     }
     Ok(kept)
@@ -247,7 +251,7 @@ fn explain(error: &clap::Error, options: &[Given]) -> UsageError {
     UsageError::Value { origin, name, value, wanted }
 }
 
-fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, UsageError> {
+fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result<Plan, UsageError> {
     let command = opts.command;
     let place = |name| {
         options
@@ -268,16 +272,11 @@ fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, U
         let (name, value) = ("manage-cgroups", mode.clone());
         return Err(UsageError::ValueToCome { origin: place(name), name, value });
     }
-    for external in &opts.external {
-        let kind = external.key.split(|&byte| byte == b'[').next().unwrap_or_default();
-        if !matches!(kind, b"file" | b"tty" | b"pipe") {
-            let mut value = String::from_utf8_lossy(&external.key).into_owned();
-            if let Some(more) = &external.value {
-                let _ = write!(value, ":{}", String::from_utf8_lossy(more));
-            }
-            let name = "external";
-            return Err(UsageError::ValueToCome { origin: place(name), name, value });
-        }
+    if let Some(kind) = foreign_externals(&mut opts, &mut warnings) {
+        let (name, value) = ("external".to_owned(), kind);
+        let wanted =
+            "no kind of resource: file, tty and pipe, and those of sockets and namespaces".to_owned();
+        return Err(UsageError::Value { origin: place("external"), name, value, wanted });
     }
     let typed = Typed(options);
     let here = Path::new(".");
@@ -311,6 +310,25 @@ fn build(opts: Opts, options: &[Given], warnings: Vec<String>) -> Result<Plan, U
         Command::ImageProxy => remotely::proxy(opts, typed, work_dir)?,
     };
     Ok(Plan { task, log, close, warnings })
+}
+
+/// Takes out resources of sockets and namespaces: a tree that has any is refused, so naming one changes nothing. What
+/// is of no kind at all is returned.
+fn foreign_externals(opts: &mut Opts, warnings: &mut Vec<String>) -> Option<String> {
+    let mut unknown = None;
+    opts.external.retain(|external| {
+        let kind = external.key.split(|&byte| byte == b'[').next().unwrap_or_default();
+        match kind {
+            b"file" | b"tty" | b"pipe" => return true,
+            b"unix" => warnings.push(format!("option --external {external} has no effect: {NO_SOCKETS}")),
+            b"mnt" | b"dev" | b"net" | b"pid" | b"veth" | b"macvlan" | b"netdev" => {
+                warnings.push(format!("option --external {external} has no effect: {NO_NAMESPACES}"));
+            }
+            _ => unknown = Some(external.to_string()),
+        }
+        false
+    });
+    unknown
 }
 
 /// The options as they were given, to tell what was typed from what a configuration file says for all commands.
@@ -393,10 +411,18 @@ fn dump(
     if let Some(seconds) = opts.timeout {
         settings.timeout = (seconds > 0).then(|| std::time::Duration::from_secs(u64::from(seconds)));
     }
+    collecting(&opts, &mut settings);
+    Ok(settings)
+}
+
+/// What `dump` and `check -t` are told about how a tree is collected.
+fn collecting(opts: &Opts, settings: &mut DumpSettings) {
     if let Some(bytes) = opts.ghost_limit {
         settings.ghost_limit = bytes;
     }
-    Ok(settings)
+    settings.ghost_fiemap = !opts.no_ghost_fiemap;
+    settings.force_irmap = opts.force_irmap;
+    settings.irmap_scan_paths.clone_from(&opts.irmap_scan_path);
 }
 
 fn restore(
@@ -431,9 +457,7 @@ fn check(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> CheckSettings {
     if let Some(pid) = opts.tree {
         let mut settings = DumpSettings::new(pid, images_dir);
         settings.common = common(&opts, images_dir, work_dir);
-        if let Some(bytes) = opts.ghost_limit {
-            settings.ghost_limit = bytes;
-        }
+        collecting(&opts, &mut settings);
         CheckSettings::Tree(Box::new(settings))
     } else if opts.feature.iter().any(|name| name == "list") {
         CheckSettings::List
@@ -513,6 +537,12 @@ mod tests {
         assert_eq!(dumped("--file-validation=filesize").common.file_validation, FileValidation::FileSize);
         assert_eq!(dumped("--cpu-cap").common.cpu_cap, Some(CpuCap::ALL));
         assert_eq!(dumped("--cpu-cap=none").common.cpu_cap, Some(CpuCap::NONE));
+        let settings = dumped("");
+        assert!(settings.ghost_fiemap && !settings.force_irmap && settings.irmap_scan_paths.is_empty());
+        let settings = dumped("--no-ghost-fiemap --force-irmap --irmap-scan-path /a --irmap-scan-path=b");
+        assert!(!settings.ghost_fiemap && settings.force_irmap);
+        assert_eq!(settings.irmap_scan_paths, [Path::new("/a"), Path::new("b")]);
+        assert!(dumped("--no-ghost-fiemap --ghost-fiemap").ghost_fiemap);
         let external = |key: &[u8], value: Option<&[u8]>| External {
             key: key.to_vec(),
             value: value.map(<[u8]>::to_vec),

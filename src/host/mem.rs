@@ -182,6 +182,20 @@ pub(super) fn guards() -> Result<(), Trouble> {
     )
 }
 
+/// A guard page is told from the page beside it.
+pub(super) fn scan_guards() -> Result<(), Trouble> {
+    let mut script = call("pipe", Script::new())?;
+    map(&mut script, 2);
+    let guard = script.call(libc::SYS_madvise, &[SOMEWHERE.into(), PAGE.into(), MADV_GUARD_INSTALL.into()]);
+    touch(&mut script, 1);
+    let child = call("fork", script.start())?;
+    call("MADV_GUARD_INSTALL", child.result(guard))?;
+    let pagemap = File::open(format!("/proc/{}/pagemap", child.pid())).map_err(Trouble::Proc)?;
+    let query = Query { all: category::GUARD, report: category::GUARD, ..Query::default() };
+    let found = scanned(&pagemap, SOMEWHERE, SOMEWHERE + 2 * PAGE, query)?;
+    expect(found == [(SOMEWHERE, SOMEWHERE + PAGE)], "other pages are reported")
+}
+
 /// An asynchronous I/O ring is an area of its own.
 pub(super) fn aio() -> Result<(), Trouble> {
     let mut script = call("pipe", Script::new())?;

@@ -102,6 +102,7 @@ pub static PROBES: &[Probe] = &[
     extra("openat2", "open files within a directory", files::openat2),
     extra("memfd_hugetlb", "save memfd descriptors on huge pages", mem::memfd_hugetlb),
     extra("madv_guards", "keep guard pages", mem::guards),
+    extra("pagemap_scan_guard_pages", "find guard pages", mem::scan_guards),
     extra("aio_remap", "move asynchronous I/O rings", mem::aio),
     extra("compat_cr", "give 32-bit tasks their vdso", mem::map_vdso_32),
     extra("loginuid", "save the login uid", files::loginuid),
