@@ -25,3 +25,4 @@ pub mod stats;
 pub mod sys;
 pub mod task;
 pub mod tracee;
+pub mod view;

@@ -303,6 +303,8 @@ pub struct RestoreSettings {
     pub leave_stopped: bool,
     /// File modes need not be the ones that were dumped.
     pub skip_file_rwx_check: bool,
+    /// Symbolic links that are found on the way to a file of the tree are followed whoever has made them.
+    pub allow_symlinks: bool,
     /// Descriptors of ours that replace files of the images.
     pub inherit_fds: Vec<InheritFd>,
     /// Written before the tree runs; relative to the work dir.
@@ -322,6 +324,7 @@ impl RestoreSettings {
             sibling: false,
             leave_stopped: false,
             skip_file_rwx_check: false,
+            allow_symlinks: false,
             inherit_fds: Vec::new(),
             pidfile: None,
             exec_cmd: None,

@@ -274,6 +274,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     switch("free-as-read", For(&[Restore])),
     value("max-memory", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
+    switch("allow-symlinks", For(&[Restore])),
 ];
 
 /// Every option there is.

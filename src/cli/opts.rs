@@ -170,9 +170,12 @@ pub(crate) struct Opts {
     /// How files are recognised at restore: filesize or buildid [default: buildid]
     #[arg(long, value_name = "METHOD", value_parser = file_validation, help_heading = "Resources")]
     pub(crate) file_validation: Option<FileValidation>,
-    /// Do not compare file modes at restore
+    /// Do not compare file modes and owners at restore
     #[arg(long, help_heading = "Resources")]
     pub(crate) skip_file_rwx_check: bool,
+    /// Follow symbolic links on the way to files of the tree, whoever has made them
+    #[arg(long, help_heading = "Resources")]
+    pub(crate) allow_symlinks: bool,
     /// A resource that is not saved: file[mnt_id:inode], tty[rdev:dev], pipe[inode]
     #[arg(long, value_name = "RES", value_parser = OsStringValueParser::new().try_map(|text| external(&text)),
           help_heading = "Resources")]

@@ -447,6 +447,7 @@ fn restore(
     settings.sibling = opts.restore_sibling;
     settings.leave_stopped = opts.leave_stopped;
     settings.skip_file_rwx_check = opts.skip_file_rwx_check;
+    settings.allow_symlinks = opts.allow_symlinks;
     settings.inherit_fds = opts.inherit_fd;
     settings.pidfile = opts.pidfile;
     settings.exec_cmd = opts.exec_cmd.then_some(opts.words);

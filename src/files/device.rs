@@ -1,11 +1,6 @@
 //! Character devices without state: opening the node again is all there is to it.
 
-use std::{
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
-};
-
-use super::path::to_path;
+use crate::view::View;
 
 /// null, zero, full, random, urandom: (major 1, minor).
 const MEMORY_DEVICES: &[u32] = &[3, 5, 7, 8, 9];
@@ -20,15 +15,15 @@ pub(super) fn is_simple(rdev: u64) -> bool {
 
 /// `--evasive-devices`: another name for a device whose own name `link` does not lead to it (any more), and the mode of
 /// the node that has it.
-pub(super) fn evade(link: &[u8], rdev: u64) -> Option<(Vec<u8>, u32)> {
-    let node = |path: &Path| {
-        let meta = std::fs::metadata(path).ok()?;
-        (meta.file_type().is_char_device() && meta.rdev() == rdev).then(|| meta.mode())
+pub(super) fn evade(view: &View, link: &[u8], rdev: u64) -> Option<(Vec<u8>, u32)> {
+    let node = |path: &[u8]| {
+        let stat = view.stat(path).ok()?;
+        (stat.st_mode & libc::S_IFMT == libc::S_IFCHR && stat.st_rdev == rdev).then_some(stat.st_mode)
     };
-    if node(to_path(link)).is_some() {
+    if node(link).is_some() {
         return None;
     }
-    USUAL_NAMES.iter().find_map(|name| Some((name.as_bytes().to_vec(), node(Path::new(name))?)))
+    USUAL_NAMES.iter().find_map(|name| Some((name.as_bytes().to_vec(), node(name.as_bytes())?)))
 }
 
 #[cfg(test)]
@@ -37,11 +32,12 @@ mod tests {
 
     #[test]
     fn evades_only_where_needed() {
-        let zero = std::fs::metadata("/dev/zero").unwrap().rdev();
-        assert_eq!(evade(b"/dev/zero", zero), None);
-        let name = |link: &[u8]| evade(link, zero).map(|(name, _)| name);
+        let view = View::own(crate::view::Symlinks::None).unwrap();
+        let zero = view.stat(b"/dev/zero").unwrap().st_rdev;
+        assert_eq!(evade(&view, b"/dev/zero", zero), None);
+        let name = |link: &[u8]| evade(&view, link, zero).map(|(name, _)| name);
         assert_eq!(name(b"/container/dev/zero (deleted)"), Some(b"/dev/zero".to_vec()));
         assert_eq!(name(b"/dev/null"), Some(b"/dev/zero".to_vec()), "another device has the name now");
-        assert_eq!(evade(b"/nowhere", 0), None);
+        assert_eq!(evade(&view, b"/nowhere", 0), None);
     }
 }

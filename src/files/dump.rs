@@ -19,7 +19,7 @@ use super::{
     path::bytes_of,
     refused::{self, Refusal},
     remap::Remaps,
-    view::Source,
+    fd_view::Source,
 };
 use crate::{
     finding::Finding,

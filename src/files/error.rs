@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, path::PathBuf};
 
-use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError};
+use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError, view::ViewError};
 
 /// An open file that cannot be saved or made again.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,16 @@ pub enum FileError {
         path: PathBuf,
         /// Why not.
         source: Errno,
+    },
+    /// A path does not lead where it should.
+    #[error("{action} {}", path.display())]
+    Name {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: ViewError,
     },
     /// The file found is not the one that was saved.
     #[error("{}: {what}", path.display())]
@@ -104,6 +114,15 @@ impl FileError {
     /// For `map_err`: names the call that failed.
     pub fn sys(action: &'static str) -> impl FnOnce(Errno) -> Self {
         move |source| Self::Sys { action, source }
+    }
+
+    /// For `map_err`: names what was attempted and the path that could not be resolved.
+    pub(crate) fn name(action: &'static str, path: &[u8]) -> impl FnOnce(ViewError) -> Self {
+        let path = crate::files::path::to_path(path).to_owned();
+        move |error| match error {
+            ViewError::Sys(source) => Self::Path { action, path, source },
+            source => Self::Name { action, path, source },
+        }
     }
 
     /// For `map_err`: names the call and the path.

@@ -13,14 +13,14 @@ use std::{
 };
 
 use nix::{
-    fcntl::{AT_FDCWD, AtFlags},
-    sys::stat::{Mode, lstat},
+    fcntl::{AT_FDCWD, AtFlags, OFlag},
+    sys::stat::Mode,
     unistd::{Gid, Uid, Whence, fchownat, lseek},
 };
 
 use super::{
     DumpCx, FdView, FileError, RestoreCx, device,
-    path::{readable, split, to_path},
+    path::{readable, to_path},
 };
 use crate::{
     image::{ImageKind, ImageReader, ImageWriter, TypedStore, pb},
@@ -28,6 +28,7 @@ use crate::{
         Errno,
         passing::{self, Failed, Origin, Step},
     },
+    view,
 };
 
 /// Content is copied in pieces of this size.
@@ -146,7 +147,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, name: &[u8], id: u32) -> Result<Owned
         return Err(FileError::entry(id, "the image of a deleted file is empty"));
     };
     let failed = |action: &'static str| FileError::path(action, name);
-    let object = make(&entry, name, id)?;
+    let object = make(cx, &entry, name, id)?;
     if entry.mode & libc::S_IFMT == libc::S_IFREG {
         fill(&object, &entry, image, name)?;
     }
@@ -178,22 +179,13 @@ fn time(of: Option<pb::Timeval>) -> libc::timespec {
     }
 }
 
-/// The directories on the way to `name` that are not there; outermost first.
-fn missing_parents(name: &[u8]) -> Result<Vec<CString>, FileError> {
-    let unusable = || FileError::path("use", name)(Errno::EINVAL);
-    let mut missing = Vec::new();
-    let mut dir = split(name).map(|(dir, _)| dir).ok_or_else(unusable)?;
-    while lstat(to_path(dir)) == Err(Errno::ENOENT) {
-        missing.push(CString::new(dir).map_err(|_| unusable())?);
-        let Some((up, _)) = split(dir) else { break };
-        dir = up;
-    }
-    missing.reverse();
-    Ok(missing)
-}
-
 /// Makes an empty file of the right type, under `name` or beside it, and takes the name away again.
-fn make(entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<OwnedFd, FileError> {
+fn make(
+    cx: &RestoreCx<'_>,
+    entry: &pb::GhostFileEntry,
+    name: &[u8],
+    id: u32,
+) -> Result<OwnedFd, FileError> {
     let unusable = |_| FileError::path("use", name)(Errno::EINVAL);
     let target = CString::new(entry.symlnk_target.as_deref().unwrap_or_default()).map_err(unusable)?;
     let origin = match entry.mode & libc::S_IFMT {
@@ -211,33 +203,40 @@ fn make(entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<OwnedFd, Fil
             });
         }
     };
-    let parents = missing_parents(name)?;
+    let (dir, parents, last) = cx.view()?.nearest(name).map_err(FileError::name("make", name))?;
     for attempt in 0..NAMES {
-        let mut path = name.to_vec();
+        let mut alternative = last.as_bytes().to_vec();
         match attempt {
             0 => {}
-            1 => path.extend_from_slice(format!(".cr.{id:x}.ghost").as_bytes()),
-            _ => path.extend_from_slice(format!(".cr.{id:x}.{attempt}.ghost").as_bytes()),
+            1 => alternative.extend_from_slice(format!(".cr.{id:x}.ghost").as_bytes()),
+            _ => alternative.extend_from_slice(format!(".cr.{id:x}.{attempt}.ghost").as_bytes()),
         }
-        let path = CString::new(path).map_err(unusable)?;
-        let Failed { step, errno } = match passing::open(&path, &parents, origin) {
-            Ok(object) => return Ok(object),
+        let alternative = CString::new(alternative).map_err(unusable)?;
+        let Failed { step, errno } = match passing::open(dir.as_fd(), &parents, &alternative, origin) {
+            Ok(object) => return object_of(object, name),
             Err(Failed { step: Step::Make, errno: Errno::EEXIST }) => continue,
             Err(failed) => failed,
         };
-        return Err(match step {
-            Step::Parent(index) => FileError::Path {
-                action: "make the directory",
-                path: parents.get(index).map(|dir| to_path(dir.as_bytes()).to_owned()).unwrap_or_default(),
-                source: errno,
-            },
-            // With the suffix the name may be too long; a short one will do.
-            Step::Begin | Step::Make => FileError::path("make the deleted file", name)(errno),
-            Step::Open => FileError::path("open the deleted file made at", name)(errno),
-            Step::Remove => FileError::path("remove the name of the deleted file", name)(errno),
-        });
+        let action = match step {
+            Step::Parent(_) => "make the directory of the deleted file",
+            Step::Begin | Step::Make => "make the deleted file",
+            Step::Open => "open the deleted file made at",
+            Step::Swapped => "keep others from taking the place of the deleted file made at",
+            Step::Remove => "remove the name of the deleted file",
+        };
+        return Err(FileError::path(action, name)(errno));
     }
     Err(FileError::path("find a free name for the deleted file", name)(Errno::EEXIST))
+}
+
+/// As an O_PATH descriptor: one that can write would keep the kernel from running a program.
+fn object_of(made: OwnedFd, name: &[u8]) -> Result<OwnedFd, FileError> {
+    let flags = nix::fcntl::fcntl(&made, nix::fcntl::FcntlArg::F_GETFL)
+        .map_err(FileError::path("read the flags of", name))?;
+    if flags & libc::O_PATH != 0 {
+        return Ok(made);
+    }
+    view::reopen(made.as_fd(), OFlag::O_PATH).map_err(FileError::path("open", name))
 }
 
 /// Writes the content.

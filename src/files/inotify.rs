@@ -9,12 +9,12 @@ use std::{
 };
 
 use nix::{
-    fcntl::{OFlag, open, readlink},
-    sys::stat::{FileStat, Mode, lstat, major, minor},
+    fcntl::{OFlag, readlink},
+    sys::stat::{FileStat, fstat, major, minor},
 };
 
 use super::{
-    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in, path::to_path,
+    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in,
     pipe_data::io_error,
 };
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
         mountinfo,
     },
     sys::{self, Errno, event},
+    view::{self, Last, View},
 };
 
 /// Words of a handle in images, whatever its length.
@@ -45,25 +46,25 @@ impl FileKind for Inotify {
         fd.is_anon_inode("inotify") || fd.is_anon_inode("[inotify]")
     }
 
-    fn dump(_cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Self::Entry, FileError> {
+    fn dump(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Self::Entry, FileError> {
         let waiting = sys::pipe::readable_bytes(fd.file()?)
             .map_err(FileError::sys("read the amount of waiting inotify events"))?;
         if waiting > 0 {
             tracing::warn!("pid {} fd {}: {waiting} bytes of inotify events are lost", fd.pid, fd.fd);
         }
         let mut wd =
-            fd.info.inotify.iter().map(|watch| dump(fd.pid, watch)).collect::<Result<Vec<_>, _>>()?;
+            fd.info.inotify.iter().map(|watch| dump(cx, fd.pid, watch)).collect::<Result<Vec<_>, _>>()?;
         wd.sort_by_key(|watch| watch.wd);
         Ok(pb::InotifyFileEntry { id, flags: fd.flags(), fown: fd.fown()?, wd })
     }
 
-    fn open(_cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError> {
+    fn open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError> {
         let fd = event::inotify(libc::IN_CLOEXEC | libc::IN_NONBLOCK)
             .map_err(FileError::sys("make an inotify"))?;
         let mut watches: Vec<_> = entry.wd.iter().collect();
         watches.sort_by_key(|watch| watch.wd);
         for watch in watches {
-            add(&fd, entry.id, watch)?;
+            add(&*cx.view()?, &fd, entry.id, watch)?;
         }
         // Files opened from here on would be told of too: what restoring causes is dropped in before_resume.
         flags::apply(&fd, entry.flags)?;
@@ -88,14 +89,14 @@ impl FileKind for Inotify {
 }
 
 /// One watch.
-fn dump(pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError> {
+fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError> {
     let handle = watch.handle.as_ref().ok_or_else(|| {
         FileError::unsupported(
             format!("watch {} is on a file system without file handles", watch.wd),
             "remove the watch before the dump",
         )
     })?;
-    let path = find(pid, watch)?;
+    let path = find(cx, pid, watch)?;
     let mut words: Vec<u64> = handle
         .bytes
         .chunks(8)
@@ -120,13 +121,13 @@ fn dump(pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError>
 }
 
 /// The path of what is watched, by its file handle, in any mount of its file system that the task sees.
-fn find(pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
+fn find(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
     let mountinfo = format!("/proc/{pid}/mountinfo");
     let text = std::fs::read(&mountinfo).map_err(|e| io_error("read mountinfo", &e))?;
     let mut found = None;
     let handle = watch.handle.as_ref();
     for mount in mountinfo::parse(&text)?.iter().filter(|mount| mount.dev == kernel_dev(watch.sdev)) {
-        let (Some(handle), Ok(dir)) = (handle, open_path(&mount.mountpoint)) else { continue };
+        let (Some(handle), Ok(dir)) = (handle, open_mount(&*cx.view()?, &mount.mountpoint)) else { continue };
         match sys::handle::open(dir.as_fd(), handle.kind, &handle.bytes, libc::O_PATH | libc::O_CLOEXEC) {
             Ok(file) => {
                 let link = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -134,7 +135,7 @@ fn find(pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
                     readlink(link.as_str()).map_err(FileError::sys("read the path of a watched file"))?;
                 let path = std::os::unix::ffi::OsStringExt::into_vec(path);
                 // Only a path that leads back to the same file is worth storing.
-                if lstat(to_path(&path)).is_ok_and(|stat| is_watched(&stat, watch)) {
+                if cx.view()?.stat(&path).is_ok_and(|stat| is_watched(&stat, watch)) {
                     return Ok(path);
                 }
                 found = Some(path);
@@ -150,10 +151,15 @@ fn find(pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
     Err(FileError::unsupported(format!("watch {}: {what}", watch.wd), "remove the watch before the dump"))
 }
 
-fn open_path(path: &[u8]) -> Result<OwnedFd, Errno> {
-    open(to_path(path), OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).or_else(
-        |_| open(to_path(path), OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty()),
-    )
+/// Opens the place of a mount for open_by_handle_at, which takes no O_PATH descriptor. A file that is mounted on another
+/// is opened only where that does nothing.
+fn open_mount(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
+    let object = view.find(path, Last::Itself).map_err(FileError::name("open", path))?;
+    let kind = fstat(&object).map_err(FileError::path("stat", path))?.st_mode & libc::S_IFMT;
+    if !matches!(kind, libc::S_IFDIR | libc::S_IFREG) {
+        return Err(FileError::path("open", path)(Errno::ENOTDIR));
+    }
+    view::reopen(object.as_fd(), OFlag::O_RDONLY | OFlag::O_NONBLOCK).map_err(FileError::path("open", path))
 }
 
 fn is_watched(stat: &FileStat, watch: &InotifyWatch) -> bool {
@@ -165,21 +171,20 @@ fn is_watched(stat: &FileStat, watch: &InotifyWatch) -> bool {
 }
 
 /// Adds one watch under its number.
-fn add(fd: &OwnedFd, id: u32, watch: &pb::InotifyWdEntry) -> Result<(), FileError> {
+fn add(view: &View, fd: &OwnedFd, id: u32, watch: &pb::InotifyWdEntry) -> Result<(), FileError> {
     let path = watch.f_handle.path.as_deref().unwrap_or_default();
-    let name = CString::new(path).map_err(|_| FileError::entry(id, "a watched path holds a NUL byte"))?;
-    if path.first() != Some(&b'/') {
-        return Err(FileError::entry(id, format!("watch {} has no absolute path", watch.wd)));
-    }
     if watch.wd == 0 || watch.wd > HIGHEST_WD {
         return Err(FileError::entry(id, format!("{:#x} is no usable watch number", watch.wd)));
     }
-    let stat = lstat(to_path(path)).map_err(FileError::path("find the watched", path))?;
+    // A path that led to the file at dump is no symbolic link, unless the link itself was watched.
+    let object = view.find(path, Last::Itself).map_err(FileError::name("find the watched", path))?;
+    let stat = fstat(&object).map_err(FileError::path("find the watched", path))?;
     if stat.st_ino != watch.i_ino {
         tracing::warn!("{}: another file than the one that was watched", String::from_utf8_lossy(path));
     }
-    // A path that led to the file at dump is no symbolic link, unless the link itself was watched.
-    let mask = watch.mask | libc::IN_DONT_FOLLOW;
+    // The descriptor's link is followed to it, and not further where it is a symbolic link itself.
+    let name = CString::new(format!("/proc/self/fd/{}", object.as_raw_fd())).unwrap_or_default();
+    let mask = watch.mask & !libc::IN_DONT_FOLLOW;
     let wanted = watch.wd.cast_signed();
     let mut drain_at = 0;
     loop {

@@ -12,6 +12,7 @@
 
 use std::{
     any::{Any, TypeId},
+    cell::OnceCell,
     collections::{HashMap, HashSet},
     fmt,
     os::fd::{BorrowedFd, OwnedFd},
@@ -23,6 +24,7 @@ use crate::{
     image::{Store, pb},
     settings::{DumpSettings, RestoreSettings},
     tracee::List,
+    view::{Symlinks, View},
 };
 
 /// One kind of open file: what it looks like, how it is saved, how it is made again.
@@ -157,6 +159,7 @@ pub struct DumpCx<'a> {
     pub settings: &'a DumpSettings,
     /// No task of the tree runs. Else it is only looked at, and nothing may be touched even for a moment.
     pub(super) frozen: bool,
+    view: OnceCell<Rc<View>>,
     pub(super) states: States,
     pub(super) last_id: u32,
     /// Entries that come before the one being made, see [`Self::add_entry`].
@@ -166,7 +169,20 @@ pub struct DumpCx<'a> {
 impl<'a> DumpCx<'a> {
     /// With nothing remembered yet.
     pub(super) fn new(store: &'a dyn Store, settings: &'a DumpSettings) -> Self {
-        Self { store, settings, frozen: true, states: States::default(), last_id: 0, extra: Vec::new() }
+        Self {
+            store,
+            settings,
+            frozen: true,
+            view: OnceCell::new(),
+            states: States::default(),
+            last_id: 0,
+            extra: Vec::new(),
+        }
+    }
+
+    /// How paths that /proc shows are resolved. None of them holds a symbolic link.
+    pub(super) fn view(&self) -> Result<Rc<View>, FileError> {
+        view(&self.view, Symlinks::None)
     }
 
     /// What the kind remembers between its calls: one value per type, made by `Default`.
@@ -193,6 +209,7 @@ pub struct RestoreCx<'a> {
     pub store: &'a dyn Store,
     /// What was asked for.
     pub settings: &'a RestoreSettings,
+    view: OnceCell<Rc<View>>,
     pub(super) states: States,
     /// All entries of `files.img`.
     pub(super) entries: HashMap<u32, Rc<pb::FileEntry>>,
@@ -203,7 +220,19 @@ pub struct RestoreCx<'a> {
 impl<'a> RestoreCx<'a> {
     /// With nothing remembered yet.
     pub(super) fn new(store: &'a dyn Store, settings: &'a RestoreSettings) -> Self {
-        Self { store, settings, states: States::default(), entries: HashMap::new(), taken: HashSet::new() }
+        Self {
+            store,
+            settings,
+            view: OnceCell::new(),
+            states: States::default(),
+            entries: HashMap::new(),
+            taken: HashSet::new(),
+        }
+    }
+
+    /// How paths of the images are resolved.
+    pub(super) fn view(&self) -> Result<Rc<View>, FileError> {
+        view(&self.view, if self.settings.allow_symlinks { Symlinks::All } else { Symlinks::OfRoot })
     }
 
     /// What the kind remembers between its calls: one value per type, made by `Default`.
@@ -218,6 +247,15 @@ impl<'a> RestoreCx<'a> {
             .and_then(|file| file.reg.clone())
             .ok_or_else(|| FileError::entry(id, "it should be a file with a path"))
     }
+}
+
+fn view(cell: &OnceCell<Rc<View>>, symlinks: Symlinks) -> Result<Rc<View>, FileError> {
+    if let Some(view) = cell.get() {
+        return Ok(Rc::clone(view));
+    }
+    let view = Rc::new(View::own(symlinks).map_err(FileError::path("open", b"/"))?);
+    let _ = cell.set(Rc::clone(&view));
+    Ok(view)
 }
 
 /// A kind with its entry type erased.

@@ -324,7 +324,7 @@ mod tests {
                 fd: view.fd,
                 info: view.info,
                 stat: view.stat,
-                source: super::super::view::Source::Ours(file.as_fd()),
+                source: super::super::fd_view::Source::Ours(file.as_fd()),
                 fetched: std::cell::OnceCell::new(),
             };
             assert!(!Memfd::owns(&view));

@@ -6,6 +6,8 @@
 //!
 //! [`FilesDump`] and [`FilesRestore`] drive it; a kind is a row of [`KINDS`] and implements [`FileKind`].
 
+#[cfg(test)]
+mod attacks;
 mod build_id;
 mod device;
 mod dump;
@@ -13,6 +15,7 @@ mod epoll;
 mod error;
 mod eventfd;
 mod external;
+mod fd_view;
 mod fifo;
 mod flags;
 mod fown;
@@ -40,16 +43,15 @@ mod timerfd;
 #[cfg(test)]
 mod trial;
 mod tty;
-mod view;
 
 use std::collections::BTreeMap;
 
 pub use dump::FilesDump;
 pub use error::FileError;
+pub use fd_view::{FdView, Stat};
 pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
 pub use restore::FilesRestore;
-pub use view::{FdView, Stat};
 
 /// What a descriptor can be. The first row that owns it decides, so special rows come before general ones. What cannot
 /// be saved has its rows in `refused.rs`.

@@ -29,15 +29,6 @@ pub(super) fn bytes_of(text: OsString) -> Vec<u8> {
     text.into_vec()
 }
 
-/// The directory and the last component of an absolute path; `None` without one.
-pub(super) fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
-    let at = path.iter().rposition(|&b| b == b'/')?;
-    let (dir, name) = path.split_at_checked(at)?;
-    let name = name.get(1..)?;
-    let dir = if dir.is_empty() { b"/" } else { dir };
-    (!name.is_empty()).then_some((dir, name))
-}
-
 /// The task that a path under /proc speaks of: `/proc/17/status` -> 17.
 pub(super) fn proc_pid(path: &[u8]) -> Option<i32> {
     let rest = path.strip_prefix(b"/proc/")?;
@@ -60,10 +51,6 @@ mod tests {
 
     #[test]
     fn pieces() {
-        assert_eq!(split(b"/a/b"), Some((&b"/a"[..], &b"b"[..])));
-        assert_eq!(split(b"/a"), Some((&b"/"[..], &b"a"[..])));
-        assert_eq!(split(b"/"), None);
-        assert_eq!(split(b"a"), None);
         assert_eq!(proc_pid(b"/proc/17/status"), Some(17));
         assert_eq!(proc_pid(b"/proc/17"), Some(17));
         assert_eq!(proc_pid(b"/proc/meminfo"), None);

@@ -171,7 +171,7 @@ impl Content {
     }
 
     /// Sets the capacity. Where that is not allowed it goes on, if the content still fits.
-    fn resize(&self, end: &OwnedFd) -> Result<(), FileError> {
+    pub(super) fn resize(&self, end: &OwnedFd) -> Result<(), FileError> {
         let Some(want) = self.capacity else { return Ok(()) };
         let now = pipe::capacity(end.as_fd()).map_err(FileError::sys("read the capacity of a pipe"))?;
         if want == now {

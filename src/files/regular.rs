@@ -3,20 +3,22 @@
 //! Saved: path, flags, position, and what tells at restore that the file is still the same (mode, size, build id). The
 //! content stays where it is; only a file whose name is gone travels or is linked back, see `remap.rs`.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
-use nix::{
-    fcntl::{OFlag, open},
-    sys::stat::{Mode, fstat},
-};
+use nix::{fcntl::OFlag, sys::stat::fstat};
 
 use super::{
-    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, Stat, build_id, device, external,
+    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, Stat, build_id, device, external, flags,
     kind::packed_in,
     path::{proc_pid, to_path},
     remap,
 };
-use crate::{image::pb, settings::FileValidation, sys::Errno};
+use crate::{
+    image::pb,
+    settings::FileValidation,
+    sys::Errno,
+    view::{self, Last, ViewError},
+};
 
 /// Flags of open(2) that speak of the act of opening; most are not kept by the kernel, but an image may hold anything.
 const AT_OPEN: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCTTY;
@@ -51,6 +53,10 @@ impl FileKind for Regular {
             mode: Some(fd.stat.mode),
             ..Default::default()
         };
+        // The owner of files of /proc changes with what their task is.
+        if matches!(fd.stat.kind(), libc::S_IFREG | libc::S_IFDIR | libc::S_IFIFO) && proc_pid(fd.link).is_none() {
+            (entry.uid, entry.gid) = (Some(fd.stat.uid), Some(fd.stat.gid));
+        }
         let regular = fd.stat.kind() == libc::S_IFREG;
         if regular && entry.flags & libc::O_APPEND.cast_unsigned() == 0 {
             entry.size = Some(fd.stat.size);
@@ -62,7 +68,7 @@ impl FileKind for Regular {
         }
         if cx.settings.common.evasive_devices
             && fd.stat.kind() == libc::S_IFCHR
-            && let Some((name, mode)) = device::evade(fd.link, fd.stat.rdev)
+            && let Some((name, mode)) = device::evade(&*cx.view()?, fd.link, fd.stat.rdev)
         {
             entry.name = name;
             entry.mode = Some(mode);
@@ -102,14 +108,12 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
         Some(fd) => fd,
         None => match remap::object(cx, entry)? {
             Some(object) => reopen(&object, entry)?,
-            None if matches!(entry.mode() & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR) => {
-                open_by_name(cx, entry)?
-            }
             None => {
-                let link = entry.mode() & libc::S_IFMT == libc::S_IFLNK;
-                let object = look_up(&entry.name, link)?;
-                validate(cx, &object, entry)?;
-                reopen(&object, entry)?
+                let object = find(cx, entry)?;
+                match by_name(cx, &object, entry)? {
+                    Some(fd) => fd,
+                    None => reopen(&object, entry)?,
+                }
             }
         },
     };
@@ -117,35 +121,48 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
     Ok(fd)
 }
 
-/// Opens a file that is neither fifo nor device, so that opening it neither waits nor does anything: half the calls of
-/// [`look_up`] and [`reopen`], which counts for thousands of files.
-fn open_by_name(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
-    let path = absolute(&entry.name)?;
-    let found = Stat::new(&nix::sys::stat::stat(path).map_err(FileError::path("open", &entry.name))?);
-    validate_stat(cx, &found, entry)?;
-    let flags = OFlag::from_bits_retain(open_flags(entry, found.mode) | libc::O_CLOEXEC | libc::O_NOCTTY);
-    // O_NOFOLLOW is a flag that F_GETFL shows. It stays unless the name has become a link meanwhile.
-    let fd = match open(path, flags, Mode::empty()) {
-        Err(Errno::ELOOP) => open(path, flags - OFlag::O_NOFOLLOW, Mode::empty()),
-        opened => opened,
+/// The file that has the entry's name, if it is still the one that was saved: an O_PATH descriptor. What is checked is what
+/// is opened later, through that descriptor, whoever renames or replaces files in the meantime.
+pub(super) fn find(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
+    let last = match entry.mode() & libc::S_IFMT {
+        libc::S_IFLNK => Last::Itself,
+        libc::S_IFDIR => Last::Directory,
+        _ => Last::Target,
+    };
+    let view = cx.view()?;
+    let object = match view.find(&entry.name, last) {
+        // No directory any more: what it is now is said below.
+        Err(ViewError::Sys(Errno::ENOTDIR)) => view.find(&entry.name, Last::Itself),
+        found => found,
     }
-    .map_err(FileError::path("open", &entry.name))?;
-    let opened = Stat::new(&fstat(&fd).map_err(FileError::path("stat", &entry.name))?);
-    if !opened.same_file(&found) {
-        return Err(FileError::Changed {
-            path: path.to_owned(),
-            what: "was replaced while it was opened".into(),
-        });
-    }
-    validate_build_id(cx, &fd, entry)?;
-    Ok(fd)
+    .map_err(FileError::name("open", &entry.name))?;
+    validate(cx, &object, entry)?;
+    Ok(object)
 }
 
-fn absolute(path: &[u8]) -> Result<&std::path::Path, FileError> {
-    if path.first() == Some(&b'/') {
-        return Ok(to_path(path));
+/// O_NOFOLLOW is a flag that F_GETFL shows, and only opening by name gives it. `None` where it was not set, or the name
+/// leads to something else now.
+fn by_name(
+    cx: &RestoreCx<'_>,
+    object: &OwnedFd,
+    entry: &pb::RegFileEntry,
+) -> Result<Option<OwnedFd>, FileError> {
+    let found = Stat::new(&fstat(object).map_err(FileError::path("stat", &entry.name))?);
+    let flags = open_flags(entry, found.mode);
+    if flags & libc::O_NOFOLLOW == 0 || !matches!(found.kind(), libc::S_IFREG | libc::S_IFDIR) {
+        return Ok(None);
     }
-    Err(FileError::Changed { path: to_path(path).to_owned(), what: "is no absolute path".into() })
+    // What has the name by now may be a fifo, which must not keep us waiting.
+    let how = OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let Ok(fd) = cx.view()?.open_by_name(&entry.name, how) else { return Ok(None) };
+    let opened = Stat::new(&fstat(&fd).map_err(FileError::path("stat", &entry.name))?);
+    if !opened.same_file(&found) {
+        return Ok(None);
+    }
+    if flags & libc::O_PATH == 0 {
+        flags::apply(&fd, flags.cast_unsigned())?;
+    }
+    Ok(Some(fd))
 }
 
 /// Flags to open a file of type `mode` with: those of the entry that are more than an act.
@@ -160,15 +177,6 @@ fn open_flags(entry: &pb::RegFileEntry, mode: u32) -> i32 {
         flags &= !libc::O_ASYNC;
     }
     flags
-}
-
-/// The file at `path`, without opening it: an O_PATH descriptor. Fifos do not block, devices do nothing. A symbolic link is
-/// followed unless `link` itself is wanted.
-pub(super) fn look_up(path: &[u8], link: bool) -> Result<OwnedFd, FileError> {
-    let path_of = absolute(path)?;
-    let mut flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    flags.set(OFlag::O_NOFOLLOW, link);
-    open(path_of, flags, Mode::empty()).map_err(FileError::path("open", path))
 }
 
 /// A description of `object` with the entry's flags.
@@ -196,10 +204,7 @@ pub(super) fn reopen(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<Owned
             });
         }
     }
-    // The magic link must be followed, whatever the flags say of the file's own name.
-    let flags = OFlag::from_bits_retain((flags & !libc::O_NOFOLLOW) | libc::O_CLOEXEC | libc::O_NOCTTY);
-    let path = format!("/proc/self/fd/{}", object.as_raw_fd());
-    open(path.as_str(), flags, Mode::empty()).map_err(FileError::path("open", &entry.name))
+    view::reopen(object.as_fd(), OFlag::from_bits_retain(flags)).map_err(FileError::path("open", &entry.name))
 }
 
 /// Adds an entry for the path of a fifo or terminal, which has an entry of its own; returns its id.
@@ -217,16 +222,15 @@ pub(super) fn path_of(cx: &mut RestoreCx<'_>, id: u32) -> Result<OwnedFd, FileEr
     if let Some(object) = remap::object(cx, &entry)? {
         return Ok(object);
     }
-    let object = look_up(&entry.name, false)?;
-    validate(cx, &object, &entry)?;
-    Ok(object)
+    find(cx, &entry)
 }
 
 /// Is this still the file that was dumped?
-fn validate(cx: &RestoreCx<'_>, object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<(), FileError> {
+pub(super) fn validate(cx: &RestoreCx<'_>, object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<(), FileError> {
     let stat = Stat::new(&fstat(object).map_err(FileError::path("stat", &entry.name))?);
     validate_stat(cx, &stat, entry)?;
-    validate_build_id(cx, object, entry)
+    // Nothing else may be opened just to look at it.
+    if stat.kind() == libc::S_IFREG { validate_build_id(cx, object, entry) } else { Ok(()) }
 }
 
 fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> Result<(), FileError> {
@@ -243,6 +247,13 @@ fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> R
                 mode & 0o7777
             )));
         }
+    }
+    let owner = (entry.uid.unwrap_or(stat.uid), entry.gid.unwrap_or(stat.gid));
+    if owner != (stat.uid, stat.gid) && !cx.settings.skip_file_rwx_check {
+        return Err(changed(format!(
+            "belongs to user {} and group {}, but belonged to {} and {} (--skip-file-rwx-check allows it)",
+            stat.uid, stat.gid, owner.0, owner.1
+        )));
     }
     if let Some(size) = entry.size
         && stat.kind() == libc::S_IFREG

@@ -10,20 +10,20 @@
 use std::{
     collections::HashMap,
     ffi::CString,
-    os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    rc::Rc,
 };
 
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
-    sys::stat::lstat,
-    unistd::linkat,
+    sys::stat::{fstat, fstatat, lstat},
+    unistd::{UnlinkatFlags, linkat, unlinkat},
 };
 
 use super::{
     DumpCx, FdView, FileError, RestoreCx, Stat, ghost,
-    path::{DELETED, proc_pid, split, to_path},
-    regular::look_up,
+    path::{DELETED, proc_pid},
+    regular,
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
@@ -31,7 +31,30 @@ use crate::{
         Errno,
         passing::{self, Failed, Origin, Step},
     },
+    view::{Last, split},
 };
+
+/// How the names of hard links begin that a dump makes, as CRIU's.
+const LINK: &[u8] = b"link_remap.";
+
+/// A hard link that was made for the images.
+#[derive(Debug)]
+struct HardLink {
+    dir: Rc<OwnedFd>,
+    name: CString,
+    /// Device and inode of the file that it is a link of.
+    file: (u64, u64),
+}
+
+impl HardLink {
+    /// Removes it, unless somebody has put another file there.
+    fn remove(&self) {
+        let found = fstatat(&*self.dir, &*self.name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        if found.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.file) {
+            let _ = unlinkat(&*self.dir, &*self.name, UnlinkatFlags::NoRemoveDir);
+        }
+    }
+}
 
 /// What is remembered of remapped files while a tree is dumped.
 #[derive(Debug, Default)]
@@ -43,7 +66,9 @@ pub(super) struct Remaps {
     /// Entries of linked files by device and inode.
     linked: HashMap<(u64, u64), u32>,
     /// Hard links made by us.
-    links: Vec<PathBuf>,
+    links: Vec<HardLink>,
+    /// Directories that they are in.
+    dirs: HashMap<Vec<u8>, Rc<OwnedFd>>,
 }
 
 impl Remaps {
@@ -55,9 +80,7 @@ impl Remaps {
 
 impl Drop for Remaps {
     fn drop(&mut self) {
-        for link in &self.links {
-            let _ = std::fs::remove_file(link);
-        }
+        self.links.iter().for_each(HardLink::remove);
     }
 }
 
@@ -65,11 +88,11 @@ impl Drop for Remaps {
 pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<u8>, FileError> {
     let base = fd.link.strip_suffix(DELETED);
     if fd.stat.nlink > 0 {
-        if is_at(fd, fd.link) {
+        if is_at(cx, fd, fd.link)? {
             return Ok(fd.link.to_vec());
         }
         if let Some(base) = base
-            && is_at(fd, base)
+            && is_at(cx, fd, base)?
         {
             return Ok(base.to_vec());
         }
@@ -109,8 +132,8 @@ fn remap(orig_id: u32, remap_id: u32, r#type: pb::RemapType) -> pb::RemapFilePat
     pb::RemapFilePathEntry { orig_id, remap_id, remap_type: Some(r#type.into()) }
 }
 
-fn is_at(fd: &FdView<'_>, path: &[u8]) -> bool {
-    lstat(to_path(path)).is_ok_and(|found| Stat::new(&found).same_file(&fd.stat))
+fn is_at(cx: &DumpCx<'_>, fd: &FdView<'_>, path: &[u8]) -> Result<bool, FileError> {
+    Ok(cx.view()?.stat(path).is_ok_and(|found| Stat::new(&found).same_file(&fd.stat)))
 }
 
 /// The task whose directory under /proc the file was in, when that task is gone.
@@ -145,21 +168,29 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
             "--link-remap links it back beside its old name",
         ));
     }
-    let (dir, _) = split(base).ok_or(FileError::unsupported("its path has no directory", ""))?;
-    let file = fd.file()?;
-    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let (id, path) = loop {
-        let id = cx.next_id();
-        let path = to_path(dir).join(format!("link_remap.{id}"));
-        match linkat(AT_FDCWD, from.as_str(), AT_FDCWD, &path, AtFlags::AT_SYMLINK_FOLLOW) {
-            Ok(()) => break (id, path),
-            Err(Errno::EEXIST) => {}
-            Err(Errno::ENOENT) => {
+    let (path, _) = split(base).ok_or(FileError::unsupported("its path has no directory", ""))?;
+    let dir = match cx.state::<Remaps>().dirs.get(path) {
+        Some(dir) => Rc::clone(dir),
+        None => match cx.view()?.find(path, Last::Directory) {
+            Ok(dir) => Rc::new(dir),
+            Err(e) if e.is_absent() => {
                 return Err(FileError::unsupported(
                     "its name is gone, and the directory of that name too",
                     "the file cannot be linked back; close it, or delete its other names",
                 ));
             }
+            Err(e) => return Err(FileError::name("open", path)(e)),
+        },
+    };
+    cx.state::<Remaps>().dirs.insert(path.to_vec(), Rc::clone(&dir));
+    let file = fd.file()?;
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let (id, name) = loop {
+        let id = cx.next_id();
+        let name = [LINK, id.to_string().as_bytes()].concat();
+        match linkat(AT_FDCWD, from.as_str(), &*dir, &name[..], AtFlags::AT_SYMLINK_FOLLOW) {
+            Ok(()) => break (id, name),
+            Err(Errno::EEXIST) => {}
             Err(e) => {
                 return Err(FileError::unsupported(
                     format!("its name is gone, and it cannot be linked back: {}", e.desc()),
@@ -168,17 +199,17 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
             }
         }
     };
-    let name = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()).to_vec();
+    let path = [path.strip_suffix(b"/").unwrap_or(path), b"/", &name].concat();
+    let name = CString::new(name).map_err(|_| FileError::path("use", base)(Errno::EINVAL))?;
+    cx.state::<Remaps>().links.push(HardLink { dir, name, file: key });
     let entry = pb::FileEntry {
         r#type: pb::FdTypes::Reg.into(),
         id,
-        reg: Some(pb::RegFileEntry { id, name, ..Default::default() }),
+        reg: Some(pb::RegFileEntry { id, name: path, ..Default::default() }),
         ..Default::default()
     };
     cx.add_entry(entry);
-    let state = cx.state::<Remaps>();
-    state.links.push(path);
-    state.linked.insert(key, id);
+    cx.state::<Remaps>().linked.insert(key, id);
     Ok(id)
 }
 
@@ -191,7 +222,7 @@ pub(super) struct RestoreRemaps {
     /// Files that were made or found, by kind of remap and id.
     objects: HashMap<(i32, u32), OwnedFd>,
     /// Hard links that are no longer needed when the restore has succeeded.
-    used_links: Vec<PathBuf>,
+    used_links: Vec<HardLink>,
 }
 
 impl RestoreRemaps {
@@ -218,9 +249,7 @@ impl RestoreRemaps {
 
     /// Removes the hard links that the dump had made: the restore succeeded.
     pub(super) fn commit(&mut self) {
-        for link in self.used_links.drain(..) {
-            let _ = std::fs::remove_file(link);
-        }
+        self.used_links.drain(..).for_each(|link| link.remove());
     }
 }
 
@@ -257,7 +286,7 @@ pub(super) fn object(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result
     }
     let object = match r#type {
         pb::RemapType::Ghost => ghost::open(cx, &entry.name, remap_id)?,
-        pb::RemapType::Linked => open_link(cx, &entry.name, remap_id)?,
+        pb::RemapType::Linked => open_link(cx, entry, remap_id)?,
         pb::RemapType::Procfs => return Ok(None),
     };
     let duplicate = copy(&object, entry)?;
@@ -272,17 +301,27 @@ fn copy(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError
 }
 
 /// Opens the hard link `link_remap.N`, by its old name when nobody has it, so that /proc shows the same path as before.
-fn open_link(cx: &mut RestoreCx<'_>, name: &[u8], remap_id: u32) -> Result<OwnedFd, FileError> {
+fn open_link(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry, remap_id: u32) -> Result<OwnedFd, FileError> {
     let link = cx.state::<RestoreRemaps>().links.get(&remap_id).cloned().unwrap_or_default();
-    let object = look_up(&link, true)?;
-    cx.state::<RestoreRemaps>().used_links.push(to_path(&link).to_owned());
-    let unusable = |_| FileError::path("use", name)(Errno::EINVAL);
-    let (from, to) = (CString::new(link).map_err(unusable)?, CString::new(name).map_err(unusable)?);
-    match passing::open(&to, &[], Origin::HardLink(&from)) {
+    let unlike = || FileError::entry(remap_id, "a linked file is not called link_remap.N");
+    if !split(&link).is_some_and(|(_, name)| name.starts_with(LINK)) {
+        return Err(unlike());
+    }
+    let view = cx.view()?;
+    let object = view.find(&link, Last::Itself).map_err(FileError::name("open", &link))?;
+    regular::validate(cx, &object, &pb::RegFileEntry { name: link.clone(), ..entry.clone() })?;
+    let stat = fstat(&object).map_err(FileError::path("stat", &link))?;
+    let (dir, name) = view.parent(&link).map_err(FileError::name("open", &link))?;
+    let used = HardLink { dir: Rc::new(dir), name, file: (stat.st_dev, stat.st_ino) };
+    // Somebody may have the name, or its directory may be gone: then it is shown by the link's own.
+    let made = match view.parent(&entry.name) {
+        Ok((dir, name)) => passing::open(dir.as_fd(), &[], &name, Origin::HardLink(object.as_fd())),
+        Err(_) => Err(Failed { step: Step::Begin, errno: Errno::ENOENT }),
+    };
+    cx.state::<RestoreRemaps>().used_links.push(used);
+    match made {
         Ok(object) => Ok(object),
-        Err(Failed { step: Step::Remove, errno }) => Err(FileError::path("remove", name)(errno)),
-        Err(Failed { step: Step::Open, errno }) => Err(FileError::path("open", name)(errno)),
-        // Somebody has the name, or its directory is gone.
+        Err(Failed { step: Step::Remove, errno }) => Err(FileError::path("remove", &entry.name)(errno)),
         Err(_) => Ok(object),
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use nix::unistd::Pid;
 
-use super::{DumpCx, FdView, FileKind, Opened, RestoreCx, Stat, view::Source};
+use super::{DumpCx, FdView, FileKind, Opened, RestoreCx, Stat, fd_view::Source};
 use crate::{
     image::MemStore,
     proc::fdinfo,

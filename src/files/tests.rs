@@ -26,7 +26,7 @@ use crate::{
     sys::pidfd,
 };
 
-const TABLE: u32 = 5;
+pub(super) const TABLE: u32 = 5;
 
 pub(super) struct Cycle {
     pub(super) store: MemStore,

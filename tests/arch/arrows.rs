@@ -25,6 +25,7 @@ const LAYERS: [&[&str]; 7] = [
         "exit",
         "interrupt",
         "pidfile",
+        "view",
     ],
     &["arch"],
     &["sys"],

@@ -19,6 +19,7 @@ use crate::{
     image::{ImageKind, TypedStore, pb},
     sys::{self, tty},
     tracee::{List, Want},
+    view::{self, Last, View},
 };
 
 const ACCESS: u32 = 0o3;
@@ -83,6 +84,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
         Some(id) => Some(cx.regular_entry(id)?.name),
         None => None,
     };
+    let view = cx.view()?;
     let state = state(cx)?;
     let bad = |what: String| FileError::entry(entry.id, what);
     let info = state
@@ -106,7 +108,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
     };
     let Some(index) = index.filter(|index| state.masters.contains(index)) else {
         if kind == pb::TtyType::Pty && info.termios.is_none() {
-            return hung_up(entry);
+            return hung_up(&view, entry);
         }
         if !settings.common.shell_job {
             return Err(FileError::unsupported(
@@ -121,7 +123,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
         return Ok(fd);
     };
     if !state.made.contains_key(&index) {
-        let made = state.make(index, path.as_deref())?;
+        let made = state.make(&view, index, path.as_deref())?;
         state.made.insert(index, made);
     }
     let made = state.made.get_mut(&index).ok_or_else(|| bad("lost".into()))?;
@@ -141,17 +143,16 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
 }
 
 /// A slave whose master has gone.
-fn hung_up(entry: &pb::TtyFileEntry) -> Result<OwnedFd, FileError> {
-    let master = open_master(b"/dev/ptmx")?;
+fn hung_up(view: &View, entry: &pb::TtyFileEntry) -> Result<OwnedFd, FileError> {
+    let master = open_master(view, b"/dev/ptmx")?;
     tty::set_pty_locked(master.as_fd(), false).map_err(FileError::sys("unlock a pty"))?;
     let flags = (entry.flags & (ACCESS | BY_PATH)).cast_signed() | libc::O_NOCTTY;
     tty::open_peer(master.as_fd(), flags).map_err(FileError::sys("open the slave of a pty"))
 }
 
-fn open_master(path: &[u8]) -> Result<OwnedFd, FileError> {
-    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
-    let master = open_path(to_path(path), flags, Mode::empty()).map_err(FileError::path("open", path))?;
-    let stat = fstat(&master).map_err(FileError::path("stat", path))?;
+fn open_master(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
+    let node = view.find(path, Last::Target).map_err(FileError::name("open", path))?;
+    let stat = fstat(&node).map_err(FileError::path("stat", path))?;
     if stat.st_mode & libc::S_IFMT != libc::S_IFCHR
         || image_dev(stat.st_rdev) != image_dev(libc::makedev(5, 2))
     {
@@ -160,7 +161,7 @@ fn open_master(path: &[u8]) -> Result<OwnedFd, FileError> {
             what: "is no multiplexer of ptys".into(),
         });
     }
-    Ok(master)
+    view::reopen(node.as_fd(), OFlag::O_RDWR).map_err(FileError::path("open", path))
 }
 
 /// The terminal that crtool itself was started from.
@@ -190,9 +191,9 @@ impl Restored {
     }
 
     /// Makes both ends of pty `index`, set up, with what waits in them.
-    fn make(&self, index: u32, path: Option<&[u8]>) -> Result<Made, FileError> {
+    fn make(&self, view: &View, index: u32, path: Option<&[u8]>) -> Result<Made, FileError> {
         let path = path.filter(|path| path.ends_with(b"ptmx")).unwrap_or(b"/dev/ptmx");
-        let master = numbered(index, path)?;
+        let master = numbered(view, index, path)?;
         let keep = master.try_clone().map_err(|e| io_error("duplicate a pty", &e))?;
         let (master_id, slave_id) = (index << 1 | 1, index << 1);
         let (Some(info), slave_info) = (self.infos.get(&master_id), self.infos.get(&slave_id)) else {
@@ -232,10 +233,10 @@ impl Restored {
 
 /// A master whose slave has this number; numbers below may have become free, so the kernel is asked until it comes. If it is
 /// somebody else's now, any other.
-fn numbered(index: u32, path: &[u8]) -> Result<OwnedFd, FileError> {
+fn numbered(view: &View, index: u32, path: &[u8]) -> Result<OwnedFd, FileError> {
     let mut passed = Vec::new();
     loop {
-        let master = open_master(path)?;
+        let master = open_master(view, path)?;
         let got = tty::pty_index(master.as_fd()).map_err(FileError::sys("read the number of a pty"))?;
         if got == index {
             return Ok(master);
