@@ -208,8 +208,10 @@ impl View {
         usable(path)?;
         let mut todo: Vec<Vec<u8>> = components(path).rev().map(<[u8]>::to_vec).collect();
         let root = stat_of(&self.root)?;
-        let mut levels =
-            vec![Level { dir: dup(&self.root)?, of_root: ours(root.st_uid) && root.st_mode & OTHERS_WRITE == 0 }];
+        let mut levels = vec![Level {
+            dir: dup(&self.root)?,
+            of_root: ours(root.st_uid) && root.st_mode & OTHERS_WRITE == 0,
+        }];
         let mut links = 0;
         while let Some(name) = todo.pop() {
             if name == b".." {
@@ -491,7 +493,9 @@ mod tests {
         assert_eq!(fstat(&dir).unwrap().st_ino, std::fs::metadata(site.at("usr")).unwrap().ino());
         assert_eq!((missing, name), (vec![c"no".into(), c"such".into()], c"file".into()));
         site.link("planted", "/home", 1000);
-        assert!(matches!(view.nearest(b"/planted/x/y"), Err(ViewError::Symlink { uid: 1000, .. })) || !root());
+        assert!(
+            matches!(view.nearest(b"/planted/x/y"), Err(ViewError::Symlink { uid: 1000, .. })) || !root()
+        );
         assert_eq!(view.nearest(b"/usr/lib/file/x").unwrap_err(), ViewError::Sys(Errno::ENOTDIR));
     }
 

@@ -33,7 +33,9 @@ impl Site {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
         let site = Self(dir);
-        for (name, mode, uid) in [("theirs", 0o755, NOBODY), ("theirs/d", 0o755, NOBODY), ("secret", 0o700, 0)] {
+        for (name, mode, uid) in
+            [("theirs", 0o755, NOBODY), ("theirs/d", 0o755, NOBODY), ("secret", 0o700, 0)]
+        {
             fs::create_dir(site.at(name)).unwrap();
             fs::set_permissions(site.at(name), Permissions::from_mode(mode)).unwrap();
             chown(site.at(name), Some(uid), Some(uid)).unwrap();
@@ -73,7 +75,8 @@ impl Site {
 
     /// Root's directory is as it was.
     fn untouched(&self) {
-        let names: Vec<_> = fs::read_dir(self.at("secret")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let names: Vec<_> =
+            fs::read_dir(self.at("secret")).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["name"]);
         let meta = fs::metadata(self.at("secret/name")).unwrap();
         assert_eq!((meta.uid(), meta.mode() & 0o7777, meta.nlink()), (0, 0o600, 1));
@@ -249,7 +252,8 @@ fn a_watched_file_becomes_a_link() {
     let Some(site) = Site::new() else { return };
     site.file("theirs/d/name", NOBODY);
     let fd = crate::sys::event::inotify(libc::IN_CLOEXEC | libc::IN_NONBLOCK).unwrap();
-    let path = std::ffi::CString::new(site.at("theirs/d/name").into_os_string().into_encoded_bytes()).unwrap();
+    let path =
+        std::ffi::CString::new(site.at("theirs/d/name").into_os_string().into_encoded_bytes()).unwrap();
     crate::sys::event::inotify_add(std::os::fd::AsFd::as_fd(&fd), &path, libc::IN_MODIFY).unwrap();
     attacked(&site, &Cycle::new(), vec![fd], || site.swap_directory(), LINK);
 }

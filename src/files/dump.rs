@@ -14,12 +14,12 @@ use nix::{
 
 use super::{
     DumpCx, DumpTable, DumpTables, DumpedFd, FdView, FileError, KINDS, Place, Stat,
+    fd_view::Source,
     kind::Kind,
     locks,
     path::bytes_of,
     refused::{self, Refusal},
     remap::Remaps,
-    fd_view::Source,
 };
 use crate::{
     finding::Finding,

@@ -2,7 +2,9 @@
 
 use std::{borrow::Cow, path::PathBuf};
 
-use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError, view::ViewError};
+use crate::{
+    image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError, view::ViewError,
+};
 
 /// An open file that cannot be saved or made again.
 #[derive(Debug, thiserror::Error)]

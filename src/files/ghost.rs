@@ -180,12 +180,7 @@ fn time(of: Option<pb::Timeval>) -> libc::timespec {
 }
 
 /// Makes an empty file of the right type, under `name` or beside it, and takes the name away again.
-fn make(
-    cx: &RestoreCx<'_>,
-    entry: &pb::GhostFileEntry,
-    name: &[u8],
-    id: u32,
-) -> Result<OwnedFd, FileError> {
+fn make(cx: &RestoreCx<'_>, entry: &pb::GhostFileEntry, name: &[u8], id: u32) -> Result<OwnedFd, FileError> {
     let unusable = |_| FileError::path("use", name)(Errno::EINVAL);
     let target = CString::new(entry.symlnk_target.as_deref().unwrap_or_default()).map_err(unusable)?;
     let origin = match entry.mode & libc::S_IFMT {

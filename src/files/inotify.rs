@@ -14,8 +14,7 @@ use nix::{
 };
 
 use super::{
-    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in,
-    pipe_data::io_error,
+    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in, pipe_data::io_error,
 };
 use crate::{
     image::pb,

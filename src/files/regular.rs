@@ -54,7 +54,9 @@ impl FileKind for Regular {
             ..Default::default()
         };
         // The owner of files of /proc changes with what their task is.
-        if matches!(fd.stat.kind(), libc::S_IFREG | libc::S_IFDIR | libc::S_IFIFO) && proc_pid(fd.link).is_none() {
+        if matches!(fd.stat.kind(), libc::S_IFREG | libc::S_IFDIR | libc::S_IFIFO)
+            && proc_pid(fd.link).is_none()
+        {
             (entry.uid, entry.gid) = (Some(fd.stat.uid), Some(fd.stat.gid));
         }
         let regular = fd.stat.kind() == libc::S_IFREG;
@@ -226,7 +228,11 @@ pub(super) fn path_of(cx: &mut RestoreCx<'_>, id: u32) -> Result<OwnedFd, FileEr
 }
 
 /// Is this still the file that was dumped?
-pub(super) fn validate(cx: &RestoreCx<'_>, object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<(), FileError> {
+pub(super) fn validate(
+    cx: &RestoreCx<'_>,
+    object: &OwnedFd,
+    entry: &pb::RegFileEntry,
+) -> Result<(), FileError> {
     let stat = Stat::new(&fstat(object).map_err(FileError::path("stat", &entry.name))?);
     validate_stat(cx, &stat, entry)?;
     // Nothing else may be opened just to look at it.

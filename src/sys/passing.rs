@@ -93,26 +93,27 @@ fn pass(job: &mut Job<'_>) -> std::result::Result<i32, Failed> {
         }
     }
     let mut fd = -1;
-    result = result.and_then(|()| make(within, job.name, job.origin).map_err(at(Step::Make))).and_then(|made| {
-        fd = match made {
-            Some(fd) => fd,
-            None => open_made(within, job.name, libc::O_PATH).map_err(at(Step::Open))?,
-        };
-        let ours = is_made(fd, job.origin) && is_at(within, job.name, fd);
-        if !ours {
-            return Err(Failed { step: Step::Swapped, errno: Errno::EEXIST });
-        }
-        let how = if matches!(job.origin, Origin::Directory) { libc::AT_REMOVEDIR } else { 0 };
-        // SAFETY: a terminated string.
-        ret_int(unsafe { libc::unlinkat(within, job.name.as_ptr(), how) }).map_err(at(Step::Remove))?;
-        match job.origin {
-            // Somebody has given it another name in the meantime: it would stay for everybody to see.
-            Origin::Regular if stat(fd).is_some_and(|stat| stat.st_nlink != 0) => {
-                Err(Failed { step: Step::Swapped, errno: Errno::EEXIST })
+    result =
+        result.and_then(|()| make(within, job.name, job.origin).map_err(at(Step::Make))).and_then(|made| {
+            fd = match made {
+                Some(fd) => fd,
+                None => open_made(within, job.name, libc::O_PATH).map_err(at(Step::Open))?,
+            };
+            let ours = is_made(fd, job.origin) && is_at(within, job.name, fd);
+            if !ours {
+                return Err(Failed { step: Step::Swapped, errno: Errno::EEXIST });
             }
-            _ => Ok(()),
-        }
-    });
+            let how = if matches!(job.origin, Origin::Directory) { libc::AT_REMOVEDIR } else { 0 };
+            // SAFETY: a terminated string.
+            ret_int(unsafe { libc::unlinkat(within, job.name.as_ptr(), how) }).map_err(at(Step::Remove))?;
+            match job.origin {
+                // Somebody has given it another name in the meantime: it would stay for everybody to see.
+                Origin::Regular if stat(fd).is_some_and(|stat| stat.st_nlink != 0) => {
+                    Err(Failed { step: Step::Swapped, errno: Errno::EEXIST })
+                }
+                _ => Ok(()),
+            }
+        });
     for index in (0..job.dirs.len()).rev() {
         let within = if index == 0 { job.base } else { job.dirs[index - 1] };
         // SAFETY: the descriptor is one that was opened above; the string is terminated.

@@ -1,5 +1,6 @@
 //! The rows of the suite, by topic.
 
+mod attacks;
 mod blocked;
 mod cpu;
 mod epoll;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         tty::CASES,
         locks::CASES,
         refused::CASES,
+        attacks::CASES,
     ];
     topics.iter().copied().flatten()
 }
