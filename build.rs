@@ -69,6 +69,9 @@ fn messages(set: &FileDescriptorSet) -> BTreeMap<String, &DescriptorProto> {
     all
 }
 
+/// Number of the first field that is not CRIU's but ours: see `image::wire`.
+const EXTENSIONS: usize = 15_000;
+
 /// `static TYPES: [Type; _]` of `image::wire`, sorted by full name.
 fn wire_types(set: &FileDescriptorSet) -> Result<String, Box<dyn Error>> {
     let all = messages(set);
@@ -77,8 +80,13 @@ fn wire_types(set: &FileDescriptorSet) -> Result<String, Box<dyn Error>> {
     for (full_name, message) in &all {
         let mut required: Vec<&str> = Vec::new();
         let mut fields: Vec<String> = Vec::new();
+        let mut extensions: Vec<String> = Vec::new();
         for field in &message.field {
             let number = usize::try_from(field.number())?;
+            let (fields, number) = match number.checked_sub(EXTENSIONS) {
+                Some(number) => (&mut extensions, number),
+                None => (&mut fields, number),
+            };
             if fields.len() <= number {
                 fields.resize(number + 1, "NO_FIELD".to_owned());
             }
@@ -99,10 +107,11 @@ fn wire_types(set: &FileDescriptorSet) -> Result<String, Box<dyn Error>> {
             return Err(format!("more than 64 required fields in {full_name}").into());
         }
         let name = message.name();
-        let fields = fields.join(", ");
+        let (fields, extensions) = (fields.join(", "), extensions.join(", "));
         writeln!(
             text,
-            "Type {{ full_name: {full_name:?}, name: {name:?}, required: &{required:?}, fields: &[{fields}] }},"
+            "Type {{ full_name: {full_name:?}, name: {name:?}, required: &{required:?}, fields: &[{fields}], \
+             extensions: &[{extensions}] }},"
         )?;
     }
     text.push_str("];\n");

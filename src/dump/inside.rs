@@ -6,6 +6,7 @@ use super::tree::Process;
 use crate::{
     finding::Finding,
     image::pb,
+    mem,
     task::{self, ProcessInside, ThreadInside},
     tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError},
 };
@@ -18,6 +19,7 @@ const AREA_PER_THREAD: usize = 8 << 10;
 #[derive(Debug)]
 pub(super) struct Inside {
     pub(super) process: ProcessInside,
+    pub(super) memory: mem::Inside,
     /// In the order of [`Process::threads`].
     pub(super) threads: Vec<ThreadInside>,
     /// A `syscall` instruction of the process itself.
@@ -60,7 +62,7 @@ pub(super) fn look(
         let mut list = List::new(format!("queries of thread {}", thread.tid()));
         queries.push(task::thread_queries(&mut list));
         if process_queries.is_none() {
-            process_queries = Some(task::process_queries(&mut list, &timers));
+            process_queries = Some((task::process_queries(&mut list, &timers), mem::queries(&mut list)));
         }
         jobs.push((*thread, list));
     }
@@ -70,11 +72,12 @@ pub(super) fn look(
     for (queries, placed) in queries.iter().zip(&placed) {
         threads.push(queries.read(area, placed)?);
     }
-    let process_part =
-        process_queries.context("no queries")?.read(area, placed.first().context("no list")?)?;
+    let (of_process, of_memory) = process_queries.context("no queries")?;
+    let first = placed.first().context("no list")?;
+    let (process, memory) = (of_process.read(area, first)?, of_memory.read(area, first)?);
     let exit_gadget = injection.own_syscall();
     injection.leave()?;
-    Ok(Some(Inside { process: process_part, threads, exit_gadget }))
+    Ok(Some(Inside { process, memory, threads, exit_gadget }))
 }
 
 /// Why nothing can be run in a thread.

@@ -325,6 +325,7 @@ impl<'s> Collected<'s> {
                 thp_disabled: inside.process.thp_disable != 0,
                 exe_file_id: exe.unwrap_or(0),
                 ours: Vec::new(),
+                inside: inside.memory.clone(),
             };
             let mut mapped_findings = Vec::new();
             let mut mapped = Mapped(&mut self.files, &mut mapped_findings);

@@ -203,6 +203,7 @@ fn look(files: &mut FilesDump<'_>, pid: i32, agent: i32, id: u32, found: &mut Ve
         thp_disabled: false,
         exe_file_id: exe.unwrap_or(0),
         ours: Vec::new(),
+        inside: mem::Inside::default(),
     };
     let mut in_files = Vec::new();
     let mut mapped = Mapped(files, &mut in_files);

@@ -44,6 +44,23 @@ struct Type {
     required: &'static [&'static str],
     /// By field number.
     fields: &'static [Field],
+    /// Fields that are not CRIU's, by number less [`EXTENSIONS`].
+    extensions: &'static [Field],
+}
+
+/// Number of the first field that is not CRIU's but ours. They carry state for which CRIU's messages have no place; CRIU
+/// skips them, as protobuf readers do with numbers they do not know.
+const EXTENSIONS: usize = 15_000;
+
+impl Type {
+    fn field(&self, number: u32) -> Field {
+        let number = usize::try_from(number).unwrap_or(usize::MAX);
+        let field = match number.checked_sub(EXTENSIONS) {
+            Some(number) => self.extensions.get(number),
+            None => self.fields.get(number),
+        };
+        field.copied().unwrap_or(NO_FIELD)
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +101,7 @@ fn walk(index: usize, mut bytes: &[u8], depth: usize, survey: &mut Survey) {
     let mut seen = 0u64;
     while bytes.has_remaining() {
         let Ok((number, wire)) = decode_key(&mut bytes) else { return };
-        let field = t.fields.get(number as usize).copied().unwrap_or(NO_FIELD);
+        let field = t.field(number);
         if let Some(bit) = field.required {
             seen |= 1 << bit;
         }

@@ -15,7 +15,7 @@ use nix::sys::stat::{Mode, SFlag, fstat};
 
 use super::scan::{Target, Wanted};
 use super::shared::FileKey;
-use super::{MemError, SharedMemory, vma};
+use super::{Inside, MemError, SharedMemory, pkeys, vma};
 use crate::finding::Finding;
 use crate::image::pb;
 use crate::proc::maps::VmaName;
@@ -39,6 +39,8 @@ pub struct Task {
     pub exe_file_id: u32,
     /// Areas that crtool itself made in the task.
     pub ours: Vec<Range<u64>>,
+    /// What the task told.
+    pub inside: Inside,
 }
 
 /// A file that a task has mapped.
@@ -108,6 +110,7 @@ pub fn collect(
             }
         }
     }
+    let execute_only_pkey = collector.execute_only_pkey();
     let Collector { vmas, targets, .. } = collector;
     let private_pages = targets
         .iter()
@@ -132,6 +135,8 @@ pub fn collect(
         dumpable: Some(task.dumpable),
         aios: Vec::new(),
         thp_disabled: Some(task.thp_disabled),
+        pkeys: task.inside.pkeys,
+        execute_only_pkey,
     };
     Ok(AddressSpace { tid: task.tid, pid: task.pid, entry, targets, private_pages })
 }
@@ -220,6 +225,10 @@ enum Backing {
 impl Collector<'_> {
     fn area(&mut self, area: &Smap) -> Result<(), MemError> {
         let mut entry = vma::entry(area);
+        let special = matches!(area.vma.name, Some(VmaName::Vvar | VmaName::VvarVclock | VmaName::Vdso));
+        if special && entry.pkey.is_some() {
+            self.refuse(area, "vdso", "code of the kernel with a memory protection key", "");
+        }
         match &area.vma.name {
             Some(VmaName::Vsyscall) => {
                 entry.status = vma::VSYSCALL | vma::ANON_PRIVATE;
@@ -407,16 +416,28 @@ impl Collector<'_> {
                 return false;
             }
         }
-        if area.pkey.is_some_and(|key| key != 0) {
-            self.refuse(area, &name, "has a memory protection key", "");
-            return false;
-        }
         if let Some(code) = area.unknown_flags.first() {
             let reason = format!("has a flag that crtool does not know ({})", String::from_utf8_lossy(code));
             self.refuse(area, &name, &reason, "use a newer crtool");
             return false;
         }
         true
+    }
+
+    /// The key that the kernel has taken for execute-only memory.
+    fn execute_only_pkey(&mut self) -> Option<u32> {
+        let found = pkeys::execute_only(self.task.inside.pkeys?, &self.vmas);
+        if let Err((one, other)) = found {
+            self.findings.push(Finding {
+                pid: self.task.pid,
+                what: format!("memory protection keys {one} and {other}"),
+                reason: "one of them is the kernel's own for execute-only memory, the other was freed while such memory \
+                         has it, and which is which cannot be seen"
+                    .into(),
+                hint: String::new(),
+            });
+        }
+        found.ok().flatten()
     }
 
     fn refuse(&mut self, area: &Smap, name: &str, reason: &str, hint: &str) {

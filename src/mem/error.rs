@@ -2,7 +2,7 @@
 
 use std::{error::Error, io};
 
-use crate::{image::ImageError, pages::PagesError, proc::ParseError};
+use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError};
 
 /// An address space that cannot be saved.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,35 @@ pub enum MemError {
     SharedDevice {
         /// Why.
         source: io::Error,
+    },
+    /// Reading back what a list found out.
+    #[error("results of a list")]
+    Inside(#[source] TraceError),
+    /// A question about a protection key that the kernel did not answer.
+    #[error("whether protection key {key} is allocated")]
+    Pkey {
+        /// The key.
+        key: usize,
+        /// Why.
+        source: Errno,
+    },
+    /// The image says something that cannot be.
+    #[error("mm-{pid}.img: {what}")]
+    BadImage {
+        /// The task.
+        pid: i32,
+        /// What it says.
+        what: String,
+    },
+    /// The image asks for something that cannot be had here.
+    #[error("{what} of task {pid} cannot be restored: {reason}")]
+    Unsupported {
+        /// The task.
+        pid: i32,
+        /// The object.
+        what: String,
+        /// Why, and what to do.
+        reason: String,
     },
     /// Contents.
     #[error(transparent)]

@@ -12,6 +12,8 @@
 mod collect;
 mod dump;
 mod error;
+mod inside;
+pub mod pkeys;
 mod reserve;
 mod scan;
 mod shared;
@@ -20,4 +22,5 @@ pub mod vma;
 pub use collect::{AddressSpace, MappedFile, Task, VmaFiles, collect};
 pub use dump::MemoryDump;
 pub use error::MemError;
+pub use inside::{Inside, Queries, queries};
 pub use shared::SharedMemory;

@@ -120,6 +120,7 @@ pub fn entry(area: &Smap) -> pb::VmaEntry {
         fd: -1,
         madv: advice(area.flags),
         fdflags: None,
+        pkey: area.pkey.filter(|key| *key != 0),
     }
 }
 

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     image::pb,
+    mem::pkeys,
     pages::{Pages, Piece},
     sys::pod::{self, Pod},
     tracee::{List, Op, RemoteAddr, Want},
@@ -121,7 +122,7 @@ pub(super) struct Space<'a> {
 /// What is known of an address space after [`plan`]: for [`plan_late`] and for counting.
 #[derive(Debug, Default)]
 pub(super) struct Made {
-    /// Areas that are writable now whatever their protection.
+    /// Starts of the areas that do not have their final protection yet, or may not have it.
     opened: Vec<u64>,
     /// Held until the puppet is filled.
     uffd: UffdCopies,
@@ -176,12 +177,13 @@ pub(super) fn plan(
             continue;
         }
         let filled = private(vma) && space.pages.any_in(vma.start, vma.end);
-        plan_vma(list, vma, filled, objects)?;
-        if filled {
+        let prot = early_prot(vma, filled);
+        plan_vma(list, vma, prot, objects)?;
+        if prot != vma.prot {
             made.opened.push(vma.start);
-            if !made.uffd.take(vma, space.pages) {
-                load.extend(space.pages.within(vma.start, vma.end));
-            }
+        }
+        if filled && !made.uffd.take(vma, space.pages) {
+            load.extend(space.pages.within(vma.start, vma.end));
         }
     }
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
@@ -278,12 +280,13 @@ fn plan_mm(list: &mut List, mm: &pb::MmEntry, exe_fd: i32) {
     );
 }
 
-fn plan_vma(
-    list: &mut List,
-    vma: &pb::VmaEntry,
-    filled: bool,
-    objects: &mut dyn MappedObjects,
-) -> Result<()> {
+/// Protection with which an area is mapped: it has to be filled, and must not take a protection key yet.
+fn early_prot(vma: &pb::VmaEntry, filled: bool) -> u32 {
+    let fill = if filled { libc::PROT_READ | libc::PROT_WRITE } else { 0 };
+    pkeys::early_prot(vma.prot) | fill.cast_unsigned()
+}
+
+fn plan_vma(list: &mut List, vma: &pb::VmaEntry, prot: u32, objects: &mut dyn MappedObjects) -> Result<()> {
     let what = vma.status;
     ensure!(
         what & (status::SYSVIPC | status::SOCKET | status::AIORING) == 0,
@@ -294,10 +297,6 @@ fn plan_vma(
     // Locks come late: they would fill the area, and are not inherited.
     let mut flags = vma.flags & !(libc::MAP_LOCKED.cast_unsigned() | status::LOCK_ON_FAULT)
         | libc::MAP_FIXED.cast_unsigned();
-    let mut prot = vma.prot;
-    if filled {
-        prot |= (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
-    }
     let fd = if what & (status::FILE_PRIVATE | status::FILE_SHARED) != 0 {
         objects.file(u32::try_from(vma.shmid).context("file id of a mapping")?, vma)?
     } else if what & (status::ANON_SHARED | status::MEMFD) != 0 {
@@ -495,7 +494,8 @@ fn plan_free(list: &mut List, fd: i32, range: &Range<u64>) {
 }
 
 /// What has to wait until no puppet is made from this one any more.
-pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made) {
+pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made, keys: &pkeys::Plan) {
+    keys.begin(list);
     for vma in &mm.vmas {
         let len = vma.end - vma.start;
         if vma.status & status::GUARD != 0 {
@@ -510,9 +510,7 @@ pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made) {
         if vma.status & (status::VSYSCALL | status::VDSO | status::VVAR) != 0 {
             continue;
         }
-        let filled = made.opened.binary_search(&vma.start).is_ok();
-        let write = (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
-        if filled && vma.prot & write != write {
+        if made.opened.binary_search(&vma.start).is_ok() && keys.mprotect_will_do(vma) {
             list.call(
                 "mprotect",
                 libc::SYS_mprotect,
@@ -540,6 +538,7 @@ pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made) {
             );
         }
     }
+    keys.finish(list, &mm.vmas);
 }
 
 /// Unmaps everything but the area and what is kept.

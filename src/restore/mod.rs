@@ -14,7 +14,7 @@ mod uffd_copy;
 mod vdso;
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs::File,
     io::Write as _,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -43,6 +43,7 @@ use crate::{
     files::FilesRestore,
     image::{DirStore, ImageKind, Outcome, Store, pb},
     interrupt,
+    mem::pkeys,
     pages::Pages,
     proc::stat,
     process_tree::fork_plan::{self, ForkPlan, Step, Wanted},
@@ -199,6 +200,8 @@ struct Cast<'i> {
     _shared: SharedObjects,
     pages: Vec<Pages>,
     made: Vec<Made>,
+    /// By pid.
+    keys: HashMap<i32, pkeys::Plan>,
     page_threads: PageThreads,
     tracees: Tracees,
     on_fail: RemoteAddr,
@@ -238,9 +241,14 @@ impl<'i> Cast<'i> {
         pids: PidAllocator,
     ) -> Result<Self> {
         let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
+        let mut keys = HashMap::new();
         for task in &images.tasks {
             if let Some(mm) = &task.mm {
                 memory::check_vmas(mm, task.pid)?;
+                keys.insert(task.pid, pkeys::plan(mm, task.pid, task.knows_protection_keys())?);
+            }
+            for core in task.cores.iter().filter(|_| !task.is_zombie()) {
+                task::final_state(core).with_context(|| format!("state of task {}", task.pid))?;
             }
         }
         let shared = SharedObjects::make(store, mms())?;
@@ -339,6 +347,7 @@ impl<'i> Cast<'i> {
             _shared: shared,
             pages,
             made,
+            keys,
             page_threads,
             tracees,
             on_fail,
@@ -505,7 +514,8 @@ impl<'i> Cast<'i> {
         }
         let mm = task.mm.as_ref().context("no mm image")?;
         if !shares_memory(&self.forks, self.images, index)? {
-            memory::plan_late(&mut list, mm, &self.made[index]);
+            let keys = self.keys.get(&task.pid).context("no protection keys")?;
+            memory::plan_late(&mut list, mm, &self.made[index], keys);
         }
         task::plan_process_early(core, &self.supervisor, &mut list)?;
         if let Some(fs) = &task.fs {

@@ -20,6 +20,7 @@ pub mod pagemap;
 pub mod passing;
 pub mod pidfd;
 pub mod pipe;
+pub mod pkey;
 pub mod pod;
 pub mod prctl;
 pub mod probe;

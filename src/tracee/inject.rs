@@ -22,7 +22,7 @@ use super::{
     Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Stopped, TraceError, Want,
 };
 use crate::{
-    arch::sigframe,
+    arch::{sigframe, xsave},
     proc::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
@@ -79,6 +79,9 @@ impl Thread {
     fn put_back(&self) -> Result<(), TraceError> {
         // The mask first: until the registers are back the thread still heals itself.
         self.stopped.set_sigmask(self.sigmask)?;
+        if xsave::with_rights_for_key_0(&self.xstate).is_some() {
+            self.stopped.set_xstate(&self.xstate)?;
+        }
         self.stopped.set_regs(&self.regs)
     }
 }
@@ -485,6 +488,10 @@ fn start(
     regs.rbp = slot.0;
     regs.eflags &= !0x0500;
     thread.stopped.set_regs(&regs)?;
+    if let Some(xstate) = xsave::with_rights_for_key_0(&thread.xstate) {
+        // A list writes its results to memory with protection key 0, like all memory that nobody gave a key.
+        thread.stopped.set_xstate(&xstate)?;
+    }
     thread.stopped.set_sigmask(ALL_BLOCKED & !signal.map_or(0, |s| 1u64 << (s - 1)))?;
     match signal {
         Some(_) => ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e)),

@@ -217,6 +217,12 @@ impl Stopped {
         Ok(buf)
     }
 
+    /// Sets the xsave area.
+    pub(super) fn set_xstate(&self, xstate: &[u8]) -> Result<(), TraceError> {
+        ptrace::set_regset(self.tid, ptrace::NT_X86_XSTATE, xstate)
+            .map_err(|e| TraceError::request("PTRACE_SETREGSET", self.tid, e))
+    }
+
     /// Blocked signals, bit n-1 for signal n.
     pub fn sigmask(&self) -> Result<u64, TraceError> {
         ptrace::get_sigmask(self.tid).map_err(|e| TraceError::request("PTRACE_GETSIGMASK", self.tid, e))

@@ -9,7 +9,7 @@ use crate::reaper::End;
 use crate::site::Site;
 
 /// A snapshot of the target, which is dead then, and its images in order.
-fn snapshot(site: &Site) -> Result<(PathBuf, Vec<PathBuf>), String> {
+pub fn snapshot(site: &Site) -> Result<(PathBuf, Vec<PathBuf>), String> {
     let images = site.fresh("images")?;
     site.dump_and_kill(&images)?;
     let entries = fs::read_dir(&images).map_err(|e| e.to_string())?;
@@ -58,7 +58,7 @@ fn intact(site: &Site, images: &Path) -> Result<(), String> {
     site.finish()
 }
 
-fn name(file: &Path) -> String {
+pub fn name(file: &Path) -> String {
     file.file_name().map(|n| n.display().to_string()).unwrap_or_default()
 }
 

@@ -10,6 +10,7 @@
 mod aim;
 mod chain;
 mod damage;
+mod elsewhere;
 mod kills;
 #[path = "../real/reaper.rs"]
 mod reaper;
@@ -50,6 +51,7 @@ const TRIALS: &[(&str, target::Kind, Run)] = &[
     ("truncated_images", target::Kind::Busy, damage::truncated),
     ("flipped_bits", target::Kind::Busy, damage::flipped),
     ("missing_images", target::Kind::Busy, damage::missing),
+    ("images_with_protection_keys", target::Kind::Family, elsewhere::protection_keys),
     ("chain_with_wrong_links", target::Kind::Busy, chain::links),
     ("chain_without_pages", target::Kind::Busy, chain::pages),
     ("chain_with_flipped_bits", target::Kind::Busy, chain::flipped),

@@ -234,6 +234,10 @@ fn mappings(pid: i32) -> Vec<String> {
                 let flags = flags.split_whitespace().filter(|f| !UNTOLD_FLAGS.contains(f));
                 last.flags = flags.collect::<Vec<_>>().join(" ");
             }
+        } else if let Some(key) = line.strip_prefix("ProtectionKey:") {
+            if let Some(last) = all.last_mut().filter(|_| key.trim() != "0") {
+                last.key = format!(" key {}", key.trim());
+            }
         } else if let Some(mapping) = Mapping::parse(line) {
             all.push(mapping);
         }
@@ -255,6 +259,7 @@ struct Mapping {
     offset: u64,
     path: String,
     flags: String,
+    key: String,
 }
 
 impl Mapping {
@@ -275,7 +280,7 @@ impl Mapping {
             } else {
                 path
             };
-        Some(Mapping { start, end, access, offset, path, flags: String::new() })
+        Some(Mapping { start, end, access, offset, path, flags: String::new(), key: String::new() })
     }
 
     fn is_anonymous(&self) -> bool {
@@ -284,14 +289,15 @@ impl Mapping {
 
     fn goes_on_in(&self, next: &Mapping) -> bool {
         let same = self.access == next.access && self.path == next.path && self.flags == next.flags;
+        let same = same && self.key == next.key;
         let follows = self.is_anonymous() || self.offset + (self.end - self.start) == next.offset;
         same && self.end == next.start && follows
     }
 
     fn line(&self) -> String {
-        let Mapping { start, end, access, offset, path, flags } = self;
+        let Mapping { start, end, access, offset, path, flags, key } = self;
         let offset = if self.is_anonymous() { 0 } else { *offset };
-        format!("{start:x}-{end:x} {access} {offset:x} {path} {{{flags}}}")
+        format!("{start:x}-{end:x} {access} {offset:x} {path} {{{flags}}}{key}")
     }
 }
 

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use crtool::finding::Finding;
 use crtool::image::{ImageKind, ImageSink, MemStore, PagesSink, Store, TypedStore, pb};
-use crtool::mem::{MappedFile, MemoryDump, SharedMemory, Task, VmaFiles, collect, vma};
+use crtool::mem::{Inside, MappedFile, MemoryDump, SharedMemory, Task, VmaFiles, collect, vma};
 use crtool::stats::DumpStats;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
@@ -68,7 +68,16 @@ impl VmaFiles for Files {
 }
 
 fn task(pid: i32) -> Task {
-    Task { pid, tid: pid, brk: 0, dumpable: 1, thp_disabled: false, exe_file_id: 1, ours: Vec::new() }
+    Task {
+        pid,
+        tid: pid,
+        brk: 0,
+        dumpable: 1,
+        thp_disabled: false,
+        exe_file_id: 1,
+        ours: Vec::new(),
+        inside: Inside::default(),
+    }
 }
 
 /// Dumps the memory of `child`.

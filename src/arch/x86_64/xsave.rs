@@ -196,6 +196,41 @@ fn put_part<const N: usize>(
     Ok(())
 }
 
+/// Feature of the PKRU register: rights for memory protection keys.
+const PKRU: u32 = 9;
+/// What the kernel starts programs with: no rights for any key but key 0.
+const PKRU_DEFAULT: u32 = 0x5555_5554;
+/// Rights for key 0, which all memory has that nobody gave a key.
+const PKRU_KEY_0: u32 = 3;
+
+/// This area with all rights for protection key 0, if it denies any of them.
+pub fn with_rights_for_key_0(area: &[u8]) -> Option<Vec<u8>> {
+    let at = part(PKRU)?.at;
+    let pkru = area.get(at..at + 4)?;
+    let denied = in_use(area) >> PKRU & 1 == 1 && u32::from(*pkru.first()?) & PKRU_KEY_0 != 0;
+    let mut granted = denied.then(|| area.to_vec())?;
+    *granted.get_mut(at)? &= 0xfc;
+    Some(granted)
+}
+
+/// Puts the rights for protection keys where they belong, and tells what that makes of `bv`.
+fn put_pkru(area: &mut [u8], bv: u64, pkru: &[u32]) -> Result<u64, XsaveError> {
+    let used = bv >> PKRU & 1 == 1;
+    match part(PKRU) {
+        // From a processor without keys: what a program has that starts here.
+        Some(part) if !used && pkru.is_empty() => {
+            put_words(area, part.at, [PKRU_DEFAULT.to_ne_bytes()].into_iter());
+            Ok(bv | 1 << PKRU)
+        }
+        // To one without: whoever has keys is refused elsewhere, and rights for the rest say nothing.
+        None if used && pkru.first().is_some_and(|rights| rights & PKRU_KEY_0 == 0) => Ok(bv & !(1 << PKRU)),
+        _ => {
+            put_part(area, bv, PKRU, "pkru", pkru.iter().map(|w| w.to_ne_bytes()))?;
+            Ok(bv)
+        }
+    }
+}
+
 /// The xsave area of this processor, as PTRACE_SETREGSET takes it, with the state of the message.
 pub fn from_entry(entry: &pb::UserX86FpregsEntry) -> Result<Vec<u8>, XsaveError> {
     for (what, got, want) in
@@ -214,13 +249,14 @@ pub fn from_entry(entry: &pb::UserX86FpregsEntry) -> Result<Vec<u8>, XsaveError>
     put_words(&mut area, 160, entry.xmm_space.iter().map(|w| w.to_ne_bytes()));
     // Without an xsave part the message is from a processor that only had x87 and SSE.
     let Some(x) = &entry.xsave else {
-        put_words(&mut area, FXSAVE_LEN, [3u64.to_ne_bytes()].into_iter());
+        let bv = put_pkru(&mut area, 3, &[])?;
+        put_words(&mut area, FXSAVE_LEN, [bv.to_ne_bytes()].into_iter());
         return Ok(area);
     };
-    let bv = x.xstate_bv;
-    if bv & !IN_IMAGE != 0 {
-        return Err(XsaveError::Lacks((bv & !IN_IMAGE).trailing_zeros()));
+    if x.xstate_bv & !IN_IMAGE != 0 {
+        return Err(XsaveError::Lacks((x.xstate_bv & !IN_IMAGE).trailing_zeros()));
     }
+    let bv = put_pkru(&mut area, x.xstate_bv, &x.pkru)?;
     put_words(&mut area, FXSAVE_LEN, [bv.to_ne_bytes()].into_iter());
     put_part(&mut area, bv, 2, "ymmh_space", x.ymmh_space.iter().map(|w| w.to_ne_bytes()))?;
     put_part(&mut area, bv, 3, "bndreg_state", x.bndreg_state.iter().map(|w| w.to_ne_bytes()))?;
@@ -228,7 +264,6 @@ pub fn from_entry(entry: &pb::UserX86FpregsEntry) -> Result<Vec<u8>, XsaveError>
     put_part(&mut area, bv, 5, "opmask_reg", x.opmask_reg.iter().map(|w| w.to_ne_bytes()))?;
     put_part(&mut area, bv, 6, "zmm_upper", x.zmm_upper.iter().map(|w| w.to_ne_bytes()))?;
     put_part(&mut area, bv, 7, "hi16_zmm", x.hi16_zmm.iter().map(|w| w.to_ne_bytes()))?;
-    put_part(&mut area, bv, 9, "pkru", x.pkru.iter().map(|w| w.to_ne_bytes()))?;
     Ok(area)
 }
 

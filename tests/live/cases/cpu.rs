@@ -14,7 +14,6 @@ pub const CASES: &[Case] = &[
     Case::new("vector_registers", vector_registers).disturbed(),
     Case::new("sse_registers", sse_registers),
     Case::new("x87_and_mxcsr", x87_and_mxcsr).disturbed(),
-    Case::new("protection_keys", protection_keys),
     Case::new("gs_base", gs_base),
     Case::new("tls_descriptors", tls_descriptors),
     Case::new("rseq", rseq),
@@ -110,21 +109,6 @@ fn x87_and_mxcsr(gate: &Gate) {
     let (found, words) = spinning(gate, move |flag| asm::spin_x87(flag, &values));
     assert_eq!(found.map(f64::to_bits), values.map(f64::to_bits), "x87 stack");
     assert_eq!(words, asm::X87_WORDS, "mxcsr and x87 control word");
-}
-
-fn protection_keys(gate: &Gate) {
-    let Ok(key) = sys!(SYS_pkey_alloc, 0, 0) else {
-        gate.skip("this processor or kernel has no protection keys");
-    };
-    let memory = sys::anon(4096);
-    memory.fill(3);
-    sys!(SYS_pkey_mprotect, memory.addr, memory.len, libc::PROT_READ | libc::PROT_WRITE, key)
-        .expect("pkey_mprotect");
-    let denied = asm::read_pkru() | 2 << (2 * key);
-    asm::write_pkru(denied);
-    gate.ready();
-    assert_eq!(asm::read_pkru(), denied, "pkru");
-    memory.check(3);
 }
 
 /// The gs base belongs to the program on x86-64; each thread has its own.

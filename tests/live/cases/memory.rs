@@ -10,7 +10,6 @@ pub const CASES: &[Case] = &[
     Case::new("no_access_with_content", no_access_with_content),
     Case::new("read_only_with_content", read_only_with_content),
     Case::new("write_only", write_only),
-    Case::new("execute_only", execute_only),
     Case::new("own_code", own_code),
     Case::new("guard_pages", guard_pages).peer_fails("drops MADV_GUARD_INSTALL"),
     Case::new("grows_down", grows_down),
@@ -50,7 +49,7 @@ pub const PAGE: usize = 4096;
 pub const MIB: usize = 1 << 20;
 pub const READ: i32 = libc::PROT_READ;
 pub const WRITE: i32 = libc::PROT_WRITE;
-const EXEC: i32 = libc::PROT_EXEC;
+pub const EXEC: i32 = libc::PROT_EXEC;
 
 pub fn protect(part: Mapped, access: i32) {
     sys!(SYS_mprotect, part.addr, part.len, access).expect("mprotect");
@@ -133,18 +132,10 @@ fn write_only(gate: &Gate) {
 }
 
 /// `mov eax, value; ret`
-fn code(memory: Mapped, value: u32) {
+pub fn code(memory: Mapped, value: u32) {
     memory.set(0, 0xb8_u8);
     memory.set(1, value.to_le_bytes());
     memory.set(5, 0xc3_u8);
-}
-
-fn execute_only(gate: &Gate) {
-    let memory = sys::anon(PAGE);
-    code(memory, 4711);
-    protect(memory, EXEC);
-    gate.ready();
-    assert_eq!(sys::run_code(memory.addr), 4711);
 }
 
 fn own_code(gate: &Gate) {

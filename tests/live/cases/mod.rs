@@ -12,6 +12,7 @@ mod mappings;
 mod memory;
 mod names;
 mod pipes;
+mod pkeys;
 mod refused;
 mod sharing;
 mod signals;
@@ -32,6 +33,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         timers::CASES,
         identity::CASES,
         memory::CASES,
+        pkeys::CASES,
         sharing::CASES,
         mappings::CASES,
         files::CASES,
