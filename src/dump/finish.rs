@@ -10,10 +10,9 @@ use super::{
 };
 use crate::{
     exit::Incomplete,
-    proc::stat,
     settings::Leave,
     sys::{Errno, ptrace, task, wait},
-    tracee::{KillGuard, Thread},
+    tracee::{KillGuard, Thread, procfs},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
@@ -120,12 +119,13 @@ fn reap(tree: Tree) {
     let deadline = Instant::now() + REAP_PATIENCE;
     let mut pause = Duration::from_micros(50);
     loop {
-        pids.retain(|(pid, start)| read_stat(*pid).is_some_and(|s| s.starttime == *start));
+        pids.retain(|(pid, start)| procfs::stat(*pid).is_ok_and(|s| s.starttime == *start));
         let Some((pid, _)) = pids.first().copied() else { return };
         if Instant::now() > deadline {
-            let parent = read_stat(pid).map_or(0, |s| s.ppid);
-            let name =
-                read_stat(parent).map(|s| String::from_utf8_lossy(&s.comm).into_owned()).unwrap_or_default();
+            let parent = procfs::stat(pid).map_or(0, |s| s.ppid);
+            let name = procfs::stat(parent)
+                .map(|s| String::from_utf8_lossy(&s.comm).into_owned())
+                .unwrap_or_default();
             if pids.len() == 1 {
                 tracing::warn!("pid {pid} is still in use: its parent {parent} ({name}) has not reaped it");
                 return;
@@ -140,8 +140,4 @@ fn reap(tree: Tree) {
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(5));
     }
-}
-
-fn read_stat(pid: i32) -> Option<stat::Stat> {
-    stat::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?).ok()
 }

@@ -2,9 +2,13 @@
 
 use std::{cmp::Ordering, collections::HashMap};
 
+use super::collect::Source;
 use crate::{
     image::pb,
-    sys::kcmp::{Kind, kcmp},
+    sys::{
+        Errno,
+        kcmp::{Kind, kcmp},
+    },
 };
 
 /// Objects of one kind, ordered by kcmp, each with the id it got.
@@ -14,19 +18,24 @@ struct Objects {
     /// (task that has it, id), sorted.
     known: Vec<(i32, u32)>,
     next: u32,
+    source: Source,
 }
 
 impl Objects {
-    fn new(kind: Kind, next: u32) -> Self {
-        Self { kind, known: Vec::new(), next }
+    fn new(kind: Kind, next: u32, source: Source) -> Self {
+        Self { kind, known: Vec::new(), next, source }
     }
 
-    fn id(&mut self, tid: i32) -> Result<u32, crate::sys::Errno> {
+    fn id(&mut self, tid: i32) -> Result<u32, Errno> {
         let mut error = None;
         let found = self.known.binary_search_by(|(other, _)| {
-            kcmp(*other, tid, self.kind, 0, 0).unwrap_or_else(|e| {
-                error.get_or_insert(e);
-                Ordering::Equal
+            kcmp(*other, tid, self.kind, 0, 0).unwrap_or_else(|e| match e {
+                // The other one has ended since it was looked at.
+                Errno::ESRCH if self.source == Source::Running => Ordering::Less,
+                e => {
+                    error.get_or_insert(e);
+                    Ordering::Equal
+                }
             })
         });
         if let Some(error) = error {
@@ -59,12 +68,12 @@ pub(super) struct Ids {
 
 impl Ids {
     /// Ids begin at 2 for tasks: 1 is crtool's own, as the inventory has it.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(source: Source) -> Self {
         Self {
-            vm: Objects::new(Kind::Vm, 2),
-            files: Objects::new(Kind::Files, 2),
-            fs: Objects::new(Kind::Fs, 2),
-            sighand: Objects::new(Kind::Sighand, 2),
+            vm: Objects::new(Kind::Vm, 2, source),
+            files: Objects::new(Kind::Files, 2, source),
+            fs: Objects::new(Kind::Fs, 2, source),
+            sighand: Objects::new(Kind::Sighand, 2, source),
             namespaces: HashMap::new(),
         }
     }
@@ -102,7 +111,7 @@ impl Ids {
     }
 
     /// Ids of a task, through a living thread of it.
-    pub(super) fn task(&mut self, tid: i32) -> Result<pb::TaskKobjIdsEntry, crate::sys::Errno> {
+    pub(super) fn task(&mut self, tid: i32) -> Result<pb::TaskKobjIdsEntry, Errno> {
         let ids = pb::TaskKobjIdsEntry {
             vm_id: self.vm.id(tid)?,
             files_id: self.files.id(tid)?,

@@ -8,7 +8,7 @@ use crate::{
     image::pb,
     mem,
     task::{self, ProcessInside, ThreadInside},
-    tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError},
+    tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError, procfs},
 };
 
 /// Room in the area for the runner and the process part, and for each thread (frame, list, results).
@@ -114,8 +114,7 @@ pub(super) fn dead_leader(
     like: &pb::CoreEntry,
     syscall: RemoteAddr,
 ) -> Result<pb::CoreEntry> {
-    let bytes = std::fs::read(format!("/proc/{0}/task/{0}/stat", process.pid))?;
-    let stat = crate::proc::stat::parse(&bytes)?;
+    let stat = procfs::thread_stat(process.pid, process.pid)?;
     let mut core = like.clone();
     if let Some(info) = core.thread_info.as_mut() {
         info.clear_tid_addr = 0;

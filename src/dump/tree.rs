@@ -1,15 +1,29 @@
 //! The frozen tree: every task found, every thread held in a ptrace stop.
 //!
-//! Seizing goes on to a fix-point: threads and children that appear while others are being stopped are
-//! found by looking again until nothing is new. Dropping the tree lets every thread go on as it was.
+//! A process is held when all its threads are; only then are its children looked for, so a parent cannot make others
+//! meanwhile. What appears all the same (a sibling that a child makes with CLONE_PARENT, an orphan that a subreaper of
+//! the tree is given) is found by a second look at everybody's children, and again until nothing is new.
+//! Dropping the tree lets every thread go on as it was.
 
-use std::{collections::HashSet, fs};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
 
 use crate::{
+    finding::Finding,
     interrupt,
-    proc::{children, stat},
-    tracee::{Stop, Stopped, Thread, TraceError},
+    proc::stat::Stat,
+    sys::wait,
+    tracee::{
+        Seized, Stop, Thread, TraceError, procfs,
+        silent::{self, FrozenGroups},
+    },
 };
+
+/// Ends a wait early: an error says why.
+pub(super) type Check<'c> = &'c dyn Fn() -> Result<(), TraceError>;
 
 /// What a task is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +49,7 @@ pub(super) struct Process {
     pub(super) sid: i32,
     /// What it is doing.
     pub(super) state: State,
-    /// Its threads, the leader first; empty for a zombie.
+    /// Its threads, the leader first; empty for a zombie, and for one that cannot be held.
     pub(super) threads: Vec<Thread>,
     /// The leader has exited while other threads run.
     pub(super) dead_leader: bool,
@@ -43,158 +57,98 @@ pub(super) struct Process {
     pub(super) exit_signal: i32,
     /// Start time in ticks since boot: with the pid it names a process for good.
     pub(super) starttime: u64,
+    /// Why (a part of) it cannot be held.
+    pub(super) unheld: Vec<Finding>,
 }
 
-impl Process {
-    /// A thread that is alive; its /proc files stand for the process.
-    pub(super) fn agent(&self) -> Option<&Thread> {
-        self.threads.first()
-    }
-}
-
-/// All processes, parents before children.
+/// All processes, parents before children, siblings by pid.
 #[derive(Debug, Default)]
 pub(super) struct Tree {
     /// The root is the first.
     pub(super) processes: Vec<Process>,
 }
 
-fn read(path: String) -> Result<Vec<u8>, TraceError> {
-    fs::read(&path).map_err(|source| TraceError::Proc { path, source })
-}
-
-fn read_stat(path: String) -> Result<stat::Stat, TraceError> {
-    Ok(stat::parse(&read(path)?)?)
-}
-
-/// Thread ids of a process, the leader first; empty when it is gone.
-pub(super) fn tids(pid: i32) -> Vec<i32> {
-    let Ok(dir) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    let mut tids: Vec<i32> = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
-    tids.sort_unstable_by_key(|tid| (*tid != pid, *tid));
-    tids
-}
-
-/// Children of all threads of a process.
-pub(super) fn children_of(pid: i32) -> Vec<i32> {
-    let mut all = Vec::new();
-    for tid in tids(pid) {
-        if let Ok(bytes) = fs::read(format!("/proc/{pid}/task/{tid}/children"))
-            && let Ok(pids) = children::parse(&bytes)
-        {
-            all.extend(pids);
-        }
-    }
-    all
-}
-
 impl Tree {
-    /// Seizes everything below and including `root`.
-    pub(super) fn freeze(root: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
-        let mut tree = Self::default();
-        if !tree.add(root, 0, check)? {
-            return Err(TraceError::Died(root));
-        }
+    /// Holds everything below and including `root`.
+    pub(super) fn freeze(root: i32, check: Check<'_>) -> Result<Self, TraceError> {
+        let mut groups = FrozenGroups::default();
+        let first = Process::hold(root, &mut groups, check)?.ok_or(TraceError::Died(root))?;
+        let mut tree = Self { processes: vec![first] };
+        let mut known = HashSet::from([root]);
+        let mut next = 0;
         loop {
-            let mut grew = false;
-            let mut index = 0;
-            while index < tree.processes.len() {
+            // Those that are found are appended, and looked at in their turn.
+            while let Some(process) = tree.processes.get(next) {
+                let below = process.children();
+                tree.hold_new(below, &mut known, &mut groups, check)?;
+                next += 1;
+            }
+            let mut parents = HashMap::new();
+            for process in &tree.processes {
                 check()?;
-                let process = &mut tree.processes[index];
-                if !matches!(process.state, State::Zombie(_)) {
-                    grew |= process.seize_threads(check)?;
-                }
-                let pid = tree.processes[index].pid;
-                let known: HashSet<i32> = tree.processes.iter().map(|p| p.pid).collect();
-                for child in children_of(pid) {
-                    if !known.contains(&child) {
-                        grew |= tree.add(child, pid, check)?;
-                    }
-                }
-                index += 1;
+                parents.extend(process.children().into_iter().map(|child| (child, process.pid)));
             }
-            if !grew {
-                break;
+            let new = parents.keys().copied().filter(|pid| !known.contains(pid)).collect();
+            if !tree.hold_new(new, &mut known, &mut groups, check)? {
+                return tree.finished(&parents);
             }
         }
-        tree.settle_groups()?;
-        tree.order();
-        Ok(tree)
     }
 
-    fn add(
+    /// Holds those of `pids` that are not known yet; says whether any was there to be held.
+    fn hold_new(
         &mut self,
-        pid: i32,
-        ppid: i32,
-        check: &dyn Fn() -> Result<(), TraceError>,
+        pids: Vec<i32>,
+        known: &mut HashSet<i32>,
+        groups: &mut FrozenGroups,
+        check: Check<'_>,
     ) -> Result<bool, TraceError> {
-        let stat = match read_stat(format!("/proc/{pid}/stat")) {
-            Ok(stat) => stat,
-            Err(e) if ppid == 0 => return Err(e),
-            // Gone before we came.
-            Err(_) => return Ok(false),
-        };
-        let mut process = Process {
-            pid,
-            ppid,
-            pgid: stat.pgrp,
-            sid: stat.session,
-            state: State::Alive,
-            threads: Vec::new(),
-            dead_leader: false,
-            exit_signal: stat.exit_signal,
-            starttime: stat.starttime,
-        };
-        process.seize_threads(check)?;
-        if process.threads.is_empty() {
-            match read_stat(format!("/proc/{pid}/stat")) {
-                Ok(stat) if matches!(stat.state, stat::State::Zombie | stat::State::Dead) => {
-                    process.state = State::Zombie(stat.exit_code)
-                }
-                _ => return Ok(false),
+        let before = self.processes.len();
+        for pid in pids {
+            check()?;
+            if known.contains(&pid) {
+                continue;
+            }
+            // One that is gone, or whose pid somebody outside of the tree has by now, is no part of it: let go at once.
+            if let Some(process) = Process::hold(pid, groups, check)?
+                && known.contains(&process.ppid)
+            {
+                known.insert(pid);
+                self.processes.push(process);
             }
         }
-        self.processes.push(process);
-        Ok(true)
+        Ok(self.processes.len() > before)
     }
 
-    /// Groups and sessions are final only now that nobody runs any more.
-    fn settle_groups(&mut self) -> Result<(), TraceError> {
-        for process in &mut self.processes {
-            let stat = read_stat(format!("/proc/{}/stat", process.pid))?;
-            process.pgid = stat.pgrp;
-            process.sid = stat.session;
-            if stat.starttime != process.starttime {
-                return Err(TraceError::Died(process.pid));
-            }
-            if matches!(process.state, State::Zombie(_)) {
-                process.state = State::Zombie(stat.exit_code);
-            }
+    /// The tree in order, when nobody runs any more; `parents` is who has whom for a child now.
+    fn finished(mut self, parents: &HashMap<i32, i32>) -> Result<Self, TraceError> {
+        if let Some(root) = self.processes.first_mut() {
+            // Who its parent is belongs to the world outside.
+            root.ppid = 0;
         }
-        // A task whose parent died meanwhile has a new one, in the tree or not.
-        let pids: HashSet<i32> = self.processes.iter().map(|p| p.pid).collect();
         for process in self.processes.iter_mut().skip(1) {
-            let stat = read_stat(format!("/proc/{}/stat", process.pid))?;
-            if !pids.contains(&stat.ppid) {
-                return Err(TraceError::Died(process.ppid));
-            }
-            process.ppid = stat.ppid;
+            // Its parent may have died since: then it has another one, in the tree or not.
+            process.ppid = parents.get(&process.pid).copied().ok_or(TraceError::Died(process.ppid))?;
         }
-        Ok(())
+        self.order();
+        Ok(self)
     }
 
     /// Parents before their children, siblings by pid.
     fn order(&mut self) {
-        let mut rest = std::mem::take(&mut self.processes);
-        let Some(root) = rest.first().map(|p| p.pid) else { return };
+        let Some(root) = self.processes.first().map(|p| p.pid) else { return };
+        let mut below: HashMap<i32, Vec<i32>> = HashMap::new();
+        let mut rest: HashMap<i32, Process> = HashMap::with_capacity(self.processes.len());
+        for process in std::mem::take(&mut self.processes) {
+            below.entry(process.ppid).or_default().push(process.pid);
+            rest.insert(process.pid, process);
+        }
         let mut stack = vec![root];
         while let Some(pid) = stack.pop() {
-            if let Some(at) = rest.iter().position(|p| p.pid == pid) {
-                self.processes.push(rest.remove(at));
-            }
-            let mut below: Vec<i32> = rest.iter().filter(|p| p.ppid == pid).map(|p| p.pid).collect();
-            below.sort_unstable_by(|a, b| b.cmp(a));
-            stack.extend(below);
+            self.processes.extend(rest.remove(&pid));
+            let mut children = below.remove(&pid).unwrap_or_default();
+            children.sort_unstable_by(|a, b| b.cmp(a));
+            stack.extend(children);
         }
     }
 
@@ -206,7 +160,7 @@ impl Tree {
             }
             if !matches!(process.state, State::Zombie(_)) {
                 let held: HashSet<i32> = process.threads.iter().map(Thread::tid).collect();
-                let now = tids(process.pid);
+                let now = procfs::tids(process.pid);
                 if now.is_empty() || now.iter().any(|t| !held.contains(t) && *t != process.pid) {
                     return Err(TraceError::Died(process.pid));
                 }
@@ -216,86 +170,240 @@ impl Tree {
     }
 }
 
+/// How long a thread may take to stop before the reason is looked for: most often it only has to come out of a vfork,
+/// since its child is not held yet.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often threads of a process may not be seized before that counts: it may be the moment.
+const REFUSALS: usize = 20;
+
 impl Process {
-    /// Seizes threads until none is new; says whether any was.
-    fn seize_threads(&mut self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<bool, TraceError> {
-        let mut grew = false;
+    /// Holds all threads of a process, and reads what they cannot change any more. `None`: there is no such process.
+    pub(super) fn hold(
+        pid: i32,
+        groups: &mut FrozenGroups,
+        check: Check<'_>,
+    ) -> Result<Option<Self>, TraceError> {
+        let mut process = Self {
+            pid,
+            ppid: 0,
+            pgid: 0,
+            sid: 0,
+            state: State::Alive,
+            threads: Vec::new(),
+            dead_leader: false,
+            exit_signal: 0,
+            starttime: 0,
+            unheld: Vec::new(),
+        };
+        let frozen = groups.of(pid);
+        if let Some(group) = &frozen {
+            process.unheld.push(Finding {
+                pid,
+                what: "task".into(),
+                reason: format!("its cgroup is frozen ({})", group.display()),
+                hint: "thaw it first".into(),
+            });
+        }
+        // Those of its threads that have to be reaped by us should they end.
+        let ours = RefCell::new(Vec::new());
+        let mut refusals = 0;
         loop {
-            let held: HashSet<i32> = self.threads.iter().map(Thread::tid).collect();
-            let mut seized = Vec::new();
-            for tid in tids(self.pid) {
-                if held.contains(&tid) || (tid == self.pid && self.dead_leader) {
-                    continue;
+            check()?;
+            let listed = procfs::tids(pid);
+            let round = if frozen.is_some() {
+                Round::default()
+            } else {
+                process.hold_threads(&listed, &ours, check)?
+            };
+            let stat = match procfs::stat(pid) {
+                Ok(stat) => stat,
+                Err(error) if procfs::tids(pid).is_empty() => {
+                    tracing::debug!("task {pid} is gone: {error}");
+                    return Ok(None);
                 }
-                match Stopped::seize(tid) {
-                    Ok(suspended) => seized.push((tid, suspended)),
-                    Err(TraceError::Died(_)) => {}
-                    Err(error) => {
-                        // A dead leader, or a zombie, cannot be seized.
-                        match read_stat(format!("/proc/{}/task/{tid}/stat", self.pid)) {
-                            Ok(stat) if matches!(stat.state, stat::State::Zombie | stat::State::Dead) => {
-                                self.dead_leader |= tid == self.pid;
-                            }
-                            Err(_) => {}
-                            Ok(_) => return Err(error),
-                        }
-                    }
+                Err(error) => return Err(error),
+            };
+            let there = u64::try_from(process.threads.len() + round.dead + round.traced).unwrap_or(u64::MAX);
+            let dead = process.threads.is_empty() && procfs::is_dead(&stat) && stat.num_threads <= 1;
+            let complete = stat.num_threads == there && process.threads.iter().all(|t| t.stopped.holds());
+            if dead || frozen.is_some() || (complete && there > round.dead as u64) {
+                process.read(&stat, dead);
+                return Ok(Some(process));
+            }
+            if let Some(error) = round.refused {
+                refusals += 1;
+                if refusals > REFUSALS {
+                    return Err(error);
                 }
             }
-            if seized.is_empty() {
-                break;
-            }
-            for (tid, suspended) in seized {
-                let pid = self.pid;
-                let begun = std::time::Instant::now();
-                // Its child is not held yet, so most often it only has to get to its program.
-                let patient = || match check() {
-                    Err(TraceError::TimedOut(limit)) => {
-                        not_in_vfork(pid, tid).and(Err(TraceError::TimedOut(limit)))
-                    }
-                    Ok(()) if begun.elapsed() > VFORK_PATIENCE => not_in_vfork(pid, tid),
-                    checked => checked,
-                };
-                let stopped = match Stopped::settle(tid, &patient) {
-                    Ok(stopped) => stopped,
-                    Err(TraceError::Died(_)) => continue,
-                    Err(e) => return Err(e),
-                };
-                if let Stop::Group(signal) = stopped.stop() {
-                    self.state = State::Stopped(signal);
-                }
-                let mut thread = Thread::new(stopped)?;
-                thread.seccomp_suspended = suspended;
-                self.threads.push(thread);
-                grew = true;
+            if round.held == 0 {
+                // A thread is about to end: nothing to do but to wait for that.
+                std::thread::sleep(Duration::from_micros(100));
             }
         }
-        self.threads.sort_by_key(|t| (t.tid() != self.pid, t.tid()));
-        Ok(grew)
+    }
+
+    /// Tries to hold those of the threads `listed` that are not held yet.
+    fn hold_threads(
+        &mut self,
+        listed: &[i32],
+        ours: &RefCell<Vec<i32>>,
+        check: Check<'_>,
+    ) -> Result<Round, TraceError> {
+        let pid = self.pid;
+        // While the process executes a program (execve), its other threads end, and we have to take their reports for
+        // it to go on. The one that executes then has the id of the leader.
+        for thread in std::mem::take(&mut self.threads) {
+            if thread.stopped.holds() {
+                self.threads.push(thread);
+            } else {
+                thread.stopped.forget();
+            }
+        }
+        let take_ends = || {
+            ours.borrow_mut().retain(|tid| !matches!(wait::take_end(*tid), Ok(true)));
+            check()
+        };
+        let held: HashSet<i32> = self.threads.iter().map(Thread::tid).collect();
+        let mut round = Round::default();
+        let mut seized = Vec::new();
+        self.unheld.clear();
+        for tid in listed.iter().copied().filter(|tid| !held.contains(tid)) {
+            let thread = match Seized::seize(tid, &take_ends) {
+                Ok(thread) => Some(thread),
+                Err(error) => self.not_seized(tid, error, &mut round)?,
+            };
+            if let Some(thread) = thread {
+                ours.borrow_mut().push(tid);
+                seized.push(thread);
+            }
+        }
+        let mut seized = seized.into_iter();
+        while let Some(thread) = seized.next() {
+            let tid = thread.tid();
+            let begun = Instant::now();
+            let patient = || {
+                let late = match take_ends() {
+                    Err(TraceError::TimedOut(limit)) => Some(TraceError::TimedOut(limit)),
+                    Ok(()) if begun.elapsed() > PATIENCE && silent::in_vfork(pid, tid) => {
+                        Some(TraceError::Vfork(tid))
+                    }
+                    other => return other,
+                };
+                // A leader that has ended does not report before all other threads have.
+                match procfs::thread_stat(pid, tid) {
+                    Ok(stat) if procfs::is_dead(&stat) => Err(TraceError::Died(tid)),
+                    _ => late.map_or(Ok(()), |late| Err(silent::reason(pid, tid).unwrap_or(late))),
+                }
+            };
+            let stopped = match thread.settle(&patient).and_then(Thread::new) {
+                Ok(thread) => thread,
+                Err(TraceError::Died(_)) => continue,
+                Err(error) => {
+                    Seized::let_go(seized.collect());
+                    return Err(error);
+                }
+            };
+            round.held += 1;
+            self.take(stopped);
+        }
+        self.threads.sort_by_key(|t| (t.tid() != pid, t.tid()));
+        Ok(round)
+    }
+
+    fn take(&mut self, mut thread: Thread) {
+        thread.seccomp_suspended = thread.stopped.seccomp_suspended();
+        if let Stop::Group(signal) = thread.stopped.stop() {
+            self.state = State::Stopped(signal);
+        }
+        self.threads.push(thread);
+    }
+
+    /// Why a thread could not be seized: it is dead, gone, traced by somebody else, or by us under another id.
+    fn not_seized(
+        &mut self,
+        tid: i32,
+        error: TraceError,
+        round: &mut Round,
+    ) -> Result<Option<Seized>, TraceError> {
+        match procfs::thread_stat(self.pid, tid) {
+            Ok(stat) if procfs::is_dead(&stat) => {
+                round.dead += 1;
+                self.dead_leader |= tid == self.pid;
+                Ok(None)
+            }
+            Err(_) => Ok(None),
+            Ok(_) => match error {
+                TraceError::Traced { tracer, .. } if tracer == nix::unistd::gettid().as_raw() => {
+                    Seized::adopt(tid).map(Some).or_else(|error| match error {
+                        TraceError::Died(_) => Ok(None),
+                        error => Err(error),
+                    })
+                }
+                TraceError::Traced { tracer, .. } => {
+                    round.traced += 1;
+                    self.unheld.push(Finding {
+                        pid: self.pid,
+                        what: if tid == self.pid { "task".into() } else { format!("thread {tid}") },
+                        reason: format!("it is traced by task {tracer}"),
+                        hint: "end that debugger first".into(),
+                    });
+                    Ok(None)
+                }
+                TraceError::Died(_) => Ok(None),
+                error => {
+                    // It may have died, and somebody who executes a program got its id before we asked why.
+                    round.refused = Some(error);
+                    Ok(None)
+                }
+            },
+        }
+    }
+
+    /// Takes what is final now that nobody runs.
+    fn read(&mut self, stat: &Stat, dead: bool) {
+        self.ppid = stat.ppid;
+        self.pgid = stat.pgrp;
+        self.sid = stat.session;
+        self.exit_signal = stat.exit_signal;
+        self.starttime = stat.starttime;
+        if dead {
+            self.state = State::Zombie(stat.exit_code);
+            self.dead_leader = false;
+        }
+    }
+
+    /// A thread that is alive; its /proc files stand for the process.
+    pub(super) fn agent(&self) -> Option<&Thread> {
+        self.threads.first()
+    }
+
+    /// Its children, zombies too.
+    fn children(&self) -> Vec<i32> {
+        if !self.unheld.is_empty() {
+            return procfs::children(self.pid, procfs::tids(self.pid));
+        }
+        procfs::children(self.pid, self.threads.iter().map(Thread::tid))
     }
 }
 
-/// How long a thread may take to come out of a vfork.
-const VFORK_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-
-/// A thread in vfork sleeps until its child runs a program or ends, and does not stop for anybody.
-fn not_in_vfork(pid: i32, tid: i32) -> Result<(), TraceError> {
-    let at = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
-    let mut words = at.split(' ');
-    let number = words.next().and_then(|n| n.parse::<i64>().ok());
-    let flags = words.next().and_then(|f| u64::from_str_radix(f.trim_start_matches("0x"), 16).ok());
-    let vfork = match number {
-        Some(libc::SYS_vfork) => true,
-        Some(libc::SYS_clone) => flags.is_some_and(|f| f & libc::CLONE_VFORK as u64 != 0),
-        _ => fs::read(format!("/proc/{pid}/task/{tid}/wchan"))
-            .is_ok_and(|w| w.windows(5).any(|s| s == b"vfork")),
-    };
-    if vfork { Err(TraceError::Vfork(tid)) } else { Ok(()) }
+/// What one round over the threads of a process has come to.
+#[derive(Debug, Default)]
+struct Round {
+    /// Held, new.
+    held: usize,
+    /// Dead, and not gone yet.
+    dead: usize,
+    /// Traced by somebody else.
+    traced: usize,
+    /// Why a thread that is alive could not be seized.
+    refused: Option<TraceError>,
 }
 
 /// A check for waits: Ctrl-C and the like, and the time limit.
-pub(super) fn checker(limit: Option<std::time::Duration>) -> impl Fn() -> Result<(), TraceError> {
-    let begun = std::time::Instant::now();
+pub(super) fn checker(limit: Option<Duration>) -> impl Fn() -> Result<(), TraceError> {
+    let begun = Instant::now();
     move || {
         interrupt::check()?;
         match limit {

@@ -174,7 +174,11 @@ impl<'a> FilesDump<'a> {
                         u64::from(other.fd.cast_unsigned()),
                         u64::from(view.fd.cast_unsigned()),
                     )
-                    .map_err(FileError::sys("compare descriptors (kcmp)"))?;
+                    .or_else(|e| match e {
+                        // In a tree that runs, the other one may have been closed since.
+                        Errno::EBADF | Errno::ESRCH if !self.cx.frozen => Ok(std::cmp::Ordering::Less),
+                        e => Err(FileError::sys("compare descriptors (kcmp)")(e)),
+                    })?;
                     match order {
                         std::cmp::Ordering::Equal => return Ok(other.id),
                         std::cmp::Ordering::Less => low = middle + 1,
@@ -299,8 +303,8 @@ impl<'a> FilesDump<'a> {
         &self.tables
     }
 
-    /// Completes all entries and, when nothing was found that cannot be saved, writes all images of files.
-    pub fn finish(&mut self, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+    /// After the last table and file: completes all entries.
+    pub fn complete(&mut self, findings: &mut Vec<Finding>) -> Result<(), FileError> {
         for entry in &mut self.entries {
             let Some(at) = self.places.get(&entry.id).copied() else { continue };
             let Some(kind) = kind_of(entry) else { continue };
@@ -317,28 +321,35 @@ impl<'a> FilesDump<'a> {
                 }
             }
         }
-        locks::finish_dump(&mut self.cx, &self.tables, findings)?;
-        if !findings.is_empty() || !self.cx.frozen {
-            return Ok(());
-        }
+        locks::finish_dump(&mut self.cx, &self.tables, findings)
+    }
+
+    /// What `files.img` will hold; all of it once it is complete.
+    pub fn entries(&self) -> &[pb::FileEntry] {
+        &self.entries
+    }
+
+    /// What `fdinfo-N.img` will hold for a descriptor table.
+    pub fn fdinfo(&self, table: &DumpTable) -> Vec<pb::FdinfoEntry> {
+        let r#type = |id: &u32| self.entry_of.get(id).and_then(|at| self.entries.get(*at));
+        let fds = table.fds.iter().map(|fd| pb::FdinfoEntry {
+            id: fd.id,
+            flags: if fd.cloexec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
+            r#type: r#type(&fd.id).map_or(0, |entry| entry.r#type),
+            fd: fd.fd.cast_unsigned(),
+            ..Default::default()
+        });
+        fds.collect()
+    }
+
+    /// Writes all images of files. Nothing was found that cannot be saved.
+    pub fn write(&mut self) -> Result<(), FileError> {
         for kind in KINDS {
             (kind.finish_dump)(&mut self.cx)?;
         }
         self.cx.store.write_all(ImageKind::Files, None, &self.entries)?;
         for table in &self.tables.0 {
-            let fds = table.fds.iter().map(|fd| pb::FdinfoEntry {
-                id: fd.id,
-                flags: if fd.cloexec { libc::FD_CLOEXEC.cast_unsigned() } else { 0 },
-                r#type: self
-                    .entry_of
-                    .get(&fd.id)
-                    .and_then(|at| self.entries.get(*at))
-                    .map_or(0, |entry| entry.r#type),
-                fd: fd.fd.cast_unsigned(),
-                ..Default::default()
-            });
-            let fds: Vec<_> = fds.collect();
-            self.cx.store.write_all(ImageKind::Fdinfo, u64::from(table.files_id), &fds)?;
+            self.cx.store.write_all(ImageKind::Fdinfo, u64::from(table.files_id), &self.fdinfo(table))?;
         }
         Ok(())
     }

@@ -188,6 +188,10 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
     let (id, name) = loop {
         let id = cx.next_id();
         let name = [LINK, id.to_string().as_bytes()].concat();
+        // Of a tree that runs, which is only looked at, nothing is linked.
+        if !cx.frozen {
+            break (id, name);
+        }
         match linkat(AT_FDCWD, from.as_str(), &*dir, &name[..], AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) => break (id, name),
             Err(Errno::EEXIST) => {}
@@ -201,7 +205,9 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
     };
     let path = [path.strip_suffix(b"/").unwrap_or(path), b"/", &name].concat();
     let name = CString::new(name).map_err(|_| FileError::path("use", base)(Errno::EINVAL))?;
-    cx.state::<Remaps>().links.push(HardLink { dir, name, file: key });
+    if cx.frozen {
+        cx.state::<Remaps>().links.push(HardLink { dir, name, file: key });
+    }
     let entry = pb::FileEntry {
         r#type: pb::FdTypes::Reg.into(),
         id,

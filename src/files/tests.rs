@@ -50,7 +50,10 @@ impl Cycle {
         let mut files = FilesDump::new(&self.store, &self.dump);
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
-        files.finish(&mut findings)?;
+        files.complete(&mut findings)?;
+        if findings.is_empty() {
+            files.write()?;
+        }
         if findings.is_empty() {
             files.commit();
         }

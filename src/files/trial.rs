@@ -17,7 +17,7 @@ use super::{
 use crate::{
     image::MemStore,
     settings::{DumpSettings, RestoreSettings},
-    tracee::{GadgetCache, Injection, List, Stopped, Thread},
+    tracee::{GadgetCache, Injection, List, Seized, Thread},
 };
 
 /// A store, and one dump into it.
@@ -126,8 +126,9 @@ pub(super) fn run_list(files: &[&OwnedFd], list: List) {
     inheritable(false);
     let mut child = child.unwrap();
     let tid = child.id().cast_signed();
-    let seccomp = Stopped::seize(tid).unwrap();
-    let mut thread = Thread::new(Stopped::settle(tid, &|| Ok(())).unwrap()).unwrap();
+    let stopped = Seized::seize(tid, &|| Ok(())).and_then(|seized| seized.settle(&|| Ok(()))).unwrap();
+    let seccomp = stopped.seccomp_suspended();
+    let mut thread = Thread::new(stopped).unwrap();
     thread.seccomp_suspended = seccomp;
     let mut cache = GadgetCache::default();
     let mut injection = Injection::enter(tid, &thread, &[&thread], 1 << 16, &mut cache, &|| Ok(())).unwrap();

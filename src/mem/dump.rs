@@ -24,9 +24,9 @@ impl<'a> MemoryDump<'a> {
         Self { store, next_pages_id: 1, aside: ReservedImages::default() }
     }
 
-    /// Makes room for the pages of the tree under `root`, which still runs: less to do once it is frozen.
-    pub fn reserve(&mut self, root: i32) -> Result<(), MemError> {
-        self.aside = ReservedImages::make(self.store, root, &mut self.next_pages_id)?;
+    /// Makes room for the pages of the processes `tree`, which still run: less to do once they are frozen.
+    pub fn reserve(&mut self, tree: &[i32]) -> Result<(), MemError> {
+        self.aside = ReservedImages::make(self.store, tree, &mut self.next_pages_id)?;
         Ok(())
     }
 

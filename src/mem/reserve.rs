@@ -16,7 +16,6 @@ use super::MemError;
 use crate::image::{ImageKind, PagesSink, Store};
 use crate::interrupt;
 use crate::pages::PAGE;
-use crate::proc::children;
 
 /// Below this a task's pages are written faster than room is made.
 const LEAST_BYTES: u64 = 4 << 20;
@@ -28,10 +27,10 @@ const STEP_BYTES: u64 = 256 << 20;
 pub(super) struct ReservedImages(BTreeMap<i32, (u32, PagesSink)>);
 
 impl ReservedImages {
-    /// For the tree under `root`, which runs and changes: what is missed gets its room later.
-    pub(super) fn make(store: &dyn Store, root: i32, next_pages_id: &mut u32) -> Result<Self, MemError> {
+    /// For the processes `tree`, which run and change: what is missed gets its room later.
+    pub(super) fn make(store: &dyn Store, tree: &[i32], next_pages_id: &mut u32) -> Result<Self, MemError> {
         let mut made = BTreeMap::new();
-        for pid in tree(root) {
+        for &pid in tree {
             let bytes = own_bytes(pid).unwrap_or(0);
             if bytes < LEAST_BYTES {
                 continue;
@@ -82,23 +81,6 @@ fn reserve(pages: &PagesSink, bytes: u64) -> Result<(), Errno> {
     Ok(())
 }
 
-/// The processes of a tree, as far as they can be seen now.
-fn tree(root: i32) -> Vec<i32> {
-    let mut pids = vec![root];
-    let mut at = 0;
-    while let Some(pid) = pids.get(at).copied() {
-        at += 1;
-        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for thread in threads.flatten() {
-            let text = fs::read(thread.path().join("children")).unwrap_or_default();
-            let found = children::parse(&text).unwrap_or_default();
-            let new: Vec<i32> = found.into_iter().filter(|pid| !pids.contains(pid)).collect();
-            pids.extend(new);
-        }
-    }
-    pids
-}
-
 /// What is in memory and of no file: statm's resident pages less its shared ones.
 fn own_bytes(pid: i32) -> Option<u64> {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
@@ -117,7 +99,7 @@ mod tests {
         let memory = vec![1u8; 32 << 20];
         let (store, mut next) = (MemStore::new(), 3);
         let own = std::process::id().cast_signed();
-        let mut aside = ReservedImages::make(&store, own, &mut next).unwrap();
+        let mut aside = ReservedImages::make(&store, &[own], &mut next).unwrap();
         assert!(memory.iter().all(|byte| *byte == 1) && next > 3);
         let (id, PagesSink::File(file)) = aside.take(own).unwrap() else {
             panic!("a store in memory streams")
@@ -130,7 +112,7 @@ mod tests {
     #[test]
     fn nothing_for_a_task_that_is_gone() {
         let (store, mut next) = (MemStore::new(), 1);
-        let mut aside = ReservedImages::make(&store, i32::MAX, &mut next).unwrap();
+        let mut aside = ReservedImages::make(&store, &[i32::MAX], &mut next).unwrap();
         assert!(aside.take_any().is_none() && next == 1 && store.names().unwrap().is_empty());
     }
 }

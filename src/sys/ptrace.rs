@@ -4,7 +4,7 @@ use std::mem::size_of;
 
 use libc::{c_long, c_void, pid_t, user_regs_struct};
 
-use super::{Errno, Result, pod, ret};
+use super::{Errno, Result, pod, ret, ticker};
 
 /// Tells system call stops from SIGTRAP stops.
 pub const O_TRACESYSGOOD: u64 = 1;
@@ -37,9 +37,12 @@ fn request(req: u32, tid: pid_t, addr: u64, data: u64) -> Result<c_long> {
     ret(unsafe { libc::ptrace(req, tid, addr as *mut c_void, data as *mut c_void) })
 }
 
-/// PTRACE_SEIZE: traces without stopping. EPERM when somebody else traces, or for a dead leader.
+/// PTRACE_SEIZE: traces without stopping. EPERM when somebody else traces, or for a dead leader. EINTR while its
+/// process executes a program, if a signal comes whose handler is that of a [`Ticker`](super::ticker::Ticker).
 pub fn seize(tid: pid_t, options: u64) -> Result<()> {
-    request(PTRACE_SEIZE, tid, 0, options).map(drop)
+    let tid = i64::from(tid).cast_unsigned();
+    // SAFETY: no pointers; interrupted before it has the lock it has done nothing.
+    unsafe { ticker::interruptible(libc::SYS_ptrace, [u64::from(PTRACE_SEIZE), tid, 0, options]) }.map(drop)
 }
 /// PTRACE_INTERRUPT: asks for a stop; wait for it.
 pub fn interrupt(tid: pid_t) -> Result<()> {

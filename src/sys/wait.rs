@@ -40,6 +40,17 @@ pub fn wait_raw(tid: pid_t, flags: i32) -> Result<Option<(pid_t, i32)>> {
     Ok((pid != 0).then_some((pid, status)))
 }
 
+/// Takes the report of the end of `tid`, if it has ended; reports of stops stay. ECHILD when there is no such child or
+/// tracee.
+pub fn take_end(tid: pid_t) -> Result<bool> {
+    // SAFETY: integers only.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+    // SAFETY: `info` is live.
+    ret_int(unsafe { libc::waitid(libc::P_PID, tid.cast_unsigned(), &raw mut info, flags) })?;
+    Ok(info.si_signo != 0)
+}
+
 /// Waits for `tid`, decoded, going on after EINTR.
 pub fn wait(tid: pid_t) -> Result<Status> {
     loop {

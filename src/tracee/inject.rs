@@ -577,8 +577,8 @@ mod tests {
     }
 
     fn hold(tid: i32) -> Thread {
-        Stopped::seize(tid).unwrap();
-        Thread::new(Stopped::settle(tid, &|| Ok(())).unwrap()).unwrap()
+        let seized = crate::tracee::Seized::seize(tid, &|| Ok(())).unwrap();
+        Thread::new(seized.settle(&|| Ok(())).unwrap()).unwrap()
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! Another process, typed: what it takes to stop a task, to run system calls in its name, to read
 //! and write its memory, and to put everything back.
 //!
-//! What libcompel is for CRIU, as a library: [`Stopped`] holds a thread, [`Injection`] maps a small area into its process
-//! and runs [`List`]s of system calls in its threads, [`RemoteMemory`] reads and writes. Each puts everything back when
-//! it is left or dropped; and if the caller is killed in the middle, the process heals itself and goes on.
+//! What libcompel is for CRIU, as a library: [`Seized`] and [`Stopped`] hold a thread, [`Injection`] maps a small area
+//! into its process and runs [`List`]s of system calls in its threads, [`RemoteMemory`] reads and writes. Each puts
+//! everything back when it is left or dropped; and if the caller is killed in the middle, the process heals itself and
+//! goes on.
 //! Needs what ptrace(2) asks for, and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE for /proc/PID/map_files.
 //!
 //! Which directory is another process in, and what does it think its pid is?
 //!
 //! ```
-//! use crtool::tracee::{GadgetCache, Injection, List, Stopped, Thread, Want};
+//! use crtool::tracee::{GadgetCache, Injection, List, Seized, Thread, Want};
 //! # if !nix::unistd::geteuid().is_root() { return Ok(()); }
 //! # let mut child = std::process::Command::new("sleep").arg("60").current_dir("/usr").spawn()?;
 //! let pid = i32::try_from(child.id())?;
@@ -19,8 +20,8 @@
 //!
 //! // Running -> seized -> stopped. A thread that is dropped goes on as it was.
 //! let patient = || Ok(());
-//! Stopped::seize(pid)?;
-//! let thread = Thread::new(Stopped::settle(pid, &patient)?)?;
+//! let seized = Seized::seize(pid, &patient)?;
+//! let thread = Thread::new(seized.settle(&patient)?)?;
 //!
 //! // Stopped -> injected: a list is data, built before anything runs.
 //! let mut list = List::new("example");
@@ -49,7 +50,9 @@ mod inject;
 mod kill_guard;
 pub mod list;
 mod memory;
+pub(crate) mod procfs;
 pub mod rseq;
+pub(crate) mod silent;
 mod stop;
 
 pub use addr::RemoteAddr;
@@ -60,4 +63,4 @@ pub use inject::{Injection, Thread, read_maps, read_status};
 pub use kill_guard::KillGuard;
 pub use list::{Arg, CallId, Data, List, Op, Want};
 pub use memory::RemoteMemory;
-pub use stop::{Stop, Stopped, TraceError};
+pub use stop::{Seized, Stop, Stopped, TraceError};

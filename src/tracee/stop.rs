@@ -1,7 +1,9 @@
-//! One thread under ptrace: from running to stopped and back, each state its own type.
+//! One thread under ptrace: from running to [`Seized`] to [`Stopped`] and back, each state its own type.
 //!
-//! A [`Stopped`] lets its thread go on as it was when dropped: our own failure must never leave a
+//! Each of the two lets its thread go on as it was when dropped: our own failure must never leave a
 //! task stopped. There is no EXITKILL: if crtool dies, the kernel detaches and the task goes on.
+
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -84,6 +86,24 @@ pub enum TraceError {
     /// In vfork, where nobody can stop it.
     #[error("thread {0} is in vfork: it cannot be stopped until its child runs a program or ends; try again")]
     Vfork(i32),
+    /// In a frozen cgroup, where it executes nothing.
+    #[error("thread {tid} is in a frozen cgroup, {}: thaw it first", group.display())]
+    FrozenGroup {
+        /// The thread.
+        tid: i32,
+        /// The directory of the cgroup.
+        group: std::path::PathBuf,
+    },
+    /// Nobody can stop it where it sleeps.
+    #[error(
+        "thread {tid} sleeps in the kernel, in {place}, and cannot be stopped there: what it waits for (a file system, a device) does not answer"
+    )]
+    Asleep {
+        /// The thread.
+        tid: i32,
+        /// Function of the kernel, as /proc/TID/wchan has it.
+        place: String,
+    },
     /// The text of a /proc file.
     #[error(transparent)]
     Parse(#[from] crate::proc::ParseError),
@@ -138,59 +158,156 @@ pub enum Stop {
     Group(i32),
 }
 
-/// A thread held in a ptrace stop.
+/// A thread that is traced and has been asked to stop, but may still run.
+///
+/// Dropped, it goes on as it was: it is waited for a moment, since only a thread that has stopped can be let go. One
+/// that does not stop in time (it sleeps where nobody can wake it) stays traced until the tracer ends.
+#[must_use = "dropped, the thread goes on"]
 #[derive(Debug)]
-pub struct Stopped {
+pub struct Seized {
     tid: i32,
-    stop: Stop,
+    seccomp_suspended: bool,
     attached: bool,
 }
 
-impl Stopped {
-    /// Seizes without waiting; follow with [`Stopped::settle`]. Says whether seccomp filters are
-    /// suspended while the thread is traced.
-    pub fn seize(tid: i32) -> Result<bool, TraceError> {
+/// How long a thread that is to be let go may take to stop first.
+const LET_GO: Duration = Duration::from_millis(200);
+
+impl Seized {
+    /// Traces a thread and asks it to stop, without waiting for that.
+    ///
+    /// The kernel makes us wait while the thread's process executes a program (execve); that in turn waits for the
+    /// exit reports of the process's other threads. So whoever holds some of them takes these reports in `check`,
+    /// which is called whenever a signal comes (see [`Ticker`](crate::sys::ticker::Ticker)) and may also end the wait.
+    pub fn seize(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
+        let attempt = |options| -> Result<Result<(), Errno>, TraceError> {
+            loop {
+                match ptrace::seize(tid, options) {
+                    Err(Errno::EINTR) => check()?,
+                    other => return Ok(other),
+                }
+            }
+        };
         let options = ptrace::O_TRACESYSGOOD;
-        let suspended = match ptrace::seize(tid, options | ptrace::O_SUSPEND_SECCOMP) {
+        let seccomp_suspended = match attempt(options | ptrace::O_SUSPEND_SECCOMP)? {
             Ok(()) => true,
             Err(Errno::EPERM | Errno::EINVAL) => {
-                ptrace::seize(tid, options).map_err(|e| Self::seize_error(tid, e))?;
+                attempt(options)?.map_err(|e| seize_error(tid, e))?;
                 false
             }
-            Err(e) => return Err(Self::seize_error(tid, e)),
+            Err(e) => return Err(seize_error(tid, e)),
         };
-        ptrace::interrupt(tid).map_err(|e| TraceError::request("PTRACE_INTERRUPT", tid, e))?;
-        Ok(suspended)
+        Self { tid, seccomp_suspended, attached: true }.asked()
     }
 
-    fn seize_error(tid: i32, source: Errno) -> TraceError {
-        match tracer_of(tid) {
-            0 => TraceError::request("PTRACE_SEIZE", tid, source),
-            tracer => TraceError::Traced { tid, tracer },
-        }
+    /// Takes up a thread that this thread of ours traces already, under the id it has now: a thread that executes
+    /// a program gets its leader's.
+    pub(crate) fn adopt(tid: i32) -> Result<Self, TraceError> {
+        // Whether filters are suspended is only known once it stands still.
+        Self { tid, seccomp_suspended: false, attached: true }.asked()
     }
 
-    /// Takes the reports of a thread just seized until it is stopped. A signal on its way is
-    /// delivered first; the stop that was asked for comes before the first instruction of its handler.
-    pub fn settle(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
-        loop {
-            match wait_checked(tid, check)? {
-                Status::Stopped(signal, ptrace::EVENT_STOP) => {
-                    let stop = if signal == libc::SIGTRAP { Stop::Running } else { Stop::Group(signal) };
-                    return Ok(Self { tid, stop, attached: true });
-                }
-                Status::Stopped(signal, 0) => {
-                    ptrace::cont(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
-                }
-                Status::Exited(_) | Status::Signaled(..) => return Err(TraceError::Died(tid)),
-                other => return Err(TraceError::Stop { tid, stop: other, doing: "being seized" }),
-            }
-        }
+    fn asked(self) -> Result<Self, TraceError> {
+        ptrace::interrupt(self.tid).map_err(|e| TraceError::request("PTRACE_INTERRUPT", self.tid, e))?;
+        Ok(self)
     }
 
     /// Its id.
     pub fn tid(&self) -> i32 {
         self.tid
+    }
+
+    /// Takes the reports of the thread until it is stopped. A signal on its way is delivered first; the stop that was
+    /// asked for comes before the first instruction of its handler. [`TraceError::Died`] also says that the thread
+    /// has another id now. `check` is called whenever the wait is interrupted, and may end it.
+    pub fn settle(mut self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Stopped, TraceError> {
+        let tid = self.tid;
+        loop {
+            match wait_checked(tid, check)? {
+                Status::Stopped(signal, ptrace::EVENT_STOP) => {
+                    let stop = if signal == libc::SIGTRAP { Stop::Running } else { Stop::Group(signal) };
+                    self.attached = false;
+                    // One that was taken up may have been seized without.
+                    let options = ptrace::O_TRACESYSGOOD | ptrace::O_SUSPEND_SECCOMP;
+                    let seccomp_suspended =
+                        self.seccomp_suspended || ptrace::set_options(tid, options).is_ok();
+                    return Ok(Stopped { tid, stop, seccomp_suspended, attached: true });
+                }
+                Status::Stopped(signal, 0) => {
+                    ptrace::cont(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
+                }
+                Status::Exited(_) | Status::Signaled(..) => {
+                    self.attached = false;
+                    return Err(TraceError::Died(tid));
+                }
+                other => return Err(TraceError::Stop { tid, stop: other, doing: "being seized" }),
+            }
+        }
+    }
+
+    /// Lets threads go on, all of them in the time that is allowed for one.
+    pub(crate) fn let_go(seized: Vec<Self>) {
+        let until = Instant::now() + LET_GO;
+        for mut thread in seized {
+            thread.release(until);
+        }
+    }
+
+    fn release(&mut self, until: Instant) {
+        let tid = self.tid;
+        while std::mem::take(&mut self.attached) {
+            match wait::poll(tid) {
+                // A signal on its way must not be lost.
+                Ok(Some((_, Status::Stopped(signal, 0)))) => drop(ptrace::detach(tid, signal)),
+                Ok(Some((_, Status::Stopped(..)))) => drop(ptrace::detach(tid, 0)),
+                Ok(None) | Err(Errno::EINTR) if Instant::now() < until => {
+                    self.attached = true;
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                Ok(None) => tracing::warn!("thread {tid} does not stop, and stays traced until crtool ends"),
+                Ok(Some(_)) | Err(_) => {}
+            }
+        }
+    }
+}
+
+impl Drop for Seized {
+    fn drop(&mut self) {
+        self.release(Instant::now() + LET_GO);
+    }
+}
+
+fn seize_error(tid: i32, source: Errno) -> TraceError {
+    match tracer_of(tid) {
+        0 => TraceError::request("PTRACE_SEIZE", tid, source),
+        tracer => TraceError::Traced { tid, tracer },
+    }
+}
+
+/// A thread held in a ptrace stop.
+#[derive(Debug)]
+pub struct Stopped {
+    tid: i32,
+    stop: Stop,
+    seccomp_suspended: bool,
+    attached: bool,
+}
+
+impl Stopped {
+    /// Whether it still stands still: nobody else can let it go, but it can be killed, and its id can go to a thread of
+    /// its process that executes a program.
+    pub(crate) fn holds(&self) -> bool {
+        ptrace::get_sigmask(self.tid).is_ok()
+    }
+
+    /// Its id.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Whether its seccomp filters do not apply while it is traced.
+    pub fn seccomp_suspended(&self) -> bool {
+        self.seccomp_suspended
     }
 
     /// Why it is stopped.
@@ -210,11 +327,11 @@ impl Stopped {
 
     /// The whole xsave area.
     pub fn xstate(&self) -> Result<Vec<u8>, TraceError> {
-        let mut buf = vec![0u8; 16 << 10];
+        // Kept for every thread of a tree: no more memory than there is state.
+        let mut buf = [0u8; 16 << 10];
         let len = ptrace::get_regset(self.tid, ptrace::NT_X86_XSTATE, &mut buf)
             .map_err(|e| TraceError::request("PTRACE_GETREGSET", self.tid, e))?;
-        buf.truncate(len);
-        Ok(buf)
+        Ok(buf.get(..len).unwrap_or_default().to_vec())
     }
 
     /// Sets the xsave area.
@@ -268,6 +385,8 @@ fn wait_checked(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<
             Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
             Ok(None) => {}
             Err(Errno::EINTR) => check()?,
+            // Nobody has this id any more, or somebody we do not trace.
+            Err(Errno::ECHILD) => return Err(TraceError::Died(tid)),
             Err(e) => return Err(TraceError::request("waitpid", tid, e)),
         }
     }

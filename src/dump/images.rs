@@ -1,0 +1,84 @@
+//! Writes what was collected: the pages of memory, then the images of tasks, the inventory last.
+
+use std::fs::File;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::{collect::Collected, ids::Ids};
+use crate::{
+    image::{ImageKind, Store, TypedStore, pb},
+    mem::MemoryDump,
+    stats::DumpStats,
+};
+
+/// Version of the format, `inventory_entry.img_version`.
+const IMAGE_VERSION: u32 = 2;
+
+/// Writes pages and areas of all tasks, then shared memory.
+pub(super) fn memory(
+    collected: &mut Collected<'_>,
+    memory: &mut MemoryDump<'_>,
+    stats: &mut DumpStats,
+) -> Result<()> {
+    for task in &mut collected.tasks {
+        if let Some(space) = task.space.take() {
+            memory.task(task.pid, space, stats).with_context(|| format!("memory of task {}", task.pid))?;
+        }
+    }
+    memory.shared(&collected.shared, stats).context("shared memory")
+}
+
+/// Writes everything else that was collected.
+pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<()> {
+    collected.files.write().context("open files")?;
+    for (pid, core) in &collected.dead {
+        store.write_one(ImageKind::Core, u64::from(pid.cast_unsigned()), core)?;
+    }
+    for task in std::mem::take(&mut collected.tasks) {
+        let image = u64::from(task.pid.cast_unsigned());
+        for (tid, core) in &task.cores {
+            store.write_one(ImageKind::Core, u64::from(tid.cast_unsigned()), core)?;
+        }
+        store.write_one(ImageKind::Ids, image, &task.ids)?;
+        if let Some(fs) = &task.fs {
+            store.write_one(ImageKind::Fs, image, fs)?;
+        }
+    }
+    let seccomp = std::mem::take(&mut collected.seccomp).finish();
+    store.write_one(ImageKind::Seccomp, None, &seccomp)?;
+    store.write_all(ImageKind::Pstree, None, &collected.pstree)?;
+    timens(store)
+}
+
+/// The clocks of this machine, so that timers against them can be moved to another.
+fn timens(store: &dyn Store) -> Result<()> {
+    use nix::time::{ClockId, clock_gettime};
+    let clock = |id: ClockId| -> Result<pb::Timespec> {
+        let now = clock_gettime(id)?;
+        Ok(pb::Timespec { tv_sec: u64::try_from(now.tv_sec())?, tv_nsec: u64::try_from(now.tv_nsec())? })
+    };
+    let entry = pb::TimensEntry {
+        monotonic: clock(ClockId::CLOCK_MONOTONIC)?,
+        boottime: clock(ClockId::CLOCK_BOOTTIME)?,
+    };
+    Ok(store.write_one(ImageKind::Timens, 0, &entry)?)
+}
+
+/// Writes the image whose presence makes the others a snapshot.
+pub(super) fn inventory(store: &dyn Store, ids: &mut Ids) -> Result<()> {
+    let mut random = [0u8; 16];
+    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut random).map_err(|e| anyhow!(e))?;
+    let hex: String = random.iter().map(|b| format!("{b:02x}")).collect();
+    let run_id = format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]);
+    let entry = pb::InventoryEntry {
+        img_version: IMAGE_VERSION,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(ids.own()),
+        ns_per_id: Some(true),
+        root_cg_set: None,
+        lsmtype: Some(pb::Lsmtype::NoLsm as i32),
+        dump_criu_run_id: Some(run_id.into_bytes()),
+        ..Default::default()
+    };
+    Ok(store.write_one(ImageKind::Inventory, None, &entry)?)
+}

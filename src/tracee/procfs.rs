@@ -1,0 +1,88 @@
+//! What /proc says of tasks: their stat, their threads, who is whose child.
+//!
+//! Of tasks that run all of it may be out of date when it is read; of a tree whose threads are held it is true.
+
+use std::{collections::HashSet, fs};
+
+use super::TraceError;
+use crate::proc::{
+    children,
+    stat::{self, Stat},
+};
+
+/// /proc/PID/stat.
+pub(crate) fn stat(pid: i32) -> Result<Stat, TraceError> {
+    stat_at(format!("/proc/{pid}/stat"))
+}
+
+/// /proc/PID/task/TID/stat.
+pub(crate) fn thread_stat(pid: i32, tid: i32) -> Result<Stat, TraceError> {
+    stat_at(format!("/proc/{pid}/task/{tid}/stat"))
+}
+
+fn stat_at(path: String) -> Result<Stat, TraceError> {
+    let text = fs::read(&path).map_err(|source| TraceError::Proc { path, source })?;
+    Ok(stat::parse(&text)?)
+}
+
+/// Whether a task is dead, reaped or not.
+pub(crate) fn is_dead(stat: &Stat) -> bool {
+    matches!(stat.state, stat::State::Zombie | stat::State::Dead)
+}
+
+/// Thread ids of a process, the leader first; empty when it is gone.
+pub(crate) fn tids(pid: i32) -> Vec<i32> {
+    let Ok(dir) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let mut tids: Vec<i32> = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    tids.sort_unstable_by_key(|tid| (*tid != pid, *tid));
+    tids
+}
+
+/// Children of the threads `tids` of a process, zombies too. A child belongs to the thread that forked it.
+pub(crate) fn children(pid: i32, tids: impl IntoIterator<Item = i32>) -> Vec<i32> {
+    let mut all = Vec::new();
+    for tid in tids {
+        if let Ok(bytes) = fs::read(format!("/proc/{pid}/task/{tid}/children"))
+            && let Ok(pids) = children::parse(&bytes)
+        {
+            all.extend(pids);
+        }
+    }
+    all
+}
+
+/// The processes of a tree that may run, as far as they can be seen now: parents before their children, siblings by pid.
+pub(crate) fn walk(root: i32) -> Vec<i32> {
+    let mut all = Vec::new();
+    let mut seen = HashSet::new();
+    let mut stack = vec![root];
+    while let Some(pid) = stack.pop() {
+        if !seen.insert(pid) {
+            continue;
+        }
+        all.push(pid);
+        let mut below = children(pid, tids(pid));
+        below.sort_unstable_by(|a, b| b.cmp(a));
+        stack.extend(below);
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_child_is_below_its_parent() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let (own, pid) = (std::process::id().cast_signed(), child.id().cast_signed());
+        let all = walk(own);
+        let seen = (all[0], all.contains(&pid), stat(pid).unwrap().ppid, tids(pid));
+        let _ = child.kill();
+        assert!(child.wait().is_ok());
+        assert_eq!(seen, (own, true, own, vec![pid]));
+        assert!(stat(pid).is_err() && tids(pid).is_empty());
+    }
+}
