@@ -149,8 +149,8 @@ impl FilesDump<'_> {
     }
 }
 
-/// Devices of the kernel's own mounts for memory files, with the flags that lead to each.
-fn kernel_mounts() -> &'static [(u64, u32)] {
+/// Devices of the kernel's own mounts for memory files and for shared memory, with the flags that lead to each.
+pub(super) fn kernel_mounts() -> &'static [(u64, u32)] {
     static MOUNTS: OnceLock<Vec<(u64, u32)>> = OnceLock::new();
     MOUNTS.get_or_init(|| {
         let sizes = [21, 30].map(|log| libc::MFD_HUGETLB | log << libc::MFD_HUGE_SHIFT);

@@ -21,6 +21,14 @@ fn on_file_system(fd: &FdView<'_>, magic: i64) -> bool {
             .is_some_and(|s| s.filesystem_type().0 == magic)
 }
 
+/// The object behind shared memory that has no file, opened as one.
+fn is_shared_memory(fd: &FdView<'_>) -> bool {
+    let names: [&[u8]; 3] = [b"/dev/zero (deleted)", b"/anon_hugepage (deleted)", b"/SYSV"];
+    names.iter().any(|name| fd.link.starts_with(name))
+        && fd.stat.kind() == libc::S_IFREG
+        && super::memfd::kernel_mounts().iter().any(|(dev, _)| *dev == fd.stat.dev)
+}
+
 /// How a refused kind is recognised.
 #[derive(Debug)]
 pub(super) enum Sign {
@@ -78,6 +86,12 @@ pub(super) static FIRST: &[Refusal] = &[
         sign: Sign::Look(|fd| family(fd) == Some(libc::AF_PACKET)),
         reason: "not supported yet",
         hint: LATER,
+    },
+    Refusal {
+        name: "shared memory",
+        sign: Sign::Look(is_shared_memory),
+        reason: "a descriptor of anonymous or System V shared memory (through /proc/PID/map_files) cannot be made again",
+        hint: CLOSE,
     },
     Refusal {
         name: "POSIX message queue (mqueue)",

@@ -314,7 +314,14 @@ impl Collector<'_> {
                 entry.flags |= libc::MAP_ANONYMOUS.cast_unsigned();
                 entry.fdflags = None;
                 entry.shmid = u64::from(self.object(area)?);
-                self.guards(&entry);
+                let end = area.vma.pgoff_bytes + (entry.end - entry.start);
+                entry.object_bytes = Some(self.shared.object_bytes(entry.shmid)?).filter(|len| *len != end);
+                if area.vma.shared {
+                    self.guards(&entry);
+                } else {
+                    // Through /proc/PID/map_files it can be mapped privately, like a file.
+                    self.own_pages(area, &entry, false);
+                }
             }
             Backing::File | Backing::Memfd => {
                 let memfd = matches!(backing, Backing::Memfd);
@@ -369,7 +376,7 @@ impl Collector<'_> {
                 return Ok(Backing::AnonShared);
             }
             if kernel && path == b"/anon_hugepage (deleted)" {
-                return Ok(if area.vma.shared { Backing::AnonShared } else { Backing::AnonPrivateHuge });
+                return self.huge_backing(area);
             }
             if kernel && path.starts_with(b"/memfd:") {
                 return Ok(Backing::Memfd);
@@ -391,6 +398,30 @@ impl Collector<'_> {
             return refused("a mapping of something that is no file", "unmap it first");
         }
         Ok(Backing::File)
+    }
+
+    /// MAP_ANONYMOUS | MAP_HUGETLB memory has an object behind it, shared or not; that of a private area has no content of
+    /// its own unless it is the object of a shared one, mapped again through /proc/PID/map_files.
+    fn huge_backing(&self, area: &Smap) -> Result<Backing, MemError> {
+        let dev = libc::makedev(area.vma.dev.0, area.vma.dev.1);
+        let split = Backing::Refused {
+            reason: "huge pages that are mapped privately here and shared elsewhere",
+            hint: "unmap one of them first",
+        };
+        if area.vma.shared {
+            let own = self.shared.is_of_private_area(dev, area.vma.ino);
+            return Ok(if own { split } else { Backing::AnonShared });
+        }
+        let stat = fstat(self.open(area)?).map_err(|e| MemError::Proc {
+            pid: self.task.pid,
+            file: format!("map_files/{}", area.vma.map_files_name()),
+            source: e.into(),
+        })?;
+        if stat.st_blocks > 0 || self.shared.known(dev, area.vma.ino).is_some() {
+            return Ok(Backing::AnonShared);
+        }
+        self.shared.is_private(dev, area.vma.ino);
+        Ok(Backing::AnonPrivateHuge)
     }
 
     /// Refuses what VmFlags tell; true if the area may go on.

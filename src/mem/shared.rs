@@ -4,7 +4,7 @@
 //! habit the inode number. Content is the data of the object (SEEK_DATA), whoever maps which part
 //! of it; nothing is read through a mapping.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
@@ -29,6 +29,8 @@ struct Objects {
     by_shmid: BTreeMap<u32, Object>,
     /// Devices of the kernel's own mounts for shared memory, by page size.
     devices: BTreeMap<u64, u64>,
+    /// Objects behind private memory on huge pages, which nobody shares.
+    private: BTreeSet<(u64, u64)>,
     /// Ids of mapped files in `files.img`: the tasks of a tree mostly have the same libraries.
     files: HashMap<FileKey, u32>,
 }
@@ -79,6 +81,25 @@ impl SharedMemory {
     /// The id of an object known by device and inode.
     pub(super) fn known(&self, dev: u64, ino: u64) -> Option<u32> {
         self.objects().by_inode.get(&(dev, ino)).copied()
+    }
+
+    /// Length of an object in bytes.
+    pub(super) fn object_bytes(&self, shmid: u64) -> Result<u64, MemError> {
+        let failed = |source| MemError::Shared { dev: 0, ino: shmid, source };
+        let objects = self.objects();
+        let object = u32::try_from(shmid).ok().and_then(|shmid| objects.by_shmid.get(&shmid));
+        let object = object.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+        Ok(object.file.metadata().map_err(failed)?.len())
+    }
+
+    /// Remembers that an object is that of a private area.
+    pub(super) fn is_private(&self, dev: u64, ino: u64) {
+        self.objects().private.insert((dev, ino));
+    }
+
+    /// Whether an object was met as that of a private area.
+    pub(super) fn is_of_private_area(&self, dev: u64, ino: u64) -> bool {
+        self.objects().private.contains(&(dev, ino))
     }
 
     /// The id of a mapped file met before, in this task or another.

@@ -121,6 +121,7 @@ pub fn entry(area: &Smap) -> pb::VmaEntry {
         madv: advice(area.flags),
         fdflags: None,
         pkey: area.pkey.filter(|key| *key != 0),
+        object_bytes: None,
     }
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use crate::{
     image::{ImageKind, Store, pb},
     pages::{
-        Pages,
+        PAGE, Pages,
         fill::{Object, fill},
     },
     sys::mapping::AnonShared,
@@ -26,22 +26,22 @@ pub(super) struct SharedObjects {
 impl SharedObjects {
     /// Makes the anonymous shared memory that the areas of `mms` map, as large as the furthest of them.
     pub(super) fn make<'m>(store: &dyn Store, mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<Self> {
-        // Size, and the MAP_HUGETLB bits, by object.
-        let mut sizes: HashMap<u64, (u64, u32)> = HashMap::new();
+        let mut wanted: HashMap<u64, Wanted> = HashMap::new();
         for vma in mms.flat_map(|mm| &mm.vmas) {
             if vma.status & super::memory::status::ANON_SHARED != 0 {
                 let end =
                     vma.pgoff.checked_add(vma.end - vma.start).context("shared mapping out of range")?;
-                let (size, huge) = sizes.entry(vma.shmid).or_default();
-                *size = (*size).max(end);
-                *huge |= vma.flags & HUGE_BITS;
+                let object = wanted.entry(vma.shmid).or_default();
+                object.end = object.end.max(end);
+                object.bytes = object.bytes.or(vma.object_bytes);
+                object.huge |= vma.flags & HUGE_BITS;
             }
         }
         let mut objects = HashMap::new();
-        for (shmid, (size, huge)) in sizes {
+        for (shmid, Wanted { end, bytes, huge }) in wanted {
             let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?.unwrap_or_default();
-            // Its end may be mapped by nobody any more.
-            let size = size.max(pages.end());
+            // Where no area says how long it is, its end may still be mapped by nobody any more.
+            let size = bytes.unwrap_or_else(|| end.max(pages.end()));
             let file =
                 object(size, huge).with_context(|| format!("shared memory {shmid} of {size} bytes"))?;
             if !pages.pieces().is_empty() {
@@ -60,13 +60,34 @@ impl SharedObjects {
     }
 }
 
+/// What the areas that map an object say of it.
+#[derive(Debug, Default)]
+struct Wanted {
+    /// Where the furthest of them ends.
+    end: u64,
+    /// Its length, if that is not where the furthest of them ends.
+    bytes: Option<u64>,
+    /// MAP_HUGETLB bits.
+    huge: u32,
+}
+
 /// MAP_HUGETLB and the size that goes with it.
 const HUGE_BITS: u32 = (libc::MAP_HUGETLB | libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT).cast_unsigned();
 
 /// An object as mmap(MAP_SHARED | MAP_ANONYMOUS) makes it, open as a file.
 fn object(size: u64, huge: u32) -> Result<File> {
-    let map = AnonShared::new(usize::try_from(size)?, huge.cast_signed())?;
+    let page = match huge >> libc::MAP_HUGE_SHIFT {
+        0 => PAGE,
+        log => 1u64.checked_shl(log).unwrap_or(PAGE),
+    };
+    let mapped = size.max(1).checked_next_multiple_of(page).context("its size is no file size")?;
+    let map = AnonShared::new(usize::try_from(mapped)?, huge.cast_signed())?;
     let (start, end) = (map.addr(), map.addr() + map.len());
     let path = format!("/proc/self/map_files/{start:x}-{end:x}");
-    File::options().read(true).write(true).open(&path).with_context(|| path.clone())
+    let file = File::options().read(true).write(true).open(&path).with_context(|| path.clone())?;
+    if size != mapped {
+        // It was made shorter than its mappings.
+        file.set_len(size).context("ftruncate")?;
+    }
+    Ok(file)
 }

@@ -104,7 +104,7 @@ impl Mode {
             Mode::Remote | Mode::Direct | Mode::RemoteTls => !tool::main_tool().is_peer(),
             Mode::Chain => survives && !tool::main_tool().is_peer(),
             // CRIU reads a huge page at once: no chain of its own parts one.
-            Mode::CriuChain if case.name == "huge_pages_private" => false,
+            Mode::CriuChain if matches!(case.name, "huge_pages_private" | "private_of_memfd_huge") => false,
             Mode::CriuRestores | Mode::FromCriu | Mode::CriuChain => {
                 survives && !case.only_plain && !tool::main_tool().is_peer()
             }

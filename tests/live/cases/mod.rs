@@ -13,6 +13,7 @@ mod memory;
 mod names;
 mod pipes;
 mod pkeys;
+mod private_of_shared;
 mod refused;
 mod sharing;
 mod signals;
@@ -34,6 +35,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         identity::CASES,
         memory::CASES,
         pkeys::CASES,
+        private_of_shared::CASES,
         sharing::CASES,
         mappings::CASES,
         files::CASES,
