@@ -213,6 +213,8 @@ pub struct RestoreCx<'a> {
     pub(super) states: States,
     /// All entries of `files.img`.
     pub(super) entries: HashMap<u32, Rc<pb::FileEntry>>,
+    /// Files that are in a descriptor table; the others are mapped, executed, or a part of another file.
+    pub(super) in_tables: HashSet<u32>,
     /// Files that somebody uses.
     pub(super) taken: HashSet<u32>,
 }
@@ -226,6 +228,7 @@ impl<'a> RestoreCx<'a> {
             view: OnceCell::new(),
             states: States::default(),
             entries: HashMap::new(),
+            in_tables: HashSet::new(),
             taken: HashSet::new(),
         }
     }

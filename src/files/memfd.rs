@@ -3,10 +3,14 @@
 //! Saved: name, size, owner, mode, seals and page size of every such file once (`memfd.img`); per description its flags and
 //! position. The content is an object of shared memory (`pagemap-shmem-N.img`), since tasks may have it mapped too.
 //! Seals come last, when the tasks have their mappings: some forbid what restoring needs.
+//!
+//! The description that memfd_create gives is open for writing, but the kernel does not count it as a writer, so the file can
+//! be executed while it is open; one that was opened through /proc is counted. So the first writable description of a file is
+//! the one that memfd_create gives at restore, unless the dump has seen that it was another.
 
 use std::{
-    collections::{BTreeMap, HashMap, btree_map::Entry},
-    ffi::CString,
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
+    ffi::{CStr, CString},
     fs::File,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::OnceLock,
@@ -18,18 +22,27 @@ use nix::{
     unistd::{Gid, Uid, Whence, fchown, ftruncate, lseek},
 };
 
-use super::{DumpCx, FdView, FileError, FileKind, FilesDump, Opened, RestoreCx, kind::packed_in};
+use super::{
+    DumpCx, DumpTables, FdView, FileError, FileKind, FilesDump, Opened, Place, RestoreCx, flags,
+    kind::packed_in, pipe_data::io_error,
+};
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::SharedMemory,
     pages::{Pages, fill::Object},
-    sys::event,
+    sys::{Errno, event, lease},
+    view,
 };
 
 const PREFIX: &[u8] = b"/memfd:";
 const DELETED: &[u8] = b" (deleted)";
 const FLAGS_OF_OPEN: i32 =
-    libc::O_ACCMODE | libc::O_APPEND | libc::O_NONBLOCK | libc::O_NOATIME | libc::O_LARGEFILE;
+    libc::O_ACCMODE | libc::O_APPEND | libc::O_NONBLOCK | libc::O_NOATIME | libc::O_LARGEFILE | libc::O_PATH;
+/// Seal: nobody can make it executable, or take that away (Linux 6.3).
+const F_SEAL_EXEC: u32 = 0x20;
+/// Flags of memfd_create: it cannot be executed and has that seal; it can be (Linux 6.3).
+const MFD_NOEXEC_SEAL: u32 = 0x8;
+const MFD_EXEC: u32 = 0x10;
 
 /// A description of a memory file.
 #[derive(Debug)]
@@ -39,11 +52,18 @@ pub(super) struct Memfd;
 struct Dumped {
     by_inode: HashMap<(u64, u64), u32>,
     entries: Vec<pb::MemfdInodeEntry>,
+    /// Files that have writers which the kernel counts.
+    counted: HashSet<u32>,
+    /// How many writable descriptions of a file were met.
+    writable: HashMap<u32, usize>,
 }
 
 #[derive(Debug)]
 struct Made {
-    file: OwnedFd,
+    /// What memfd_create gave; not counted as a writer.
+    original: OwnedFd,
+    /// An entry has it.
+    taken: bool,
     seals: u32,
 }
 
@@ -63,7 +83,6 @@ impl FileKind for Memfd {
             && fd.link.ends_with(DELETED)
             && fd.stat.kind() == libc::S_IFREG
             && fd.stat.nlink == 0
-            && (fd.fd < 0 || fd.flags() & libc::O_PATH.cast_unsigned() == 0)
             && kernel_mounts().iter().any(|(dev, _)| *dev == fd.stat.dev)
     }
 
@@ -72,17 +91,38 @@ impl FileKind for Memfd {
         let inode_id = match cx.state::<Dumped>().by_inode.get(&key) {
             Some(id) => *id,
             None => {
-                let inode = inode(cx, fd)?;
+                let (inode, counted) = inode(cx, fd)?;
                 let dumped = cx.state::<Dumped>();
                 let inode_id = u32::try_from(dumped.entries.len() + 1)
                     .map_err(|_| FileError::unsupported("there are too many memory files", ""))?;
+                if counted {
+                    dumped.counted.insert(inode_id);
+                }
                 dumped.entries.push(pb::MemfdInodeEntry { inode_id: u64::from(inode_id), ..inode });
                 dumped.by_inode.insert(key, inode_id);
                 inode_id
             }
         };
+        if fd.fd >= 0 && is_writable(fd.flags()) {
+            *cx.state::<Dumped>().writable.entry(inode_id).or_default() += 1;
+        }
         let pos = u64::try_from(fd.info.pos).unwrap_or(0);
-        Ok(pb::MemfdFileEntry { id, flags: fd.flags(), pos, fown: fd.fown()?, inode_id })
+        Ok(pb::MemfdFileEntry { id, flags: fd.flags(), pos, fown: fd.fown()?, inode_id, reopened: None })
+    }
+
+    fn complete(
+        cx: &mut DumpCx<'_>,
+        _tables: &DumpTables,
+        entry: &mut Self::Entry,
+        _at: Place,
+    ) -> Result<(), FileError> {
+        let dumped = cx.state::<Dumped>();
+        // With several it cannot be told which of them it is.
+        let alone = dumped.writable.get(&entry.inode_id) == Some(&1);
+        if alone && is_writable(entry.flags) && dumped.counted.contains(&entry.inode_id) {
+            entry.reopened = Some(true);
+        }
+        Ok(())
     }
 
     fn finish_dump(cx: &mut DumpCx<'_>) -> Result<(), FileError> {
@@ -95,6 +135,7 @@ impl FileKind for Memfd {
 
     fn open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError> {
         let (store, key) = (cx.store, u64::from(entry.inode_id));
+        let in_table = cx.in_tables.contains(&entry.id);
         let state = cx.state::<Restored>();
         let inodes = match &mut state.entries {
             Some(inodes) => inodes,
@@ -109,10 +150,22 @@ impl FileKind for Memfd {
                 place.insert(make(store, &inode)?)
             }
         };
-        let flags = OFlag::from_bits_retain(entry.flags.cast_signed() & FLAGS_OF_OPEN) | OFlag::O_CLOEXEC;
-        let path = format!("/proc/self/fd/{}", made.file.as_raw_fd());
-        let fd = open(path.as_str(), flags, Mode::empty()).map_err(FileError::sys("open a memory file"))?;
-        if entry.pos != 0 {
+        let flags = entry.flags.cast_signed() & FLAGS_OF_OPEN;
+        let as_made = flags & (libc::O_ACCMODE | libc::O_PATH) == libc::O_RDWR && entry.reopened != Some(true);
+        let fd = if as_made && (!in_table || !made.taken) {
+            let fd = made.original.try_clone().map_err(|e| io_error("duplicate a memory file", &e))?;
+            if made.taken {
+                // A mapping needs the description only; it is as an entry before has left it.
+                return Ok(Opened::Now(fd));
+            }
+            made.taken = in_table;
+            flags::apply(&fd, entry.flags)?;
+            fd
+        } else {
+            view::reopen(made.original.as_fd(), OFlag::from_bits_retain(flags))
+                .map_err(FileError::sys("open a memory file"))?
+        };
+        if flags & libc::O_PATH == 0 {
             let pos = i64::try_from(entry.pos)
                 .map_err(|_| FileError::entry(entry.id, "its position is no file offset"))?;
             lseek(&fd, pos, Whence::SeekSet).map_err(FileError::sys("set the position in a memory file"))?;
@@ -128,7 +181,7 @@ impl FileKind for Memfd {
         // The first of the kind does it for all files.
         for made in std::mem::take(&mut cx.state::<Restored>().made).into_values() {
             if made.seals != 0 {
-                event::add_seals(made.file.as_fd(), made.seals)
+                event::add_seals(made.original.as_fd(), made.seals)
                     .map_err(FileError::sys("seal a memory file (F_ADD_SEALS)"))?;
             }
         }
@@ -164,12 +217,22 @@ pub(super) fn kernel_mounts() -> &'static [(u64, u32)] {
     })
 }
 
+fn is_writable(flags: u32) -> bool {
+    let flags = flags.cast_signed();
+    flags & libc::O_PATH == 0 && flags & libc::O_ACCMODE != libc::O_RDONLY
+}
+
 /// The entry of a memory file, but for its id.
-fn inode(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<pb::MemfdInodeEntry, FileError> {
+///
+/// Also whether it has writers which the kernel counts.
+fn inode(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<(pb::MemfdInodeEntry, bool), FileError> {
     // A view of a mapping may hold no more than O_PATH; the inode is the same.
     let path = format!("/proc/self/fd/{}", fd.file()?.as_raw_fd());
     let file = open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
         .map_err(FileError::sys("open a memory file to read it"))?;
+    // The answer is a guess at a running tree, for which nobody has use. Where the kernel gives none, it is as memfd_create
+    // leaves it.
+    let counted = cx.frozen && lease::is_open_for_writing(file.as_fd()).unwrap_or(false);
     let seals = event::seals(file.as_fd()).map_err(FileError::sys("read the seals (F_GET_SEALS)"))?;
     let shmid = cx
         .state::<SharedMemory>()
@@ -181,7 +244,7 @@ fn inode(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<pb::MemfdInodeEntry, Fi
         .and_then(|rest| rest.strip_suffix(DELETED))
         .ok_or(FileError::unsupported("it has no name", ""))?;
     let huge = kernel_mounts().iter().find(|(dev, _)| *dev == fd.stat.dev).map_or(0, |(_, flags)| *flags);
-    Ok(pb::MemfdInodeEntry {
+    let entry = pb::MemfdInodeEntry {
         name: name.to_vec(),
         uid: fd.stat.uid,
         gid: fd.stat.gid,
@@ -191,7 +254,8 @@ fn inode(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<pb::MemfdInodeEntry, Fi
         inode_id: 0,
         hugetlb_flag: (huge != 0).then_some(huge),
         mode: Some(fd.stat.mode & 0o7777),
-    })
+    };
+    Ok((entry, counted))
 }
 
 fn read(store: &dyn Store) -> Result<BTreeMap<u64, pb::MemfdInodeEntry>, FileError> {
@@ -208,8 +272,7 @@ fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileErro
     if huge & !allowed != 0 {
         return Err(bad(format!("unknown flags {huge:#x}")));
     }
-    let file = event::memfd(&name, libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge)
-        .map_err(FileError::sys("make a memory file"))?;
+    let file = create(&name, inode, huge)?;
     let size = i64::try_from(inode.size).map_err(|_| bad("its size is no file size".into()))?;
     ftruncate(&file, size).map_err(FileError::sys("set the size of a memory file"))?;
     let file = File::from(file);
@@ -221,7 +284,22 @@ fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileErro
         fchmod(&file, Mode::from_bits_truncate(mode))
             .map_err(FileError::sys("set the mode of a memory file"))?;
     }
-    Ok(Made { file, seals: inode.seals })
+    Ok(Made { original: file, taken: false, seals: inode.seals })
+}
+
+/// memfd_create as the file needs it: whether it can be executed is decided there.
+fn create(name: &CStr, inode: &pb::MemfdInodeEntry, huge: u32) -> Result<OwnedFd, FileError> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
+    let how = if inode.seals & F_SEAL_EXEC != 0 && inode.mode() & 0o111 == 0 { MFD_NOEXEC_SEAL } else { MFD_EXEC };
+    match event::memfd(name, flags | how) {
+        // Before Linux 6.3 there was no choice.
+        Err(Errno::EINVAL) => event::memfd(name, flags).map_err(FileError::sys("make a memory file")),
+        Err(Errno::EACCES) => Err(FileError::unsupported(
+            "memory files that can be executed are forbidden here",
+            "sysctl vm.memfd_noexec=1 or 0 allows them",
+        )),
+        made => made.map_err(FileError::sys("make a memory file")),
+    }
 }
 
 /// Copies the pages of the object into the file.
@@ -301,6 +379,91 @@ mod tests {
         let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", one.as_raw_fd()).as_str()).unwrap();
         let want = [PREFIX, name.to_bytes(), DELETED].concat();
         assert_eq!(std::os::unix::ffi::OsStrExt::as_bytes(link.as_os_str()), want);
+    }
+
+    /// Runs the program in the file behind a descriptor of ours.
+    fn runs(fd: &OwnedFd) -> std::io::Result<()> {
+        let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+        std::process::Command::new(path).spawn()?.wait().map(drop)
+    }
+
+    fn reopened(fd: &OwnedFd, flags: OFlag) -> OwnedFd {
+        view::reopen(fd.as_fd(), flags).unwrap()
+    }
+
+    /// Dumps and restores descriptors of ours, in a table, with the contents of memory files.
+    fn cycle(fds: Vec<OwnedFd>) -> Vec<OwnedFd> {
+        let cycle = super::super::tests::Cycle::new();
+        let shared = SharedMemory::new();
+        let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        assert_eq!(cycle.dump_with(&fds.iter().collect::<Vec<_>>(), Some(shared.clone())).unwrap(), []);
+        MemoryDump::new(&cycle.store).shared(&shared, &mut DumpStats::default()).unwrap();
+        drop(fds);
+        let mut again = cycle.restore().unwrap();
+        numbers.iter().map(|number| again.remove(number).unwrap()).collect()
+    }
+
+    #[test]
+    fn programs() {
+        let busy = |fd: &OwnedFd| runs(fd).unwrap_err().raw_os_error() == Some(libc::ETXTBSY);
+        let make = || {
+            let file = memfd(c"prog", 0);
+            std::io::Write::write_all(&mut File::from(file.try_clone().unwrap()), b"#!/bin/true").unwrap();
+            file
+        };
+        // As it was made, alone, with readers, and with paths.
+        for others in [vec![], vec![OFlag::O_RDONLY], vec![OFlag::O_PATH], vec![OFlag::O_PATH, OFlag::O_RDONLY]] {
+            let file = make();
+            let mut fds: Vec<OwnedFd> = others.iter().map(|flags| reopened(&file, *flags)).collect();
+            fds.push(file);
+            fds.iter().for_each(|fd| runs(fd).unwrap());
+            let again = cycle(fds);
+            again.iter().for_each(|fd| runs(fd).unwrap());
+            let again = cycle(again);
+            again.iter().for_each(|fd| runs(fd).unwrap());
+            let inode = |fd: &OwnedFd| fstat(fd).unwrap().st_ino;
+            assert!(again.iter().all(|fd| inode(fd) == inode(&again[0])));
+        }
+        // Only readers are left.
+        let file = make();
+        let reader = reopened(&file, OFlag::O_RDONLY);
+        drop(file);
+        runs(&cycle(vec![reader])[0]).unwrap();
+        // A writer that is counted keeps it from running, alone or beside the first.
+        let file = make();
+        let writer = reopened(&file, OFlag::O_RDWR);
+        let mut again = cycle(vec![file, writer]);
+        assert!(busy(&again[0]) && busy(&again[1]));
+        again.truncate(1);
+        runs(&again[0]).unwrap();
+        let file = make();
+        let (writer, reader) = (reopened(&file, OFlag::O_RDWR), reopened(&file, OFlag::O_RDONLY));
+        drop(file);
+        assert!(busy(&reader));
+        let again = cycle(vec![writer, reader]);
+        assert!(busy(&again[1]));
+        drop(again.into_iter().next());
+    }
+
+    #[test]
+    fn programs_that_cannot_be() {
+        let Ok(file) = event::memfd(c"data", libc::MFD_CLOEXEC | MFD_NOEXEC_SEAL) else {
+            eprintln!("skipped: before Linux 6.3");
+            return;
+        };
+        let (mode, seals) = (fstat(&file).unwrap().st_mode & 0o7777, event::seals(file.as_fd()).unwrap());
+        assert_eq!((mode, seals), (0o666, F_SEAL_EXEC));
+        let again = cycle(vec![file]).remove(0);
+        assert_eq!((fstat(&again).unwrap().st_mode & 0o7777, event::seals(again.as_fd())), (mode, Ok(seals)));
+        assert!(fchmod(&again, Mode::from_bits_truncate(0o777)).is_err());
+        // Can be executed, for good, so it cannot be written.
+        let file = event::memfd(c"prog", libc::MFD_CLOEXEC | MFD_EXEC | libc::MFD_ALLOW_SEALING).unwrap();
+        std::io::Write::write_all(&mut File::from(file.try_clone().unwrap()), b"#!/bin/true").unwrap();
+        event::add_seals(file.as_fd(), F_SEAL_EXEC).unwrap();
+        let seals = event::seals(file.as_fd());
+        let again = cycle(vec![file]).remove(0);
+        assert_eq!(event::seals(again.as_fd()), seals);
+        runs(&again).unwrap();
     }
 
     #[test]

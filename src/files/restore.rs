@@ -95,6 +95,7 @@ impl<'a> FilesRestore<'a> {
                 tables.insert(files_id, read_table(store, files_id, &files)?);
             }
         }
+        cx.in_tables = tables.values().flat_map(|table| table.fds.values().map(|fd| fd.id)).collect();
         Ok(Self {
             cx,
             order,

@@ -44,10 +44,22 @@ impl Cycle {
     }
 
     pub(super) fn dump(&self, fds: &[&OwnedFd]) -> Result<Vec<Finding>, FileError> {
+        self.dump_with(fds, None)
+    }
+
+    /// With a collection for the contents of memory files.
+    pub(super) fn dump_with(
+        &self,
+        fds: &[&OwnedFd],
+        shared: Option<crate::mem::SharedMemory>,
+    ) -> Result<Vec<Finding>, FileError> {
         let mut findings = Vec::new();
         let me = Pid::this().as_raw();
         let pidfd = pidfd::open(me, 0).unwrap();
         let mut files = FilesDump::new(&self.store, &self.dump);
+        if let Some(shared) = shared {
+            files.set_shared_memory(shared);
+        }
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
         files.complete(&mut findings)?;

@@ -1,15 +1,26 @@
 //! timerfd(2): a timer whose expirations are read.
 //!
 //! Saved: clock, time left (also for absolute timers, as CRIU), interval, flags of the last timerfd_settime, and expirations
-//! not yet read. A timer runs on while the tree is frozen; it starts again in the last step of a restore.
+//! not yet read. A timer runs on while the tree is frozen; it starts again in the last step of a restore. What is due at a
+//! time of the wall clock, once, is due at that time after a restore too.
+//!
+//! A periodic timer stands still from its first unread expiration on: the kernel counts those that follow when somebody asks.
+//! fdinfo shows no time left then, as for a timer that is not armed; what tells them apart is the unread expiration.
 
-use std::os::fd::BorrowedFd;
+use std::{os::fd::BorrowedFd, time::Duration};
 
 use super::{DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in};
-use crate::{image::pb, proc::fdinfo, sys::event};
+use crate::{
+    image::pb,
+    proc::fdinfo,
+    sys::{Errno, event},
+};
 
 const ABSTIME: u32 = libc::TFD_TIMER_ABSTIME.cast_unsigned();
 const NS: i64 = 1_000_000_000;
+/// How often, and how long after each other, a timer is looked at that may go off right now.
+const LOOKS: u32 = 5;
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// A timer.
 #[derive(Debug)]
@@ -25,30 +36,38 @@ impl FileKind for Timerfd {
     }
 
     fn dump(_cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Self::Entry, FileError> {
-        // A periodic timer that nobody reads stands still after its first expiration; asking for the time left
-        // makes the kernel count what it missed, so fdinfo is right only after that.
-        event::timerfd_gettime(fd.file()?).map_err(FileError::sys("read the time left of a timer"))?;
-        let path = format!("/proc/{}/fdinfo/{}", fd.pid, fd.fd);
-        let text = std::fs::read(&path).map_err(|e| {
-            FileError::path("read", path.as_bytes())(crate::sys::Errno::from_raw(
-                e.raw_os_error().unwrap_or(0),
-            ))
-        })?;
-        let timer = fdinfo::parse(&text)?.timerfd.ok_or(FileError::unsupported(
-            "the kernel does not tell the state of this timer",
-            "a kernel with CONFIG_PROC_FS and CONFIG_CHECKPOINT_RESTORE does",
-        ))?;
+        let timer = state(fd)?;
+        let (mut vsec, mut vnsec) = timer.it_value;
+        if is_expired(timer.ticks, (vsec, vnsec), timer.it_interval) {
+            // At once: what is 0 would not be armed.
+            (vsec, vnsec) = (0, 1);
+        }
+        let clock = timer.clockid;
+        let due = match (clock, timer.it_interval) {
+            (libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM, (0, 0))
+                if timer.settime_flags & ABSTIME != 0 && (vsec, vnsec) != (0, 0) =>
+            {
+                let now = event::clock_now(libc::CLOCK_REALTIME)
+                    .map_err(FileError::sys("read the clock of a timer"))?;
+                let ns = vnsec.saturating_add(now.tv_nsec.cast_unsigned());
+                let sec = vsec.saturating_add(now.tv_sec.cast_unsigned());
+                Some((sec.saturating_add(ns / NS.cast_unsigned()), ns % NS.cast_unsigned()))
+            }
+            _ => None,
+        };
         Ok(pb::TimerfdEntry {
             id,
             flags: fd.flags(),
             fown: fd.fown()?,
-            clockid: timer.clockid.cast_unsigned(),
+            clockid: clock.cast_unsigned(),
             ticks: timer.ticks,
             settime_flags: timer.settime_flags,
-            vsec: timer.it_value.0,
-            vnsec: timer.it_value.1,
+            vsec,
+            vnsec,
             isec: timer.it_interval.0,
             insec: timer.it_interval.1,
+            due_sec: due.map(|due| due.0),
+            due_nsec: due.map(|due| due.1),
         })
     }
 
@@ -68,15 +87,15 @@ impl FileKind for Timerfd {
         let mut value = value(entry)?;
         let armed = value.it_value.tv_sec != 0 || value.it_value.tv_nsec != 0;
         if armed && entry.settime_flags & ABSTIME != 0 {
-            let now = event::clock_now(entry.clockid.cast_signed())
-                .map_err(FileError::sys("read the clock of a timer"))?;
-            let ns = now.tv_nsec + value.it_value.tv_nsec;
-            value.it_value.tv_nsec = ns % NS;
-            value.it_value.tv_sec = value
-                .it_value
-                .tv_sec
-                .checked_add(now.tv_sec + ns / NS)
-                .ok_or(FileError::entry(entry.id, "its time left is too long"))?;
+            value.it_value = match due(entry)? {
+                Some(due) => due,
+                None => {
+                    let now = event::clock_now(entry.clockid.cast_signed())
+                        .map_err(FileError::sys("read the clock of a timer"))?;
+                    later(now, value.it_value)
+                        .ok_or(FileError::entry(entry.id, "its time left is too long"))?
+                }
+            };
         }
         event::timerfd_settime(fd, entry.settime_flags.cast_signed(), &value)
             .map_err(FileError::sys("start a timer"))?;
@@ -94,15 +113,69 @@ impl FileKind for Timerfd {
     packed_in!(tfd);
 }
 
-/// Time left and interval, checked.
-fn value(entry: &pb::TimerfdEntry) -> Result<libc::itimerspec, FileError> {
-    let time = |sec: u64, ns: u64| match (i64::try_from(sec), i64::try_from(ns)) {
+/// Whether a periodic timer has gone off and waits to be asked: it has no time left, and something to be read.
+fn is_expired(ticks: u64, left: (u64, u64), interval: (u64, u64)) -> bool {
+    left == (0, 0) && interval != (0, 0) && ticks > 0
+}
+
+/// What fdinfo shows of a timer, when it shows all there is to it.
+fn state(fd: &FdView<'_>) -> Result<fdinfo::Timerfd, FileError> {
+    let path = format!("/proc/{}/fdinfo/{}", fd.pid, fd.fd);
+    let mut look = 0;
+    loop {
+        // Asking for the time left makes the kernel count what was missed, so fdinfo is right only after that.
+        event::timerfd_gettime(fd.file()?).map_err(FileError::sys("read the time left of a timer"))?;
+        let text = std::fs::read(&path)
+            .map_err(|e| FileError::path("read", path.as_bytes())(errno_of(&e)))?;
+        let timer = fdinfo::parse(&text)?.timerfd.ok_or(FileError::unsupported(
+            "the kernel does not tell the state of this timer",
+            "a kernel with CONFIG_PROC_FS and CONFIG_CHECKPOINT_RESTORE does",
+        ))?;
+        // A periodic one without time left that has not gone off either: it is not armed, or it goes off right now.
+        let unclear = timer.it_value == (0, 0) && timer.it_interval != (0, 0) && timer.ticks == 0;
+        if !unclear || look == LOOKS {
+            return Ok(timer);
+        }
+        look += 1;
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn errno_of(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+fn time(entry: &pb::TimerfdEntry, sec: u64, ns: u64) -> Result<libc::timespec, FileError> {
+    match (i64::try_from(sec), i64::try_from(ns)) {
         (Ok(tv_sec), Ok(tv_nsec)) if tv_nsec < NS => Ok(libc::timespec { tv_sec, tv_nsec }),
         _ => Err(FileError::entry(entry.id, format!("{sec} s {ns} ns is no time"))),
-    };
+    }
+}
+
+/// `left` after `now`; `None` when no clock goes so far.
+fn later(now: libc::timespec, left: libc::timespec) -> Option<libc::timespec> {
+    let ns = now.tv_nsec + left.tv_nsec;
+    let tv_sec = left.tv_sec.checked_add(now.tv_sec)?.checked_add(ns / NS)?;
+    Some(libc::timespec { tv_sec, tv_nsec: ns % NS })
+}
+
+/// When it is due by the wall clock, if the images say so.
+fn due(entry: &pb::TimerfdEntry) -> Result<Option<libc::timespec>, FileError> {
+    let Some(sec) = entry.due_sec else { return Ok(None) };
+    let clock = entry.clockid.cast_signed();
+    if !matches!(clock, libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_ALARM) {
+        return Err(FileError::entry(entry.id, "it is due by a clock that it does not run on"));
+    }
+    time(entry, sec, entry.due_nsec()).map(Some)
+}
+
+/// Time left and interval, checked.
+fn value(entry: &pb::TimerfdEntry) -> Result<libc::itimerspec, FileError> {
+    let interval = (entry.isec, entry.insec);
+    let expired = is_expired(entry.ticks, (entry.vsec, entry.vnsec), interval);
     Ok(libc::itimerspec {
-        it_value: time(entry.vsec, entry.vnsec)?,
-        it_interval: time(entry.isec, entry.insec)?,
+        it_value: time(entry, entry.vsec, if expired { 1 } else { entry.vnsec })?,
+        it_interval: time(entry, entry.isec, entry.insec)?,
     })
 }
 
@@ -180,11 +253,108 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
     }
 
+    /// Faster than anybody can look: it must run on, and count.
+    #[test]
+    fn short_periods() {
+        for clock in [libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME, libc::CLOCK_REALTIME] {
+            for period in [1, 100, 2_000, 10_000, 50_000, 100_000, 1_000_000] {
+                for read in [false, true] {
+                    let fd = timer(clock, 0, period, period);
+                    if read {
+                        std::thread::sleep(Duration::from_micros(200));
+                        let _ = ticks(fd.try_clone().unwrap());
+                    }
+                    let mut trial = Trial::new();
+                    let entry = trial.dump::<Timerfd>(&fd);
+                    assert_ne!((entry.vsec, entry.vnsec), (0, 0), "period {period}");
+                    assert!(entry.vnsec <= period.cast_unsigned());
+                    let again = trial.restore::<Timerfd>(&entry);
+                    std::thread::sleep(Duration::from_millis(20));
+                    let first = ticks(again.try_clone().unwrap()).unwrap();
+                    let most = entry.ticks + 10_000_000_000 / period.cast_unsigned() + 1;
+                    let least = entry.ticks + 10_000_000 / period.cast_unsigned();
+                    assert!((least..=most).contains(&first), "period {period}: {entry:?} then {first}");
+                    std::thread::sleep(Duration::from_millis(5));
+                    assert!(ticks(again).unwrap() >= 1, "period {period}: it stands still");
+                }
+            }
+        }
+    }
+
+    /// As CRIU saves one that has gone off: no time left, something to be read.
+    #[test]
+    fn expired_without_time_left_in_the_images() {
+        let fd = timer(libc::CLOCK_MONOTONIC, 0, NS, 5_000);
+        let trial = Trial::new();
+        let mut entry = Trial::new().dump::<Timerfd>(&fd);
+        (entry.vsec, entry.vnsec, entry.ticks) = (0, 0, 7);
+        let again = trial.restore::<Timerfd>(&entry);
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(ticks(again.try_clone().unwrap()).unwrap() > 7);
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(ticks(again).unwrap() >= 1);
+        // Not armed, with an interval all the same.
+        entry.ticks = 0;
+        let again = trial.restore::<Timerfd>(&entry);
+        assert!(ticks(again).is_err());
+    }
+
+    #[test]
+    fn a_timer_that_is_not_armed_stays_so() {
+        let fd = timer(libc::CLOCK_MONOTONIC, 0, 0, 5_000);
+        let mut trial = Trial::new();
+        let entry = trial.dump::<Timerfd>(&fd);
+        assert_eq!((entry.vsec, entry.vnsec, entry.insec), (0, 0, 5_000));
+        assert!(ticks(trial.restore::<Timerfd>(&entry)).is_err());
+    }
+
+    #[test]
+    fn due_at_a_time_of_the_wall_clock() {
+        let fd = timer(libc::CLOCK_REALTIME, libc::TFD_TIMER_ABSTIME, 3600 * NS, 0);
+        let mut trial = Trial::new();
+        let mut entry = trial.dump::<Timerfd>(&fd);
+        let now = event::clock_now(libc::CLOCK_REALTIME).unwrap().tv_sec.cast_unsigned();
+        assert!((now + 3598..=now + 3601).contains(&entry.due_sec()), "{entry:?}");
+        // A restore ten minutes later: ten minutes less are left.
+        entry.due_sec = Some(entry.due_sec() - 600);
+        assert!((2990.0..3001.0).contains(&left(&trial.restore::<Timerfd>(&entry))));
+        // A day later: it has gone off in the meantime, once.
+        entry.due_sec = Some(entry.due_sec() - 86_400);
+        assert_eq!(ticks(trial.restore::<Timerfd>(&entry)).unwrap(), 1);
+        // Any other goes on with what was left.
+        for (clock, flags, interval) in [
+            (libc::CLOCK_MONOTONIC, libc::TFD_TIMER_ABSTIME, 0),
+            (libc::CLOCK_REALTIME, 0, 0),
+            (libc::CLOCK_REALTIME, libc::TFD_TIMER_ABSTIME, NS),
+        ] {
+            assert_eq!(trial.dump::<Timerfd>(&timer(clock, flags, NS, interval)).due_sec, None);
+        }
+    }
+
+    #[test]
+    fn alarm_clocks() {
+        for clock in [libc::CLOCK_REALTIME_ALARM, libc::CLOCK_BOOTTIME_ALARM] {
+            if event::timerfd(clock, libc::TFD_CLOEXEC).is_err() {
+                eprintln!("skipped: no alarm clocks");
+                return;
+            }
+            let fd = timer(clock, 0, 500 * NS, 3 * NS);
+            let mut trial = Trial::new();
+            let entry = trial.dump::<Timerfd>(&fd);
+            assert!((400.0..=500.0).contains(&left(&trial.restore::<Timerfd>(&entry))));
+        }
+    }
+
     #[test]
     fn crafted_times_are_refused() {
         let fd = timer(libc::CLOCK_MONOTONIC, 0, NS, 0);
         let mut entry = Trial::new().dump::<Timerfd>(&fd);
         entry.vnsec = u64::MAX;
         assert!(matches!(value(&entry), Err(FileError::Entry { .. })));
+        let mut entry = Trial::new().dump::<Timerfd>(&fd);
+        (entry.settime_flags, entry.due_sec) = (ABSTIME, Some(5));
+        assert!(matches!(due(&entry), Err(FileError::Entry { .. })));
+        (entry.clockid, entry.due_nsec) = (0, Some(u64::MAX));
+        assert!(matches!(due(&entry), Err(FileError::Entry { .. })));
     }
 }

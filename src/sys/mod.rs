@@ -15,6 +15,7 @@ pub mod futex;
 pub mod handle;
 
 pub mod kcmp;
+pub mod lease;
 pub mod mapping;
 pub mod pagemap;
 pub mod passing;
