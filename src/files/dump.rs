@@ -278,9 +278,26 @@ impl<'a> FilesDump<'a> {
         findings: &mut Vec<Finding>,
     ) -> Result<Option<u32>, FileError> {
         let path = format!("/proc/{pid}/{name}");
-        let link = nix::fcntl::readlink(path.as_str())
-            .map(bytes_of)
-            .map_err(FileError::path("read the link", path.as_bytes()))?;
+        let link = match nix::fcntl::readlink(path.as_str()) {
+            Ok(link) => bytes_of(link),
+            Err(Errno::ENAMETOOLONG) => {
+                let what = match name {
+                    "cwd" => "current directory",
+                    "root" => "root directory",
+                    _ => "program",
+                };
+                findings.push(Finding {
+                    pid,
+                    what: what.into(),
+                    reason:
+                        "its path is longer than 4095 bytes (PATH_MAX): it cannot be opened again by one name"
+                            .into(),
+                    hint: "a directory less deep, or shorter names".into(),
+                });
+                return Ok(None);
+            }
+            Err(e) => return Err(FileError::path("read the link", path.as_bytes())(e)),
+        };
         let file = open(path.as_str(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
             .map_err(FileError::path("open", path.as_bytes()))?;
         self.file_for(pid, &link, file.as_fd(), false, findings)

@@ -14,7 +14,8 @@ use nix::{
 };
 
 use super::{
-    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in, pipe_data::io_error,
+    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, irmap, kind::packed_in,
+    pipe_data::io_error,
 };
 use crate::{
     image::pb,
@@ -89,15 +90,9 @@ impl FileKind for Inotify {
 
 /// One watch.
 fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError> {
-    let handle = watch.handle.as_ref().ok_or_else(|| {
-        FileError::unsupported(
-            format!("watch {} is on a file system without file handles", watch.wd),
-            "remove the watch before the dump",
-        )
-    })?;
     let path = find(cx, pid, watch)?;
-    let mut words: Vec<u64> = handle
-        .bytes
+    let (kind, bytes) = watch.handle.as_ref().map_or((0, &[][..]), |handle| (handle.kind, &handle.bytes[..]));
+    let mut words: Vec<u64> = bytes
         .chunks(8)
         .map(|piece| piece.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)))
         .collect();
@@ -110,8 +105,8 @@ fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWd
         s_dev: watch.sdev,
         wd: watch.wd.cast_unsigned(),
         f_handle: pb::FhEntry {
-            bytes: u32::try_from(handle.bytes.len()).unwrap_or(u32::MAX),
-            r#type: handle.kind.cast_unsigned(),
+            bytes: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+            r#type: kind.cast_unsigned(),
             handle: words,
             path: Some(path),
             mnt_id: None,
@@ -119,14 +114,57 @@ fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWd
     })
 }
 
-/// The path of what is watched, by its file handle, in any mount of its file system that the task sees.
+/// The path of what is watched: by its file handle, or where that does not lead to it, by search.
 fn find(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
+    const REMOVE: &str = "remove the watch before the dump";
+    let refused = |what: String, hint: &'static str| {
+        Err(FileError::unsupported(format!("watch {}: {what}", watch.wd), hint))
+    };
+    let mut hidden = None;
+    if !cx.settings.force_irmap {
+        match by_handle(cx, pid, watch)? {
+            Some(Found::At(path)) => return Ok(path),
+            Some(Found::Deleted(path)) => {
+                return refused(format!("{} was deleted", String::from_utf8_lossy(&path)), REMOVE);
+            }
+            Some(Found::Hidden(path)) => hidden = Some(path),
+            None => {}
+        }
+    }
+    if let Some(path) = irmap::find(cx, pid, watch)? {
+        return Ok(path);
+    }
+    match hidden {
+        Some(path) => {
+            refused(format!("{} is hidden by another file", String::from_utf8_lossy(&path)), REMOVE)
+        }
+        None => refused(
+            format!("no path of inode {} was found", watch.ino),
+            "--irmap-scan-path DIR says where to search for it; or remove the watch before the dump",
+        ),
+    }
+}
+
+/// Where a handle leads to.
+enum Found {
+    /// To a file with this path.
+    At(Vec<u8>),
+    /// To one without a name.
+    Deleted(Vec<u8>),
+    /// To one whose name leads to another file.
+    Hidden(Vec<u8>),
+}
+
+/// In any mount of its file system that the task sees. `None`: the file system does not open files by handles, or it is on
+/// none of those mounts.
+fn by_handle(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Option<Found>, FileError> {
     let mountinfo = format!("/proc/{pid}/mountinfo");
     let text = std::fs::read(&mountinfo).map_err(|e| io_error("read mountinfo", &e))?;
+    let view = cx.view()?;
     let mut found = None;
     let handle = watch.handle.as_ref();
     for mount in mountinfo::parse(&text)?.iter().filter(|mount| mount.dev == kernel_dev(watch.sdev)) {
-        let (Some(handle), Ok(dir)) = (handle, open_mount(&*cx.view()?, &mount.mountpoint)) else { continue };
+        let (Some(handle), Ok(dir)) = (handle, open_mount(&view, &mount.mountpoint)) else { continue };
         match sys::handle::open(dir.as_fd(), handle.kind, &handle.bytes, libc::O_PATH | libc::O_CLOEXEC) {
             Ok(file) => {
                 let link = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -134,20 +172,17 @@ fn find(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, File
                     readlink(link.as_str()).map_err(FileError::sys("read the path of a watched file"))?;
                 let path = std::os::unix::ffi::OsStringExt::into_vec(path);
                 // Only a path that leads back to the same file is worth storing.
-                if cx.view()?.stat(&path).is_ok_and(|stat| is_watched(&stat, watch)) {
-                    return Ok(path);
+                if view.stat(&path).is_ok_and(|stat| is_watched(&stat, watch)) {
+                    return Ok(Some(Found::At(path)));
                 }
-                found = Some(path);
+                let names = fstat(&file).map_err(FileError::sys("stat a watched file"))?.st_nlink;
+                found = Some(if names == 0 { Found::Deleted(path) } else { Found::Hidden(path) });
             }
-            Err(Errno::ESTALE) => {}
+            Err(Errno::ESTALE | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOTDIR) => {}
             Err(e) => return Err(FileError::sys("open a watched file by its handle")(e)),
         }
     }
-    let what = match &found {
-        Some(path) => format!("{} was deleted or is hidden", String::from_utf8_lossy(path)),
-        None => format!("inode {} is not in any mount that the task sees", watch.ino),
-    };
-    Err(FileError::unsupported(format!("watch {}: {what}", watch.wd), "remove the watch before the dump"))
+    Ok(found)
 }
 
 /// Opens the place of a mount for open_by_handle_at, which takes no O_PATH descriptor. A file that is mounted on another
@@ -256,6 +291,32 @@ mod tests {
         assert_eq!(buffer[0], 22);
     }
 
+    /// Found by search only: below a directory that was named, below the current directory, not elsewhere.
+    #[test]
+    fn search_for_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        let path = dir.path().join("a/b/watched");
+        std::fs::write(&path, b"").unwrap();
+        std::os::unix::fs::symlink("watched", dir.path().join("a/b/link")).unwrap();
+        let fd = event::inotify(libc::IN_CLOEXEC | libc::IN_NONBLOCK).unwrap();
+        event::inotify_add(fd.as_fd(), &cstr(&path), libc::IN_MODIFY).unwrap();
+        let link = cstr(&dir.path().join("a/b/link"));
+        event::inotify_add(fd.as_fd(), &link, libc::IN_ATTRIB | libc::IN_DONT_FOLLOW).unwrap();
+        event::inotify_add(fd.as_fd(), &cstr(dir.path()), libc::IN_CREATE).unwrap();
+        let mut trial = Trial::new();
+        let plain = trial.dump::<Inotify>(&fd);
+        trial.dump_settings.force_irmap = true;
+        let error = trial.try_dump::<Inotify>(&fd).unwrap_err();
+        assert!(error.to_string().contains("--irmap-scan-path"), "{error}");
+        trial.dump_settings.irmap_scan_paths = vec!["/no/such/place".into(), dir.path().to_owned()];
+        let searched = trial.dump::<Inotify>(&fd);
+        assert_eq!(searched.wd, plain.wd);
+        let again = trial.restore::<Inotify>(&searched);
+        trial.dump_settings.force_irmap = false;
+        assert_eq!(trial.dump::<Inotify>(&again).wd, plain.wd);
+    }
+
     #[test]
     fn a_deleted_file_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
@@ -265,7 +326,10 @@ mod tests {
         event::inotify_add(fd.as_fd(), &cstr(&path), libc::IN_MODIFY).unwrap();
         std::fs::remove_file(&path).unwrap();
         let error = Trial::new().try_dump::<Inotify>(&fd).unwrap_err();
-        assert!(error.to_string().starts_with("watch 1: "), "{error}");
+        assert!(
+            error.to_string().starts_with("watch 1: ") && error.to_string().contains("deleted"),
+            "{error}"
+        );
         drop(held);
     }
 

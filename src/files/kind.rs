@@ -144,6 +144,11 @@ impl fmt::Debug for States {
 }
 
 impl States {
+    /// The value, if there is one.
+    pub(super) fn peek<T: 'static>(&self) -> Option<&T> {
+        self.0.get(&TypeId::of::<T>())?.downcast_ref()
+    }
+
     fn get<T: Default + 'static>(&mut self) -> &mut T {
         let state = self.0.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(T::default()));
         state.downcast_mut().expect("stored under its own type")

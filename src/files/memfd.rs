@@ -151,7 +151,8 @@ impl FileKind for Memfd {
             }
         };
         let flags = entry.flags.cast_signed() & FLAGS_OF_OPEN;
-        let as_made = flags & (libc::O_ACCMODE | libc::O_PATH) == libc::O_RDWR && entry.reopened != Some(true);
+        let as_made =
+            flags & (libc::O_ACCMODE | libc::O_PATH) == libc::O_RDWR && entry.reopened != Some(true);
         let fd = if as_made && (!in_table || !made.taken) {
             let fd = made.original.try_clone().map_err(|e| io_error("duplicate a memory file", &e))?;
             if made.taken {
@@ -290,7 +291,8 @@ fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileErro
 /// memfd_create as the file needs it: whether it can be executed is decided there.
 fn create(name: &CStr, inode: &pb::MemfdInodeEntry, huge: u32) -> Result<OwnedFd, FileError> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge;
-    let how = if inode.seals & F_SEAL_EXEC != 0 && inode.mode() & 0o111 == 0 { MFD_NOEXEC_SEAL } else { MFD_EXEC };
+    let how =
+        if inode.seals & F_SEAL_EXEC != 0 && inode.mode() & 0o111 == 0 { MFD_NOEXEC_SEAL } else { MFD_EXEC };
     match event::memfd(name, flags | how) {
         // Before Linux 6.3 there was no choice.
         Err(Errno::EINVAL) => event::memfd(name, flags).map_err(FileError::sys("make a memory file")),
@@ -412,7 +414,9 @@ mod tests {
             file
         };
         // As it was made, alone, with readers, and with paths.
-        for others in [vec![], vec![OFlag::O_RDONLY], vec![OFlag::O_PATH], vec![OFlag::O_PATH, OFlag::O_RDONLY]] {
+        for others in
+            [vec![], vec![OFlag::O_RDONLY], vec![OFlag::O_PATH], vec![OFlag::O_PATH, OFlag::O_RDONLY]]
+        {
             let file = make();
             let mut fds: Vec<OwnedFd> = others.iter().map(|flags| reopened(&file, *flags)).collect();
             fds.push(file);

@@ -22,6 +22,7 @@ mod fown;
 mod ghost;
 mod inotify;
 mod install;
+mod irmap;
 mod kind;
 mod locks;
 mod memfd;

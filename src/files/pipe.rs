@@ -16,14 +16,14 @@ use nix::{
 };
 
 use super::{
-    DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, flags,
+    DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, external, flags,
     kind::packed_in,
     pipe_data::{self, Content, DataWriter},
 };
 use crate::{
     image::{ImageKind, Store, pb},
     settings::{DumpSettings, RestoreSettings},
-    sys,
+    sys, view,
 };
 
 const ACCESS: u32 = libc::O_ACCMODE.cast_unsigned();
@@ -193,7 +193,8 @@ impl Dumped {
     fn save_unread(&mut self, store: &dyn Store, pipe_id: u32, end: BorrowedFd<'_>) -> Result<(), FileError> {
         let there = sys::pipe::readable_bytes(end).map_err(FileError::sys("read the amount in a pipe"))?;
         if there == 0 {
-            return Ok(());
+            // It has a capacity all the same.
+            return self.image.dump(store, ImageKind::PipesData, pipe_id, end, false);
         }
         let path = format!("/proc/self/fd/{}", end.as_raw_fd());
         let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -246,10 +247,10 @@ fn inherited(settings: &RestoreSettings, pipe_id: u32) -> Result<Option<OwnedFd>
     let Some(given) = settings.inherit_fds.iter().find(|given| keys(pipe_id).contains(&given.key)) else {
         return Ok(None);
     };
-    let path = format!("/proc/self/fd/{}", given.fd);
-    open(path.as_str(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+    let end = external::duplicate(given, Some(libc::S_IFIFO))?;
+    view::reopen(end.as_fd(), OFlag::O_PATH)
         .map(Some)
-        .map_err(FileError::path("open the inherited descriptor", path.as_bytes()))
+        .map_err(FileError::sys("open a pipe that was inherited"))
 }
 
 #[cfg(test)]
@@ -378,6 +379,40 @@ mod tests {
         nix::unistd::write(&other_write, b"new").unwrap();
         drop(other_write);
         assert_eq!(all(again), b"new");
+    }
+
+    #[test]
+    fn only_a_pipe_stands_for_a_pipe() {
+        let (read, _write) = pair(0);
+        let mut trial = Trial::new();
+        let entry = trial.dump::<Pipe>(&read);
+        trial.finish::<Pipe>().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create(dir.path().join("f")).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+        let key = format!("pipe:[{}]", entry.pipe_id).into_bytes();
+        for (fd, what) in [
+            (file.as_raw_fd(), "is a regular file, but a fifo is wanted"),
+            (null.as_raw_fd(), "is a character device, but a fifo is wanted"),
+            (socket.as_raw_fd(), "is a socket, but a fifo is wanted"),
+            (1 << 20, "--inherit-fd fd[1048576]"),
+        ] {
+            trial.restore_settings.inherit_fds = vec![InheritFd { key: key.clone(), fd }];
+            let error = trial.try_restore::<Pipe>(&[&entry]).unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn capacities_of_empty_pipes() {
+        let (read, write) = pair(0);
+        sys::pipe::set_capacity(read.as_fd(), 1 << 18).unwrap();
+        let restored = again(&mut Trial::new(), &[&read, &write]);
+        assert_eq!(sys::pipe::capacity(restored[0].as_fd()), Ok(1 << 18));
+        drop(read);
+        let restored = again(&mut Trial::new(), &[&write]);
+        assert_eq!(sys::pipe::capacity(restored[0].as_fd()), Ok(1 << 18));
     }
 
     #[test]

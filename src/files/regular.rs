@@ -3,7 +3,7 @@
 //! Saved: path, flags, position, and what tells at restore that the file is still the same (mode, size, build id). The
 //! content stays where it is; only a file whose name is gone travels or is linked back, see `remap.rs`.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::{fcntl::OFlag, sys::stat::fstat};
 
@@ -98,6 +98,14 @@ impl FileKind for Regular {
         open_entry(cx, entry)
     }
 
+    fn before_resume(
+        cx: &mut RestoreCx<'_>,
+        _entry: &Self::Entry,
+        _fd: BorrowedFd<'_>,
+    ) -> Result<(), FileError> {
+        remap::before_resume(cx)
+    }
+
     fn fown(entry: &Self::Entry) -> Option<&pb::FownEntry> {
         Some(&entry.fown)
     }
@@ -109,7 +117,10 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
     let fd = match external::inherited(cx.settings, entry)? {
         Some(fd) => fd,
         None => match remap::object(cx, entry)? {
-            Some(object) => reopen(&object, entry)?,
+            Some(object) => match remap::description(cx, entry.id) {
+                Some(description) => description,
+                None => reopen(&object, entry)?,
+            },
             None => {
                 let object = find(cx, entry)?;
                 match by_name(cx, &object, entry)? {
@@ -287,7 +298,8 @@ fn validate_build_id(
     Ok(())
 }
 
-fn kind_name(mode: u32) -> &'static str {
+/// What a file of this mode is, for messages.
+pub(super) fn kind_name(mode: u32) -> &'static str {
     match mode & libc::S_IFMT {
         libc::S_IFREG => "a regular file",
         libc::S_IFDIR => "a directory",

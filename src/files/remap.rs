@@ -16,7 +16,10 @@ use std::{
 
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
-    sys::stat::{fstat, fstatat, lstat},
+    sys::{
+        stat::{fstat, fstatat, lstat},
+        statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+    },
     unistd::{UnlinkatFlags, linkat, unlinkat},
 };
 
@@ -28,7 +31,7 @@ use super::{
 use crate::{
     image::{ImageKind, TypedStore, pb},
     sys::{
-        Errno,
+        Errno, handle,
         passing::{self, Failed, Origin, Step},
     },
     view::{Last, split},
@@ -86,6 +89,12 @@ impl Drop for Remaps {
 
 /// The name to store for the file, and what it takes to find it at restore. `id` is that of its entry.
 pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<u8>, FileError> {
+    if fd.link.len() > 4095 {
+        return Err(FileError::unsupported(
+            "its path is longer than 4095 bytes (PATH_MAX): it cannot be opened again by one name",
+            "",
+        ));
+    }
     let base = fd.link.strip_suffix(DELETED);
     if fd.stat.nlink > 0 {
         if is_at(cx, fd, fd.link)? {
@@ -103,7 +112,9 @@ pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<
         return Ok(base.unwrap_or(fd.link).to_vec());
     }
     let deleted_dir = fd.stat.kind() == libc::S_IFDIR && base.is_some();
-    if fd.stat.nlink == 0 || deleted_dir {
+    let no_name =
+        fd.stat.nlink == 0 || deleted_dir || base.is_some_and(|base| is_of_lower_layer(cx, fd, base));
+    if no_name {
         let remap_id = ghost(cx, fd)?;
         cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Ghost));
         return Ok(base.unwrap_or(fd.link).to_vec());
@@ -114,8 +125,15 @@ pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<
             "it may be mounted over, on a file system that was unmounted, or outside of this root directory",
         ));
     };
-    let remap_id = linked(cx, fd, base)?;
-    cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Linked));
+    match linked(cx, fd, base)? {
+        Some(remap_id) => {
+            cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Linked));
+        }
+        None => {
+            let remap_id = ghost(cx, fd)?;
+            cx.state::<Remaps>().entries.push(remap(id, remap_id, pb::RemapType::Ghost));
+        }
+    }
     Ok(base.to_vec())
 }
 
@@ -134,6 +152,35 @@ fn remap(orig_id: u32, remap_id: u32, r#type: pb::RemapType) -> pb::RemapFilePat
 
 fn is_at(cx: &DumpCx<'_>, fd: &FdView<'_>, path: &[u8]) -> Result<bool, FileError> {
     Ok(cx.view()?.stat(path).is_ok_and(|found| Stat::new(&found).same_file(&fd.stat)))
+}
+
+/// Whether a deleted file is one of a lower layer of overlayfs: stat shows the names that it has there, but in the overlay it
+/// has none any more, and what is in it cannot change. A file of the upper layer may have other names, and one that was
+/// copied up cannot be told from one of the lower layer by its handle; only the kernel knows the names of both. So it is asked to make
+/// one more for a moment, which it does only where there are others.
+fn is_of_lower_layer(cx: &DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> bool {
+    /// In a handle of overlayfs, behind three bytes: version, this, length, flags.
+    const MAGIC: u8 = 0xfb;
+    const OF_UPPER: u8 = 0x4;
+    let Ok(file) = fd.file() else { return false };
+    let overlay = fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+    if !overlay || fd.stat.kind() != libc::S_IFREG {
+        return false;
+    }
+    let Ok((_, handle)) = handle::of(file, c"") else { return false };
+    if handle.get(4) != Some(&MAGIC) || handle.get(6).is_none_or(|flags| flags & OF_UPPER != 0) {
+        return false;
+    }
+    if !cx.frozen {
+        // Nothing may be touched, not even for a moment: what is likely is assumed.
+        return true;
+    }
+    let Ok((dir, _)) = cx.view().map_err(drop).and_then(|view| view.parent(base).map_err(drop)) else {
+        return false;
+    };
+    let name = CString::new(format!(".crtool.{}.{}", std::process::id(), fd.stat.ino)).unwrap_or_default();
+    let made = passing::open(dir.as_fd(), &[], &name, Origin::HardLink(file));
+    matches!(made, Err(Failed { step: Step::Make, errno: Errno::ENOENT }))
 }
 
 /// The task whose directory under /proc the file was in, when that task is gone.
@@ -157,10 +204,11 @@ fn ghost(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<u32, FileError> {
 }
 
 /// The entry of a hard link beside the old name of the file, made when it was not there yet.
-fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, FileError> {
+/// `None`: stat counts names, but the kernel knows of none.
+fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<Option<u32>, FileError> {
     let key = (fd.stat.dev, fd.stat.ino);
     if let Some(id) = cx.state::<Remaps>().linked.get(&key) {
-        return Ok(*id);
+        return Ok(Some(*id));
     }
     if !cx.settings.common.link_remap {
         return Err(FileError::unsupported(
@@ -195,6 +243,7 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
         match linkat(AT_FDCWD, from.as_str(), &*dir, &name[..], AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) => break (id, name),
             Err(Errno::EEXIST) => {}
+            Err(Errno::ENOENT) => return Ok(None),
             Err(e) => {
                 return Err(FileError::unsupported(
                     format!("its name is gone, and it cannot be linked back: {}", e.desc()),
@@ -216,7 +265,7 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<u32, File
     };
     cx.add_entry(entry);
     cx.state::<Remaps>().linked.insert(key, id);
-    Ok(id)
+    Ok(Some(id))
 }
 
 /// What is remembered of remapped files while a tree is restored.
@@ -227,6 +276,10 @@ pub(super) struct RestoreRemaps {
     links: HashMap<u32, Vec<u8>>,
     /// Files that were made or found, by kind of remap and id.
     objects: HashMap<(i32, u32), OwnedFd>,
+    /// Descriptions that came with their files, by entry.
+    descriptions: HashMap<u32, OwnedFd>,
+    /// Attribute flags of ghosts, to be set in the end.
+    attributes: Vec<(OwnedFd, u32)>,
     /// Hard links that are no longer needed when the restore has succeeded.
     used_links: Vec<HardLink>,
 }
@@ -291,13 +344,45 @@ pub(super) fn object(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result
         return copy(object, entry).map(Some);
     }
     let object = match r#type {
-        pb::RemapType::Ghost => ghost::open(cx, &entry.name, remap_id)?,
+        pb::RemapType::Ghost => {
+            let maker = made_by(cx, remap_id);
+            let made = ghost::open(cx, maker.as_ref().unwrap_or(entry), remap_id)?;
+            let state = cx.state::<RestoreRemaps>();
+            if let Some(attributes) = made.attributes {
+                state.attributes.push((copy(&made.object, entry)?, attributes));
+            }
+            state.descriptions.extend(made.description);
+            made.object
+        }
         pb::RemapType::Linked => open_link(cx, entry, remap_id)?,
         pb::RemapType::Procfs => return Ok(None),
     };
     let duplicate = copy(&object, entry)?;
     cx.state::<RestoreRemaps>().objects.insert(key, object);
     Ok(Some(duplicate))
+}
+
+/// The entry whose description made the ghost `remap_id` by O_TMPFILE, if it is still there.
+fn made_by(cx: &mut RestoreCx<'_>, remap_id: u32) -> Option<pb::RegFileEntry> {
+    let of_ghost = |file: &&u32| {
+        let remaps = cx.states.peek::<RestoreRemaps>();
+        remaps.is_some_and(|remaps| remaps.by_file.get(file) == Some(&(pb::RemapType::Ghost, remap_id)))
+    };
+    let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_ref());
+    entries.filter(|reg| reg.flags & ghost::TMPFILE != 0).min_by_key(|reg| reg.id).cloned()
+}
+
+/// The description of an entry, where its file was made with one.
+pub(super) fn description(cx: &mut RestoreCx<'_>, entry: u32) -> Option<OwnedFd> {
+    cx.state::<RestoreRemaps>().descriptions.remove(&entry)
+}
+
+/// The last touch, when everybody has opened their files.
+pub(super) fn before_resume(cx: &mut RestoreCx<'_>) -> Result<(), FileError> {
+    for (object, attributes) in std::mem::take(&mut cx.state::<RestoreRemaps>().attributes) {
+        ghost::set_attributes(&object, attributes)?;
+    }
+    Ok(())
 }
 
 fn copy(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {

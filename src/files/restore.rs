@@ -18,7 +18,9 @@ use super::{
     flags, fown, install,
     kind::Kind,
     locks::{self, Locks},
-    pidfd as pidfd_kind, procfs, remap,
+    pidfd as pidfd_kind,
+    procfs::{self, StandIns},
+    remap,
     remap::RestoreRemaps,
     tty,
 };
@@ -58,6 +60,8 @@ pub struct FilesRestore<'a> {
     planned_tables: HashSet<u32>,
     /// Ourselves, for puppets to fetch from.
     supervisor: Option<OwnedFd>,
+    /// Of tasks that are gone, until all have been to their current directories.
+    stand_ins: StandIns,
 }
 
 impl<'a> FilesRestore<'a> {
@@ -104,6 +108,7 @@ impl<'a> FilesRestore<'a> {
             tables,
             planned_tables: HashSet::new(),
             supervisor: None,
+            stand_ins: StandIns::default(),
         })
     }
 
@@ -138,7 +143,7 @@ impl<'a> FilesRestore<'a> {
     /// Opens the rest: all tasks of the tree exist, and are stopped.
     pub fn open_late(&mut self) -> Result<(), FileError> {
         let dead = self.cx.state::<RestoreRemaps>().dead_tasks();
-        let stand_ins = procfs::stand_ins(&dead)?;
+        self.stand_ins = procfs::stand_ins(&dead)?;
         for id in &self.order {
             let Some(file) = self.files.get_mut(id) else { continue };
             if file.late && file.fd.is_none() {
@@ -146,7 +151,6 @@ impl<'a> FilesRestore<'a> {
                 file.fd = Some(fd);
             }
         }
-        drop(stand_ins);
         Ok(())
     }
 
@@ -278,6 +282,7 @@ impl<'a> FilesRestore<'a> {
 
     /// The last touch: owners of files, timers. All tasks are in place; none has run yet.
     pub fn before_resume(&mut self) -> Result<(), FileError> {
+        self.stand_ins = StandIns::default();
         for id in &self.order {
             let Some(file) = self.files.get(id) else { continue };
             let Some(fd) = &file.fd else { continue };

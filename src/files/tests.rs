@@ -120,13 +120,21 @@ fn picture(fd: &OwnedFd) -> Picture {
     let tmpfile = if stat.st_mode & libc::S_IFMT == libc::S_IFDIR { 0 } else { libc::O_TMPFILE };
     let no_state = (libc::O_CLOEXEC | tmpfile).cast_unsigned();
     Picture {
-        link: fs::read_link(format!("/proc/self/fd/{number}")).unwrap(),
+        link: without_inode(fs::read_link(format!("/proc/self/fd/{number}")).unwrap()),
         pos: info.pos,
         flags: info.flags & !no_state,
         mode: stat.st_mode,
         size: stat.st_size,
         owner: (stat.st_uid, stat.st_gid),
         nlink: stat.st_nlink > 0,
+    }
+}
+
+/// O_TMPFILE calls a file after its inode, which is another one afterwards.
+fn without_inode(link: PathBuf) -> PathBuf {
+    match link.file_name().and_then(|name| name.to_str()).filter(|name| name.starts_with('#')) {
+        Some(_) => link.with_file_name("#"),
+        None => link,
     }
 }
 

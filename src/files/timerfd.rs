@@ -125,8 +125,8 @@ fn state(fd: &FdView<'_>) -> Result<fdinfo::Timerfd, FileError> {
     loop {
         // Asking for the time left makes the kernel count what was missed, so fdinfo is right only after that.
         event::timerfd_gettime(fd.file()?).map_err(FileError::sys("read the time left of a timer"))?;
-        let text = std::fs::read(&path)
-            .map_err(|e| FileError::path("read", path.as_bytes())(errno_of(&e)))?;
+        let text =
+            std::fs::read(&path).map_err(|e| FileError::path("read", path.as_bytes())(errno_of(&e)))?;
         let timer = fdinfo::parse(&text)?.timerfd.ok_or(FileError::unsupported(
             "the kernel does not tell the state of this timer",
             "a kernel with CONFIG_PROC_FS and CONFIG_CHECKPOINT_RESTORE does",

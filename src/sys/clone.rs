@@ -73,20 +73,28 @@ pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Resul
     pid_t::try_from(pid).map_err(|_| Errno::ERANGE)
 }
 
-/// Makes a child of this process with the pid `pid`, which exits at once and stays a zombie until [`reap`] is called.
-/// EEXIST when the pid is taken.
-pub fn zombie(pid: pid_t) -> Result<()> {
+/// Makes a child of this process with the pid `pid`, which waits until it is killed, and ends with us at the latest. It tells
+/// nobody of its end. EEXIST when the pid is taken.
+pub fn stand_in(pid: pid_t) -> Result<()> {
+    // With our descriptors, not copies of them: what we close is closed.
     let args = CloneArgs {
-        exit_signal: libc::SIGCHLD as u64,
+        flags: libc::CLONE_FILES as u64,
         set_tid: (&raw const pid).addr() as u64,
         set_tid_size: 1,
         ..CloneArgs::default()
     };
-    // SAFETY: `args` and `pid` live across the call. The child, a copy of one thread, makes nothing but one system call,
-    // so it does not matter what other threads of ours were doing.
+    // SAFETY: no pointers.
+    let parent = unsafe { libc::getpid() };
+    // SAFETY: `args` and `pid` live across the call. The child, a copy of one thread, makes nothing but system calls without
+    // memory, so it does not matter what other threads of ours were doing.
     unsafe {
         let at = &raw const args;
         if super::ret(libc::syscall(libc::SYS_clone3, at, size_of::<CloneArgs>()))? == 0 {
+            libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+            // We may have ended before it asked for that.
+            while libc::syscall(libc::SYS_getppid) == libc::c_long::from(parent) {
+                libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
+            }
             libc::syscall(libc::SYS_exit_group, 0);
         }
     }

@@ -14,6 +14,7 @@ pub mod fown;
 pub mod futex;
 pub mod handle;
 
+pub mod inode;
 pub mod kcmp;
 pub mod lease;
 pub mod mapping;
@@ -36,6 +37,7 @@ pub mod tmpfs;
 pub mod tty;
 pub mod userfault;
 pub mod wait;
+pub mod xattr;
 
 pub use nix::errno::Errno;
 

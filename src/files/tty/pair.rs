@@ -12,7 +12,7 @@ use nix::{
 };
 
 use super::{
-    super::{FileError, RestoreCx, flags, path::to_path, pipe_data::io_error},
+    super::{FileError, RestoreCx, external, flags, path::to_path, pipe_data::io_error},
     content, image_dev, key, masters, settings,
 };
 use crate::{
@@ -94,8 +94,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
         .ok_or_else(|| bad(format!("there is no terminal {}", entry.tty_info_id)))?;
     let key = key(info.rdev, info.dev.unwrap_or(0));
     if let Some(given) = settings.inherit_fds.iter().find(|given| given.key == key) {
-        return sys::fd::dup(given.fd)
-            .map_err(FileError::path("duplicate the inherited descriptor of", &key));
+        return external::duplicate(given, Some(libc::S_IFCHR));
     }
     let kind = pb::TtyType::try_from(info.r#type).map_err(|_| bad("a terminal of unknown type".into()))?;
     let index = match kind {

@@ -52,6 +52,7 @@ pub const CASES: &[Case] = &[
     Case::new("proc_of_child", proc_of_child),
     Case::new("proc_global", proc_global),
     Case::new("proc_of_dead", proc_of_dead),
+    Case::new("directory_of_dead", directory_of_dead).peer_fails("cannot enter the directory of a dead task"),
     Case::new("sys_file", sys_file),
 ];
 
@@ -586,6 +587,24 @@ fn proc_of_dead(gate: &Gate) {
     assert_eq!(read(&file), Err(Some(libc::ESRCH)));
     gate.ready();
     assert_eq!(read(&file), Err(Some(libc::ESRCH)));
+}
+
+/// The current directory is that of a process under /proc that has ended.
+fn directory_of_dead(gate: &Gate) {
+    let child = fork(|| {
+        loop {
+            sys::nap(std::time::Duration::from_secs(1));
+        }
+    });
+    let work = std::env::current_dir().expect("current directory");
+    std::env::set_current_dir(format!("/proc/{child}")).expect("chdir");
+    sys::kill(child, libc::SIGKILL);
+    sys::waitpid(child, 0).expect("waitpid");
+    let name = fs::read_link("/proc/self/cwd").expect("readlink");
+    gate.ready();
+    assert_eq!(fs::read_link("/proc/self/cwd").expect("readlink"), name);
+    assert!(fs::read_link(format!("/proc/{child}/exe")).is_err(), "somebody has its pid");
+    std::env::set_current_dir(work).expect("chdir");
 }
 
 fn sys_file(gate: &Gate) {

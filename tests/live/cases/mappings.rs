@@ -34,6 +34,8 @@ pub const CASES: &[Case] = &[
     Case::new("memfd_sealed_mapping", memfd_sealed_mapping),
     Case::new("memfd_in_child", memfd_in_child),
     Case::new("memfd_huge_pages", memfd_huge_pages),
+    Case::new("memfd_executed", memfd_executed).peer_fails("opens it anew, as a writer (ETXTBSY)"),
+    Case::new("memfd_program", memfd_program).peer_fails("opens it anew, as a writer (ETXTBSY)"),
     Case::new("device_memory", device_memory).refused("/dev/mem"),
 ];
 
@@ -382,6 +384,69 @@ fn memfd_huge_pages(gate: &Gate) {
     memory.fill(38);
     gate.ready();
     memory.check(38);
+}
+
+/// Runs the program in a memory file; its exit status.
+fn run(fd: i32) -> Result<i32, i32> {
+    let arguments = [c"true".as_ptr(), std::ptr::null()];
+    let environment = [std::ptr::null::<i8>()];
+    let child = sys::fork(|| {
+        let at = libc::AT_EMPTY_PATH;
+        let failed = sys!(SYS_execveat, fd, c"".as_ptr(), arguments.as_ptr(), environment.as_ptr(), at);
+        100 + failed.expect_err("execveat came back")
+    });
+    sys::waitpid(child, 0).map(|(_, status)| status >> 8 & 0xff)
+}
+
+/// What memfd_create gave is no writer to the kernel; what was opened through /proc is one.
+fn memfd_executed(gate: &Gate) {
+    let program = fs::read("/bin/true").expect("read");
+    let fd = int(sys!(SYS_memfd_create, c"program".as_ptr(), 0).expect("memfd_create"));
+    for piece in program.chunks(1 << 16) {
+        assert_eq!(sys::write(fd, piece), Ok(piece.len()));
+    }
+    let again = |flags| {
+        let path = std::ffi::CString::new(format!("/proc/self/fd/{fd}")).expect("path");
+        sys::open(&path, flags).expect("open")
+    };
+    let (reader, path) = (again(libc::O_RDONLY), again(libc::O_PATH));
+    let memory = sys::mmap(0, PAGE, READ | WRITE, libc::MAP_SHARED, fd, 0).expect("mmap");
+    assert_eq!([fd, reader, path].map(run), [Ok(0); 3]);
+    gate.ready();
+    assert_eq!([fd, reader, path].map(run), [Ok(0); 3]);
+    assert_eq!(memory.get::<[u8; 4]>(0), *b"\x7fELF");
+    let writer = again(libc::O_RDWR);
+    assert_eq!(run(fd), Ok(100 + libc::ETXTBSY));
+    sys::close(writer);
+    sys::close(fd);
+    assert_eq!(run(reader), Ok(0));
+}
+
+/// A process whose program is a memory file.
+fn memfd_program(gate: &Gate) {
+    let program = fs::read("/bin/sleep").expect("read");
+    let fd = int(sys!(SYS_memfd_create, c"sleep".as_ptr(), libc::MFD_CLOEXEC).expect("memfd_create"));
+    for piece in program.chunks(1 << 16) {
+        assert_eq!(sys::write(fd, piece), Ok(piece.len()));
+    }
+    let arguments = [c"sleep".as_ptr(), c"1000".as_ptr(), std::ptr::null()];
+    let environment = [std::ptr::null::<i8>()];
+    let child = sys::fork(|| {
+        let at = libc::AT_EMPTY_PATH;
+        let _ = sys!(SYS_execveat, fd, c"".as_ptr(), arguments.as_ptr(), environment.as_ptr(), at);
+        1
+    });
+    let exe = format!("/proc/{child}/exe");
+    let runs = || fs::read_link(&exe).is_ok_and(|link| link.as_os_str() == "/memfd:sleep (deleted)");
+    while !runs() {
+        sys::nap(std::time::Duration::from_millis(1));
+    }
+    crate::gate::until_state(child, 'S');
+    gate.ready();
+    assert!(runs(), "{:?}", fs::read_link(&exe));
+    assert_eq!(fs::read(&exe).expect("read"), program);
+    sys::kill(child, libc::SIGKILL);
+    sys::waitpid(child, 0).expect("waitpid");
 }
 
 fn device_memory(gate: &Gate) {

@@ -3,6 +3,7 @@
 mod attacks;
 mod blocked;
 mod cpu;
+mod deleted;
 mod epoll;
 mod files;
 mod identity;
@@ -39,6 +40,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         sharing::CASES,
         mappings::CASES,
         files::CASES,
+        deleted::CASES,
         names::CASES,
         pipes::CASES,
         specials::CASES,

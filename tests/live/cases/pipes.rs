@@ -32,6 +32,10 @@ pub const CASES: &[Case] = &[
     Case::new("fifo_deleted", fifo_deleted),
     Case::new("fifo_no_writer", fifo_no_writer),
     Case::new("fifo_size", fifo_size),
+    Case::new("fifo_never_written", fifo_never_written)
+        .peer_fails("shows a hang-up to a reader that has had no writer (criu#3109)"),
+    Case::new("fifo_never_written_deleted", fifo_never_written_deleted)
+        .peer_fails("shows a hang-up to a reader that has had no writer (criu#3109)"),
 ];
 
 fn content(len: usize, seed: u64) -> Vec<u8> {
@@ -406,6 +410,44 @@ fn fifo_no_writer(gate: &Gate) {
     gate.ready();
     assert_eq!(sys::read(from, 100), Ok(b"last".to_vec()));
     assert_eq!(sys::read(from, 100), Ok(vec![]), "end of file");
+}
+
+fn hung_up(fd: i32) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    sys!(SYS_poll, &raw mut poll, 1, 0).expect("poll");
+    poll.revents & libc::POLLHUP != 0
+}
+
+/// One reader was there before any writer, another saw one leave.
+fn never_written(gate: &Gate, deleted: bool) {
+    make_fifo();
+    let reader = || sys::open(c"fifo", libc::O_RDONLY | libc::O_NONBLOCK).expect("open");
+    let left = reader();
+    sys::close(sys::open(c"fifo", libc::O_WRONLY).expect("open"));
+    let waiting = reader();
+    sys::fcntl(waiting, libc::F_SETPIPE_SZ, 1 << 18).expect("F_SETPIPE_SZ");
+    if deleted {
+        fs::remove_file("fifo").expect("remove");
+    }
+    assert_eq!((hung_up(left), hung_up(waiting)), (true, false));
+    gate.ready();
+    assert_eq!((hung_up(left), hung_up(waiting)), (true, false));
+    assert_eq!(sys::fcntl(waiting, libc::F_GETPIPE_SZ, 0), Ok(1 << 18));
+    let path = std::ffi::CString::new(format!("/proc/self/fd/{waiting}")).expect("path");
+    let to = sys::open(&path, libc::O_WRONLY | libc::O_NONBLOCK).expect("open for writing");
+    sys::write(to, b"first").expect("write");
+    assert_eq!(sys::read(waiting, 10), Ok(b"first".to_vec()));
+    assert!(!hung_up(waiting) && !hung_up(left));
+    sys::close(to);
+    assert!(hung_up(waiting) && hung_up(left));
+}
+
+fn fifo_never_written(gate: &Gate) {
+    never_written(gate, false);
+}
+
+fn fifo_never_written_deleted(gate: &Gate) {
+    never_written(gate, true);
 }
 
 fn fifo_size(gate: &Gate) {

@@ -16,6 +16,7 @@ pub const CASES: &[Case] = &[
     Case::new("timerfd_clocks", timerfd_clocks),
     Case::new("timerfd_interval", timerfd_interval),
     Case::new("timerfd_ticks", timerfd_ticks).peer_fails("a fast timerfd stops ticking"),
+    Case::new("timerfd_fast", timerfd_fast).peer_fails("a fast timerfd stops ticking"),
     Case::new("timerfd_expired", timerfd_expired).peer_fails("drops ticks that were not read"),
     Case::new("timerfd_disarmed", timerfd_disarmed),
     Case::new("timerfd_absolute", timerfd_absolute),
@@ -160,6 +161,31 @@ fn timerfd_ticks(gate: &Gate) {
     while ticks < 5 {
         ticks += number(fd).expect("read");
         assert!(start.elapsed() < gate::PATIENCE);
+    }
+}
+
+/// Faster than anybody can look at them: a dump meets them in the moment in which they go off.
+fn timerfd_fast(gate: &Gate) {
+    let clocks = [libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME, libc::CLOCK_REALTIME];
+    let timers: Vec<i32> = [2, 10, 50, 100]
+        .into_iter()
+        .flat_map(|period| clocks.map(|clock| (clock, Duration::from_micros(period))))
+        .cycle()
+        .take(60)
+        .map(|(clock, period)| {
+            let fd = timerfd(clock, libc::TFD_NONBLOCK);
+            arm(fd, period, period);
+            fd
+        })
+        .collect();
+    gate.ready();
+    for fd in &timers {
+        let _ = number(*fd);
+    }
+    sys::nap(Duration::from_millis(20));
+    for (n, fd) in timers.iter().enumerate() {
+        let ticks = number(*fd).unwrap_or_else(|_| panic!("timer {n} stands still"));
+        assert!((20..100_000_000).contains(&ticks), "timer {n}: {ticks} in 20 ms");
     }
 }
 
