@@ -14,6 +14,7 @@ pub mod image;
 pub mod interrupt;
 pub mod log;
 pub mod mem;
+pub(crate) mod ns;
 pub mod pages;
 pub mod pidfile;
 pub mod proc;

@@ -305,6 +305,8 @@ pub struct RestoreSettings {
     pub skip_file_rwx_check: bool,
     /// Symbolic links that are found on the way to a file of the tree are followed whoever has made them.
     pub allow_symlinks: bool,
+    /// The tree reads CLOCK_MONOTONIC and CLOCK_BOOTTIME as this machine has them: no time namespace is made.
+    pub host_clocks: bool,
     /// Descriptors of ours that replace files of the images.
     pub inherit_fds: Vec<InheritFd>,
     /// Written before the tree runs; relative to the work dir.
@@ -325,6 +327,7 @@ impl RestoreSettings {
             leave_stopped: false,
             skip_file_rwx_check: false,
             allow_symlinks: false,
+            host_clocks: false,
             inherit_fds: Vec::new(),
             pidfile: None,
             exec_cmd: None,

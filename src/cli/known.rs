@@ -275,6 +275,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     value("max-memory", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
     switch("allow-symlinks", For(&[Restore])),
+    switch("host-clocks", For(&[Restore])),
 ];
 
 /// Every option there is.

@@ -68,6 +68,9 @@ pub(crate) struct Opts {
     /// Make the restored root a child of the caller (with -d)
     #[arg(short = 'S', long, help_heading = "Dump and restore")]
     pub(crate) restore_sibling: bool,
+    /// Let the restored tree read the clocks of this machine, not go on from where it was frozen
+    #[arg(long, help_heading = "Dump and restore")]
+    pub(crate) host_clocks: bool,
     /// Write the pid of the restored root, or of the daemon, to this file
     #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
     pub(crate) pidfile: Option<PathBuf>,

@@ -448,6 +448,7 @@ fn restore(
     settings.leave_stopped = opts.leave_stopped;
     settings.skip_file_rwx_check = opts.skip_file_rwx_check;
     settings.allow_symlinks = opts.allow_symlinks;
+    settings.host_clocks = opts.host_clocks;
     settings.inherit_fds = opts.inherit_fd;
     settings.pidfile = opts.pidfile;
     settings.exec_cmd = opts.exec_cmd.then_some(opts.words);

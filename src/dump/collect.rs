@@ -24,6 +24,7 @@ use crate::{
     finding::Finding,
     image::{Store, pb},
     mem::{self, AddressSpace, MappedFile, SharedMemory, VmaFiles},
+    ns::time::{Clocks, TimeDump},
     settings::DumpSettings,
     sys::{
         kcmp::{Kind, kcmp},
@@ -71,8 +72,11 @@ pub(super) struct Collected<'s> {
     pub(super) ids: Ids,
     /// What cannot be saved.
     pub(super) findings: Vec<Finding>,
+    /// As the tree reads them; from when all its timers have been read.
+    pub(super) clocks: Option<Clocks>,
     /// Of crtool itself.
-    own_ids: pb::TaskKobjIdsEntry,
+    pub(super) own_ids: pb::TaskKobjIdsEntry,
+    time: TimeDump,
     /// Descriptor tables that have been looked at.
     tables: HashSet<u32>,
     /// Address spaces that have been looked at, and by whom.
@@ -115,7 +119,9 @@ impl<'s> Collected<'s> {
             files,
             shared,
             seccomp: task::seccomp::Dump::default(),
+            clocks: None,
             own_ids: ids.own(),
+            time: TimeDump::default(),
             ids,
             findings: Vec::new(),
             tables: HashSet::new(),
@@ -200,6 +206,9 @@ impl<'s> Collected<'s> {
                 format!("its end is told by signal {}, for which images have no place", process.exit_signal),
                 "",
             );
+        }
+        for thread in &process.threads {
+            self.time.thread(pid, thread.tid(), &mut self.findings);
         }
         let mut tids = process.threads.iter().map(Thread::tid);
         let agent = tids.next().unwrap_or(pid);
@@ -287,6 +296,7 @@ impl<'s> Collected<'s> {
 
     /// After the last process: what only all of them together tell.
     pub(super) fn complete(&mut self) -> Result<()> {
+        self.clocks = Some(self.time.clocks().context("clocks of the tree")?);
         self.files.complete(&mut self.findings).context("open files")
     }
 

@@ -123,7 +123,7 @@ impl Ids {
     }
 }
 
-/// Names of the namespaces in which `task` is not where `own` is.
+/// Names of the namespaces in which `task` is not where `own` is, but for time namespaces, which are saved.
 pub(super) fn foreign(task: &pb::TaskKobjIdsEntry, own: &pb::TaskKobjIdsEntry) -> Vec<&'static str> {
     let pairs = [
         (task.pid_ns_id, own.pid_ns_id),
@@ -135,5 +135,6 @@ pub(super) fn foreign(task: &pb::TaskKobjIdsEntry, own: &pb::TaskKobjIdsEntry) -
         (task.user_ns_id, own.user_ns_id),
         (task.cgroup_ns_id, own.cgroup_ns_id),
     ];
-    NAMESPACES.into_iter().zip(pairs).filter(|(_, (a, b))| a != b).map(|(name, _)| name).collect()
+    let others = NAMESPACES.into_iter().zip(pairs).filter(|(name, (a, b))| a != b && *name != "time");
+    others.map(|(name, _)| name).collect()
 }

@@ -8,6 +8,7 @@ use super::{collect::Collected, ids::Ids};
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::MemoryDump,
+    ns::time,
     stats::DumpStats,
 };
 
@@ -31,6 +32,9 @@ pub(super) fn memory(
 /// Writes everything else that was collected.
 pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<()> {
     collected.files.write().context("open files")?;
+    if let (Some(root), Some(clocks)) = (collected.tasks.first(), collected.clocks) {
+        time::write(store, &root.ids, &collected.own_ids, clocks)?;
+    }
     for (pid, core) in &collected.dead {
         store.write_one(ImageKind::Core, u64::from(pid.cast_unsigned()), core)?;
     }
@@ -46,22 +50,7 @@ pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<
     }
     let seccomp = std::mem::take(&mut collected.seccomp).finish();
     store.write_one(ImageKind::Seccomp, None, &seccomp)?;
-    store.write_all(ImageKind::Pstree, None, &collected.pstree)?;
-    timens(store)
-}
-
-/// The clocks of this machine, so that timers against them can be moved to another.
-fn timens(store: &dyn Store) -> Result<()> {
-    use nix::time::{ClockId, clock_gettime};
-    let clock = |id: ClockId| -> Result<pb::Timespec> {
-        let now = clock_gettime(id)?;
-        Ok(pb::Timespec { tv_sec: u64::try_from(now.tv_sec())?, tv_nsec: u64::try_from(now.tv_nsec())? })
-    };
-    let entry = pb::TimensEntry {
-        monotonic: clock(ClockId::CLOCK_MONOTONIC)?,
-        boottime: clock(ClockId::CLOCK_BOOTTIME)?,
-    };
-    Ok(store.write_one(ImageKind::Timens, 0, &entry)?)
+    Ok(store.write_all(ImageKind::Pstree, None, &collected.pstree)?)
 }
 
 /// Writes the image whose presence makes the others a snapshot.

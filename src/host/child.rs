@@ -1,5 +1,5 @@
-//! A child on which a probe may try things: it makes a list of system calls, stops where told to, and dies with
-//! the probe.
+//! A child that makes a list of system calls, stops where told to, and dies with its maker: for a probe to try things on,
+//! or to make what crtool itself must not have.
 
 use std::{
     io::Read as _,
@@ -26,7 +26,7 @@ const RESULTS_BYTES: usize = 4096;
 
 /// A list of calls in the making.
 #[derive(Debug)]
-pub(super) struct Script {
+pub(crate) struct Script {
     calls: Vec<Call>,
     /// Data of the calls, where the child finds it: a box does not move.
     data: Vec<Box<[u8]>>,
@@ -36,7 +36,7 @@ pub(super) struct Script {
 
 /// A call of a script, for its result or for passing it on.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Made(usize);
+pub(crate) struct Made(usize);
 
 impl From<Made> for Word {
     fn from(made: Made) -> Self {
@@ -63,14 +63,14 @@ impl From<u64> for Word {
 
 impl Script {
     /// An empty list.
-    pub(super) fn new() -> Result<Self, Errno> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         let said = pipe2(OFlag::O_CLOEXEC)?;
         let go = pipe2(OFlag::O_CLOEXEC)?;
         Ok(Self { calls: Vec::new(), data: Vec::new(), said, go })
     }
 
     /// Adds a call.
-    pub(super) fn call(&mut self, nr: libc::c_long, args: &[Word]) -> Made {
+    pub(crate) fn call(&mut self, nr: libc::c_long, args: &[Word]) -> Made {
         let mut all = [Word::Val(0); 6];
         for (slot, arg) in all.iter_mut().zip(args) {
             *slot = *arg;
@@ -80,7 +80,7 @@ impl Script {
     }
 
     /// Adds data; its address is the same here and in the child.
-    pub(super) fn data(&mut self, bytes: &[u8]) -> u64 {
+    pub(crate) fn data(&mut self, bytes: &[u8]) -> u64 {
         let boxed: Box<[u8]> = bytes.into();
         let addr = boxed.as_ptr() as u64;
         self.data.push(boxed);
@@ -88,7 +88,7 @@ impl Script {
     }
 
     /// The child waits here until [`Child::go`].
-    pub(super) fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.say();
         let byte = self.data(&[0]);
         let fd = self.go.0.as_raw_fd();
@@ -102,7 +102,7 @@ impl Script {
     }
 
     /// Starts the child and waits until it rests or has made all calls.
-    pub(super) fn start(mut self) -> Result<Child, Errno> {
+    pub(crate) fn start(mut self) -> Result<Child, Errno> {
         self.say();
         let fd = mapping::memfd(c"probe", RESULTS_BYTES as u64)?;
         let results = Mapping::shared(fd.as_fd(), 0, RESULTS_BYTES, Access::ReadWrite, None)?;
@@ -118,7 +118,7 @@ impl Script {
 
 /// A child that has made calls; killed and reaped when dropped.
 #[derive(Debug)]
-pub(super) struct Child {
+pub(crate) struct Child {
     pid: i32,
     results: Mapping,
     said: OwnedFd,
@@ -128,7 +128,7 @@ pub(super) struct Child {
 
 impl Child {
     /// Its pid.
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid
     }
 
@@ -145,13 +145,13 @@ impl Child {
     }
 
     /// Lets it go on, and waits until it rests again or has made all calls.
-    pub(super) fn go(&self) -> Result<(), Errno> {
+    pub(crate) fn go(&self) -> Result<(), Errno> {
         nix::unistd::write(&self.go, &[0])?;
         self.wait()
     }
 
     /// What a call returned.
-    pub(super) fn result(&self, call: Made) -> Result<i64, Errno> {
+    pub(crate) fn result(&self, call: Made) -> Result<i64, Errno> {
         let mut bytes = [0; 8];
         self.results.read(call.0 * 8, &mut bytes)?;
         match i64::from_ne_bytes(bytes) {
@@ -162,14 +162,14 @@ impl Child {
     }
 
     /// Its /proc file.
-    pub(super) fn proc(&self, file: &str) -> std::io::Result<Vec<u8>> {
+    pub(crate) fn proc(&self, file: &str) -> std::io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
         std::fs::File::open(format!("/proc/{}/{file}", self.pid))?.read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 
     /// Stops it by ptrace.
-    pub(super) fn seize(&self, options: u64) -> Result<(), Errno> {
+    pub(crate) fn seize(&self, options: u64) -> Result<(), Errno> {
         sys::ptrace::seize(self.pid, options)?;
         sys::ptrace::interrupt(self.pid)?;
         match sys::wait::wait(self.pid)? {

@@ -5,7 +5,7 @@
 //! commands run none, or the one they need.
 
 mod caps;
-mod child;
+pub(crate) mod child;
 mod files;
 mod mem;
 mod namespaces;

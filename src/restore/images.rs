@@ -61,6 +61,8 @@ impl Task {
 #[derive(Debug)]
 pub(super) struct Images {
     pub(super) tasks: Vec<Task>,
+    /// Of whoever dumped it: namespaces that tasks share with it need not be made.
+    pub(super) dumper: Option<pb::TaskKobjIdsEntry>,
 }
 
 fn id(value: u32, what: &str) -> Result<i32> {
@@ -93,7 +95,7 @@ impl Images {
             }
             tasks.push(task);
         }
-        let images = Self { tasks };
+        let images = Self { tasks, dumper: inventory.root_ids };
         images.check_tree()?;
         Ok(images)
     }

@@ -3,6 +3,7 @@
 //! The supervisor (this process) thinks; puppets act. See `tracees.rs` for who holds them, `process_tree/fork_plan.rs` for who
 //! makes whom, `memory.rs` for their address spaces. This module knows the order only.
 
+mod clocks;
 mod cow;
 mod images;
 mod memory;
@@ -28,6 +29,7 @@ use nix::{
 };
 
 use self::{
+    clocks::TreeClocks,
     cow::ParentMemory,
     images::{Images, State, Task},
     memory::{Made, MappedObjects, Space},
@@ -103,7 +105,9 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     let tables = images.tasks.iter().map(|t| t.ids.files_id).collect();
     let mut files = FilesRestore::read(store, settings, &tables)?;
     files.open_early()?;
-    let mut cast = Cast::plan(store, &images, forks, files, pids)?;
+    let mut clocks = TreeClocks::read(store, &images, settings)?;
+    clocks.start_early()?;
+    let mut cast = Cast::plan(store, &images, forks, files, clocks, pids)?;
     pids_are_free(&images)?;
     interrupt::check()?;
 
@@ -196,6 +200,7 @@ struct Cast<'i> {
     images: &'i Images,
     forks: ForkPlan,
     files: FilesRestore<'i>,
+    clocks: TreeClocks,
     /// Held open: puppets inherit the descriptors.
     _shared: SharedObjects,
     pages: Vec<Pages>,
@@ -238,6 +243,7 @@ impl<'i> Cast<'i> {
         images: &'i Images,
         forks: ForkPlan,
         mut files: FilesRestore<'i>,
+        clocks: TreeClocks,
         pids: PidAllocator,
     ) -> Result<Self> {
         let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
@@ -281,6 +287,7 @@ impl<'i> Cast<'i> {
             let mut list = List::new(format!("creation of {}", puppet.pid));
             if index == forks.first {
                 plan_first(&mut list, held.as_raw_fd(), go.as_raw_fd());
+                clocks.plan_first(&mut list);
             }
             let at = (tracees.area.start().0, tracees.area.len() as u64);
             let task = puppet.task.and_then(|t| images.tasks.get(t));
@@ -344,6 +351,7 @@ impl<'i> Cast<'i> {
             images,
             forks,
             files,
+            clocks,
             _shared: shared,
             pages,
             made,
@@ -454,6 +462,7 @@ impl<'i> Cast<'i> {
     /// The main act: descriptors, attributes, threads.
     fn apply(&mut self) -> Result<()> {
         self.files.open_late()?;
+        self.clocks.start()?;
         let mut tables: Vec<u32> = self.alive().map(|t| t.ids.files_id).collect();
         tables.sort_unstable();
         let tables_shared = tables.windows(2).any(|w| w[0] == w[1]);
@@ -503,6 +512,7 @@ impl<'i> Cast<'i> {
     fn plan_main(&mut self, index: usize, task: &Task, tables_shared: bool) -> Result<Placed> {
         let mut list = List::new(format!("restore of {}", task.pid));
         let core = task.core()?;
+        self.clocks.plan_task(&mut list);
         // Helpers that were our children have ended; whoever reaps them now is their parent.
         for puppet in self.forks.puppets.iter().filter(|p| p.parent == Some(index) && p.task.is_none()) {
             list.call(

@@ -32,6 +32,9 @@ impl FinalState {
     /// in a stop after which the kernel looks for signals. Returns whether anything was changed.
     pub fn enter_call(&mut self, tid: i32, core: &pb::CoreEntry) -> bool {
         let Some(info) = core.thread_info.as_deref() else { return false };
+        if registers::ended_for_nothing(&mut self.regs, info.gpregs.orig_ax) {
+            return true;
+        }
         let mut instruction = [0u8; 2];
         match process_vm::read(tid, &[(self.regs.rip, 2)], &mut instruction) {
             Ok(2) => registers::interrupted(&mut self.regs, info.gpregs.orig_ax, instruction),

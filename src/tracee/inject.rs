@@ -19,10 +19,10 @@ use std::{
 };
 
 use super::{
-    Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Stopped, TraceError, Want,
+    Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Stop, Stopped, TraceError, Want,
 };
 use crate::{
-    arch::{sigframe, xsave},
+    arch::{registers, sigframe, xsave},
     proc::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
@@ -65,6 +65,10 @@ impl Thread {
     /// Reads the state of a thread that has just stopped.
     pub fn new(stopped: Stopped) -> Result<Self, TraceError> {
         let mut regs = stopped.regs()?;
+        // A thread that job control has stopped gets the EINTR that the stop has earned it, ours or not.
+        if stopped.stop() == Stop::Running && registers::interrupted_for_nothing(&mut regs) {
+            stopped.set_regs(&regs)?;
+        }
         super::rseq::leave_critical_section(stopped.tid(), &mut regs)?;
         let xstate = stopped.xstate()?;
         let sigmask = stopped.sigmask()?;

@@ -25,8 +25,15 @@ pub struct Site<'a> {
     pub root: i32,
 }
 
+/// Where CLOCK_MONOTONIC and CLOCK_BOOTTIME stand, in seconds, for whoever is started so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clocks {
+    pub monotonic: i64,
+    pub boottime: i64,
+}
+
 /// One row of the suite.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Case {
     pub name: &'static str,
     pub target: fn(&Gate),
@@ -49,6 +56,10 @@ pub struct Case {
     pub not_running: bool,
     /// The target's session and terminal are the harness's, not its own.
     pub on_terminal: bool,
+    /// The target is started in a time namespace of its own, its clocks so.
+    pub source_clocks: Option<Clocks>,
+    /// So are the tools: a host with another uptime.
+    pub host_clocks: Option<Clocks>,
     /// Runs while the dump is under way.
     pub while_dumping: Option<Hook>,
     /// Runs between a dump that killed the tree and the restore.
@@ -71,6 +82,8 @@ impl Case {
             only_plain: false,
             not_running: false,
             on_terminal: false,
+            source_clocks: None,
+            host_clocks: None,
             while_dumping: None,
             between: None,
         }
@@ -122,6 +135,14 @@ impl Case {
 
     pub const fn on_terminal(self) -> Case {
         Case { on_terminal: true, ..self }
+    }
+
+    pub const fn source_clocks(self, clocks: Clocks) -> Case {
+        Case { source_clocks: Some(clocks), ..self }
+    }
+
+    pub const fn host_clocks(self, clocks: Clocks) -> Case {
+        Case { host_clocks: Some(clocks), ..self }
     }
 
     pub const fn while_dumping(self, hook: Hook) -> Case {

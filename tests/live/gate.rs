@@ -137,6 +137,11 @@ impl Gate {
         self.control.join(ORIGINAL).exists()
     }
 
+    /// Whether a mark has been left.
+    pub fn has_mark(&self, name: &str) -> bool {
+        self.control.join(name).exists()
+    }
+
     /// Waits for a mark that another task of the tree leaves.
     pub fn await_mark(&self, name: &str) {
         let path = c_path(&self.control.join(name));

@@ -3,8 +3,12 @@
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
+
+use crate::case::Clocks;
 
 /// An errno.
 pub type Errno = i32;
@@ -167,6 +171,41 @@ pub fn private_proc() {
     // Terminals of our own: their numbers must be free when they are restored. (Without it, too.)
     let data = c"newinstance,ptmxmode=0666,mode=0620".as_ptr();
     let _ = sys!(SYS_mount, c"devpts".as_ptr(), c"/dev/pts".as_ptr(), c"devpts".as_ptr(), 0, data);
+}
+
+/// A clock, now.
+pub fn clock(id: i32) -> Duration {
+    let mut now = timespec(Duration::ZERO);
+    sys!(SYS_clock_gettime, id, &raw mut now).expect("clock_gettime");
+    Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).expect("nanoseconds"))
+}
+
+/// Lets `command` start in a time namespace of its own, with these clocks.
+pub fn in_time_namespace(command: &mut Command, clocks: Clocks) -> Result<(), String> {
+    let text =
+        std::fs::read_to_string("/proc/self/timens_offsets").map_err(|e| format!("our offsets: {e}"))?;
+    let mut line = String::new();
+    for (own, id, want) in
+        [(0, libc::CLOCK_MONOTONIC, clocks.monotonic), (1, libc::CLOCK_BOOTTIME, clocks.boottime)]
+    {
+        let own = text.lines().nth(own).unwrap_or_default();
+        let own: i64 = own.split_whitespace().nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+        let offset = want - clock(id).as_secs().cast_signed() + own;
+        line += &format!("{id} {offset} 0\n");
+    }
+    let enter = move || {
+        let failed = |errno: Errno| std::io::Error::from_raw_os_error(errno);
+        sys!(SYS_unshare, 0x80 /* CLONE_NEWTIME */).map_err(failed)?;
+        let fd = open(c"/proc/self/timens_offsets", libc::O_WRONLY | libc::O_CLOEXEC).map_err(failed)?;
+        write(fd, line.as_bytes()).map_err(failed)?;
+        let next = c"/proc/self/ns/time_for_children";
+        let fd = open(next, libc::O_RDONLY | libc::O_CLOEXEC).map_err(failed)?;
+        sys!(SYS_setns, fd, 0x80).map_err(failed)?;
+        Ok(())
+    };
+    // SAFETY: the child makes plain system calls with memory that is there already.
+    unsafe { command.pre_exec(enter) };
+    Ok(())
 }
 
 /// Field `number` of /proc/PID/stat, as proc(5) counts them.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::case::Clocks;
 use crate::reaper::{Ended, Reaper};
 
 /// A program with CRIU's command line.
@@ -13,6 +14,8 @@ pub struct Tool {
     peer: bool,
     /// What it gets as its standard input: a terminal, or nothing.
     terminal: Option<PathBuf>,
+    /// The clocks of its host.
+    clocks: Option<Clocks>,
     /// It gets this signal so long after its start.
     disturbance: Option<(i32, Duration)>,
     /// The work dir of its host, and options for the way from or to the other one.
@@ -36,12 +39,13 @@ pub fn main_tool() -> Tool {
         Some(path) => {
             let path = PathBuf::from(path);
             let peer = path.file_name().is_some_and(|n| n == "criu");
-            Tool { path, peer, terminal: None, disturbance: None, remote: None }
+            Tool { path, peer, terminal: None, clocks: None, disturbance: None, remote: None }
         }
         None => Tool {
             path: PathBuf::from(env!("CARGO_BIN_EXE_crtool")),
             peer: false,
             terminal: None,
+            clocks: None,
             disturbance: None,
             remote: None,
         },
@@ -57,6 +61,7 @@ pub fn peer() -> Option<Tool> {
         path,
         peer: true,
         terminal: None,
+        clocks: None,
         disturbance: None,
         remote: None,
     })
@@ -66,6 +71,12 @@ impl Tool {
     /// Runs it on a terminal, as from a shell.
     pub fn on(mut self, terminal: Option<PathBuf>) -> Tool {
         self.terminal = terminal;
+        self
+    }
+
+    /// Runs it where the clocks stand so.
+    pub fn clocks(mut self, clocks: Option<Clocks>) -> Tool {
+        self.clocks = clocks;
         self
     }
 
@@ -134,6 +145,9 @@ impl Tool {
         let out = std::fs::File::create(out_path).expect("create tool output file");
         command.stdout(out.try_clone().expect("dup tool output"));
         command.stderr(out);
+        if let Some(clocks) = self.clocks {
+            crate::sys::in_time_namespace(&mut command, clocks).expect("clocks of the tool's host");
+        }
         #[allow(clippy::zombie_processes)] // the reaper waits for it
         let child = command.spawn().unwrap_or_else(|e| panic!("start {}: {e}", self.path.display()));
         let pid = child.id().cast_signed();

@@ -180,6 +180,10 @@ impl Trial {
     }
 
     fn start(&mut self) -> Step {
+        let other_clocks = self.case.source_clocks.or(self.case.host_clocks);
+        if other_clocks.is_some() && !Path::new("/proc/self/ns/time").exists() {
+            return Err(Stop::Skip("the kernel has no time namespaces".into()));
+        }
         let control = gate::control_dir(&self.dir);
         for dir in [&control, &self.work] {
             std::fs::create_dir(dir).map_err(|e| format!("make {}: {e}", dir.display()))?;
@@ -191,6 +195,9 @@ impl Trial {
         let mut command = Command::new(std::env::current_exe().expect("own path"));
         command.env_clear().env("LIVE_TARGET", self.case.name).env("LIVE_DIR", &self.dir);
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").current_dir(&self.work).arg0("target");
+        if let Some(clocks) = self.case.source_clocks {
+            sys::in_time_namespace(&mut command, clocks)?;
+        }
         if self.case.on_terminal {
             // We are its session leader, as a shell would be; the master stays open with us.
             sys::setsid();
@@ -313,7 +320,7 @@ impl Trial {
     }
 
     fn dumper(&mut self) -> Step<Tool> {
-        let tool = self.mode.dumper().on(self.terminal.clone());
+        let tool = self.mode.dumper().on(self.terminal.clone()).clocks(self.case.host_clocks);
         match &mut self.remote {
             Some(remote) => remote.dumper(tool, &self.reaper),
             None => Ok(tool),
@@ -321,7 +328,7 @@ impl Trial {
     }
 
     fn restorer(&mut self) -> Step<Tool> {
-        let tool = self.mode.restorer().on(self.terminal.clone());
+        let tool = self.mode.restorer().on(self.terminal.clone()).clocks(self.case.host_clocks);
         match &mut self.remote {
             Some(remote) => remote.restorer(tool),
             None => Ok(tool),

@@ -1,4 +1,10 @@
 //! General registers: interrupted system calls, and their image message.
+//!
+//! What a call returns when a stop interrupts it (Linux 6.18, every call that can sleep tried): most are made again by the
+//! kernel. Those that wait for a time that has begun to run leave a restart block (ERESTART_RESTARTBLOCK: poll, nanosleep,
+//! clock_nanosleep and futex with a timeout), which no image can carry; without a timeout, or to an absolute time, they are
+//! made again all the same. Some end with EINTR whether or not a handler runs (epoll_wait, semop, rt_sigtimedwait,
+//! io_getevents): those that have no timeout are made again too, so that a program sees nothing of a dump.
 
 use libc::user_regs_struct;
 
@@ -37,7 +43,7 @@ pub fn restart_for(regs: &mut user_regs_struct, delivery: Delivery) {
         ERESTARTNOINTR => true,
         ERESTARTSYS => delivery != Delivery::Interrupting,
         ERESTARTNOHAND => delivery == Delivery::None,
-        ERESTART_RESTARTBLOCK => false,
+        ERESTART_RESTARTBLOCK => delivery == Delivery::None && !time_runs(regs),
         _ => return,
     };
     if again {
@@ -49,16 +55,88 @@ pub fn restart_for(regs: &mut user_regs_struct, delivery: Delivery) {
     }
 }
 
+/// Operations of futex, without their flags.
+const FUTEX_OPERATION: u64 = 0x7f;
+const FUTEX_WAIT: u64 = 0;
+const FUTEX_WAIT_BITSET: u64 = 9;
+
+/// Whether an argument that is an int is below zero.
+fn is_negative(argument: u64) -> bool {
+    argument & 0x8000_0000 != 0
+}
+
+/// Whether a call that left a restart block waits for a time that its arguments alone do not tell.
+fn time_runs(regs: &user_regs_struct) -> bool {
+    match regs.orig_rax.cast_signed() {
+        libc::SYS_poll => !is_negative(regs.rdx),
+        libc::SYS_futex => regs.rsi & FUTEX_OPERATION != FUTEX_WAIT_BITSET,
+        _ => true,
+    }
+}
+
+/// Sets the registers of a thread that was interrupted in a call without a timeout, which ends with EINTR whoever
+/// interrupts it, such that the kernel makes the call again unless a handler runs. Returns whether it was in one. A signal
+/// that nobody handles may end such a call as well: then it is made again too, of which the program knows nothing.
+pub fn interrupted_for_nothing(regs: &mut user_regs_struct) -> bool {
+    if regs.rax != (-i64::from(libc::EINTR)).cast_unsigned() {
+        return false;
+    }
+    let waits_for_ever = waits_for_ever(regs);
+    if waits_for_ever {
+        regs.rax = (-ERESTARTNOHAND).cast_unsigned();
+    }
+    waits_for_ever
+}
+
+/// As [`interrupted_for_nothing`], for registers of an image whose call was `orig_rax`: other tools save such a thread, and one
+/// whose restart block was not needed, as if its call had ended with EINTR. For the same registers as [`interrupted`].
+pub fn ended_for_nothing(regs: &mut user_regs_struct, orig_rax: u64) -> bool {
+    let mut in_call = user_regs_struct { orig_rax, ..*regs };
+    let block = [libc::SYS_poll, libc::SYS_futex].contains(&orig_rax.cast_signed()) && !time_runs(&in_call);
+    if block && regs.rax == (-i64::from(libc::EINTR)).cast_unsigned() {
+        in_call.rax = (-ERESTARTNOHAND).cast_unsigned();
+    } else if !interrupted_for_nothing(&mut in_call) {
+        return false;
+    }
+    *regs = in_call;
+    true
+}
+
+/// Whether a call that ends with EINTR after any stop has no timeout.
+fn waits_for_ever(regs: &user_regs_struct) -> bool {
+    match regs.orig_rax.cast_signed() {
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => is_negative(regs.r10),
+        libc::SYS_epoll_pwait2 | libc::SYS_semtimedop => regs.r10 == 0,
+        libc::SYS_rt_sigtimedwait => regs.rdx == 0,
+        libc::SYS_io_getevents => regs.r8 == 0,
+        libc::SYS_semop => true,
+        _ => false,
+    }
+}
+
 /// The `syscall` instruction.
 pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// Missing in libc: io_pgetevents, and futex_wait (Linux 6.7).
+const SYS_IO_PGETEVENTS: i64 = 333;
+const SYS_FUTEX_WAIT: i64 = 455;
 
 /// The error with which the kernel leaves an interrupted call that is to be made again: EINTR if any handler runs.
 const IF_NO_HANDLER: &[i64] = &[
     libc::SYS_pause,
     libc::SYS_rt_sigsuspend,
+    libc::SYS_rt_sigtimedwait,
     libc::SYS_select,
     libc::SYS_pselect6,
+    libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_io_getevents,
+    SYS_IO_PGETEVENTS,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
     libc::SYS_clock_nanosleep,
     libc::SYS_msgsnd,
     libc::SYS_msgrcv,
@@ -73,16 +151,22 @@ const IF_RESTARTING: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
+    libc::SYS_recvmmsg,
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_connect,
     libc::SYS_wait4,
     libc::SYS_waitid,
     libc::SYS_flock,
+    libc::SYS_fcntl,
     libc::SYS_open,
     libc::SYS_openat,
     libc::SYS_splice,
     libc::SYS_tee,
+    libc::SYS_vmsplice,
+    libc::SYS_sendfile,
+    libc::SYS_futex_waitv,
+    SYS_FUTEX_WAIT,
     libc::SYS_mq_timedsend,
     libc::SYS_mq_timedreceive,
 ];
@@ -95,7 +179,13 @@ pub fn interrupted(regs: &mut user_regs_struct, orig_rax: u64, instruction: [u8;
     if instruction != SYSCALL || number < 0 || regs.rax != orig_rax {
         return false;
     }
-    let error = if IF_NO_HANDLER.contains(&number) {
+    let error = if number == libc::SYS_futex {
+        match regs.rsi & FUTEX_OPERATION {
+            FUTEX_WAIT | FUTEX_WAIT_BITSET if regs.r10 == 0 => ERESTARTSYS,
+            FUTEX_WAIT_BITSET => ERESTARTNOHAND,
+            _ => return false,
+        }
+    } else if IF_NO_HANDLER.contains(&number) {
         ERESTARTNOHAND
     } else if IF_RESTARTING.contains(&number) {
         ERESTARTSYS
@@ -195,18 +285,67 @@ mod tests {
             (514, None, again),
             (514, Restarting, eintr),
             (514, Interrupting, eintr),
-            (516, None, eintr),
-            (516, Restarting, eintr),
         ] {
             assert_eq!(after(34, -error, delivery), want, "{error} {delivery:?}");
         }
     }
 
     #[test]
+    fn restart_blocks() {
+        use Delivery::{Interrupting, None, Restarting};
+        let after = |number: i64, rsi: u64, rdx: u64, delivery| {
+            let mut regs: user_regs_struct = pod::zeroed();
+            (regs.rip, regs.rsi, regs.rdx, regs.r10) = (0x1002, rsi, rdx, 1);
+            regs.orig_rax = number.cast_unsigned();
+            regs.rax = i64::cast_unsigned(-516);
+            restart_for(&mut regs, delivery);
+            (regs.rip, regs.rax) == (0x1000, regs.orig_rax)
+        };
+        let minus = |n: i32| u64::from(n.cast_unsigned());
+        assert!(after(libc::SYS_poll, 1, minus(-1), None) && after(libc::SYS_poll, 1, minus(-77), None));
+        assert!(!after(libc::SYS_poll, 1, minus(-1), Restarting));
+        assert!(!after(libc::SYS_poll, 1, minus(-1), Interrupting));
+        assert!(!after(libc::SYS_poll, 1, 600_000, None));
+        // With FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME.
+        assert!(after(libc::SYS_futex, 9 | 128, 0, None) && after(libc::SYS_futex, 9 | 256, 0, None));
+        assert!(!after(libc::SYS_futex, 128, 0, None));
+        assert!(!after(libc::SYS_nanosleep, 0, 0, None) && !after(libc::SYS_clock_nanosleep, 0, 0, None));
+    }
+
+    #[test]
+    fn calls_that_end_with_eintr_for_nothing() {
+        let interrupted = |number: i64, rdx: u64, r10: u64, r8: u64, rax: i64| {
+            let mut regs: user_regs_struct = pod::zeroed();
+            (regs.rdx, regs.r10, regs.r8) = (rdx, r10, r8);
+            (regs.orig_rax, regs.rax) = (number.cast_unsigned(), rax.cast_unsigned());
+            let was = interrupted_for_nothing(&mut regs);
+            assert_eq!(regs.rax.cast_signed(), if was { -514 } else { rax });
+            was
+        };
+        let forever = u64::from(u32::MAX);
+        assert!(interrupted(libc::SYS_epoll_wait, 1, forever, 0, -4));
+        assert!(interrupted(libc::SYS_epoll_pwait, 1, forever, 7, -4));
+        assert!(interrupted(libc::SYS_epoll_pwait2, 1, 0, 7, -4));
+        assert!(interrupted(libc::SYS_semop, 1, 1, 1, -4) && interrupted(libc::SYS_semtimedop, 1, 0, 1, -4));
+        assert!(interrupted(libc::SYS_rt_sigtimedwait, 0, 8, 0, -4));
+        assert!(interrupted(libc::SYS_io_getevents, 1, 1, 0, -4));
+        for number in [libc::SYS_epoll_wait, libc::SYS_epoll_pwait2, libc::SYS_semtimedop] {
+            assert!(!interrupted(number, 1, 1000, 0, -4));
+        }
+        assert!(!interrupted(libc::SYS_rt_sigtimedwait, 1, 8, 0, -4));
+        assert!(!interrupted(libc::SYS_io_getevents, 1, 1, 1, -4));
+        assert!(!interrupted(libc::SYS_epoll_wait, 1, forever, 0, 0));
+        assert!(!interrupted(libc::SYS_close, 0, 0, 0, -4) && !interrupted(-1, 0, 0, 0, -4));
+    }
+
+    #[test]
     fn a_call_to_be_made_again_is_interrupted_again() {
-        for (number, error) in
-            [(libc::SYS_pause, 514), (libc::SYS_read, 512), (libc::SYS_clock_nanosleep, 514)]
-        {
+        for (number, error) in [
+            (libc::SYS_pause, 514),
+            (libc::SYS_read, 512),
+            (libc::SYS_clock_nanosleep, 514),
+            (libc::SYS_futex, 512),
+        ] {
             let mut before: user_regs_struct = pod::zeroed();
             before.rip = 0x1002;
             before.orig_rax = number.cast_unsigned();

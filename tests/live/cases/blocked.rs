@@ -18,6 +18,10 @@ pub const CASES: &[Case] = &[
     Case::new("in_ppoll", in_ppoll),
     Case::new("in_select", in_select),
     Case::new("in_epoll_wait", in_epoll_wait),
+    Case::new("in_epoll_pwait", in_epoll_pwait),
+    Case::new("in_epoll_pwait2", in_epoll_pwait2),
+    Case::new("in_semop", in_semop),
+    Case::new("in_semtimedop", in_semtimedop),
     Case::new("in_futex", in_futex).disturbed(),
     Case::new("in_futex_with_timeout", in_futex_with_timeout),
     Case::new("in_futex_bitset", in_futex_bitset),
@@ -148,16 +152,13 @@ fn pollfd(fd: i32) -> libc::pollfd {
 fn in_poll(gate: &Gate) {
     let (from, to) = sys::pipe(0);
     let call = move || {
-        retry(|| {
-            let mut item = pollfd(from);
-            let got = sys!(SYS_poll, &raw mut item, 1, -1_i32)?;
-            Ok((got, item.revents))
-        })
+        let mut item = pollfd(from);
+        (sys!(SYS_poll, &raw mut item, 1, -1_i32), item.revents)
     };
     let got = blocked(gate, libc::SYS_poll, call, |_| {
         sys::write(to, b"x").expect("write");
     });
-    assert_eq!(got, Ok((1, libc::POLLIN)));
+    assert_eq!(got, (Ok(1), libc::POLLIN));
 }
 
 fn in_poll_with_timeout(gate: &Gate) {
@@ -199,22 +200,71 @@ fn in_select(gate: &Gate) {
     assert_eq!(got, (Ok(1), 1 << from));
 }
 
-fn in_epoll_wait(gate: &Gate) {
+/// Waits for an event of an epoll instance without a timeout by `call`, which gets it, an event to fill, and a mask.
+fn epoll_case(
+    gate: &Gate,
+    number: i64,
+    call: fn(i32, *mut libc::epoll_event, *const u64) -> Result<usize, Errno>,
+) {
     let (from, to) = sys::pipe(0);
     let epoll = int(sys!(SYS_epoll_create1, 0).expect("epoll_create1"));
     let event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0xabcd };
     sys!(SYS_epoll_ctl, epoll, libc::EPOLL_CTL_ADD, from, &raw const event).expect("epoll_ctl");
+    let before = sys::current_mask();
     let call = move || {
-        retry(|| {
-            let mut event: libc::epoll_event = sys::zeroed();
-            let got = sys!(SYS_epoll_wait, epoll, &raw mut event, 1, -1_i32)?;
-            Ok((got, event.u64))
-        })
+        let mut event: libc::epoll_event = sys::zeroed();
+        let mask = sys::mask_of(&[libc::SIGUSR1, 50]);
+        let got = call(epoll, &raw mut event, &raw const mask);
+        (got, event.u64, sys::current_mask())
     };
-    let got = blocked(gate, libc::SYS_epoll_wait, call, |_| {
+    let got = blocked(gate, number, call, |_| {
         sys::write(to, b"x").expect("write");
     });
-    assert_eq!(got, Ok((1, 0xabcd)));
+    assert_eq!(got, (Ok(1), 0xabcd, before));
+}
+
+fn in_epoll_wait(gate: &Gate) {
+    epoll_case(gate, libc::SYS_epoll_wait, |epoll, event, _| sys!(SYS_epoll_wait, epoll, event, 1, -1_i32));
+}
+
+fn in_epoll_pwait(gate: &Gate) {
+    epoll_case(gate, libc::SYS_epoll_pwait, |epoll, event, mask| {
+        sys!(SYS_epoll_pwait, epoll, event, 1, -7_i32, mask, 8)
+    });
+}
+
+fn in_epoll_pwait2(gate: &Gate) {
+    epoll_case(gate, libc::SYS_epoll_pwait2, |epoll, event, mask| {
+        sys!(SYS_epoll_pwait2, epoll, event, 1, 0, mask, 8)
+    });
+}
+
+/// A System V semaphore, which nobody saves: it is there all the time.
+fn semaphore_case(gate: &Gate, number: i64, call: fn(i32, *const libc::sembuf) -> Result<usize, Errno>) {
+    let id = int(sys!(SYS_semget, libc::IPC_PRIVATE, 1, 0o600).expect("semget"));
+    let take = libc::sembuf { sem_num: 0, sem_op: -1, sem_flg: 0 };
+    let give = libc::sembuf { sem_op: 1, ..take };
+    let got = blocked(
+        gate,
+        number,
+        move || call(id, &raw const take),
+        |_| {
+            sys!(SYS_semop, id, &raw const give, 1).expect("semop");
+        },
+    );
+    // The original of a `dump -R` leaves it to the copy.
+    if !gate.is_original() {
+        sys!(SYS_semctl, id, 0, libc::IPC_RMID).expect("IPC_RMID");
+    }
+    assert_eq!(got, Ok(0));
+}
+
+fn in_semop(gate: &Gate) {
+    semaphore_case(gate, libc::SYS_semop, |id, take| sys!(SYS_semop, id, take, 1));
+}
+
+fn in_semtimedop(gate: &Gate) {
+    semaphore_case(gate, libc::SYS_semtimedop, |id, take| sys!(SYS_semtimedop, id, take, 1, 0));
 }
 
 fn futex_case(gate: &Gate, wait: fn(usize) -> Result<usize, Errno>) -> Result<usize, Errno> {
@@ -256,8 +306,7 @@ fn in_futex_bitset(gate: &Gate) {
         let mut until = sys::timespec(Duration::ZERO);
         sys!(SYS_clock_gettime, libc::CLOCK_MONOTONIC, &raw mut until).expect("clock_gettime");
         until.tv_sec += 600;
-        let op = libc::FUTEX_WAIT_BITSET;
-        retry(|| sys!(SYS_futex, word, op, 0, &raw const until, 0, u32::MAX))
+        sys!(SYS_futex, word, libc::FUTEX_WAIT_BITSET, 0, &raw const until, 0, u32::MAX)
     });
     assert_eq!(got, Ok(0));
 }
@@ -297,7 +346,7 @@ fn in_sigtimedwait(gate: &Gate) {
     sys::sigprocmask(libc::SIG_BLOCK, sys::mask_of(&[libc::SIGUSR1]));
     let call = || {
         let set = sys::mask_of(&[libc::SIGUSR1]);
-        retry(|| sys!(SYS_rt_sigtimedwait, &raw const set, 0, 0, 8))
+        sys!(SYS_rt_sigtimedwait, &raw const set, 0, 0, 8)
     };
     let got = blocked(gate, libc::SYS_rt_sigtimedwait, call, |tid| {
         sys::tgkill(getpid(), tid, libc::SIGUSR1);

@@ -2,6 +2,7 @@
 
 mod attacks;
 mod blocked;
+mod clocks;
 mod cpu;
 mod deleted;
 mod epoll;
@@ -33,6 +34,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         blocked::CASES,
         signals::CASES,
         timers::CASES,
+        clocks::CASES,
         identity::CASES,
         memory::CASES,
         pkeys::CASES,

@@ -1,0 +1,3 @@
+//! Namespaces: one file per kind, dump and restore side by side.
+
+pub(crate) mod time;
