@@ -54,6 +54,8 @@ pub(super) struct Task {
     pub(super) fs: Option<pb::FsEntry>,
     /// Of all its threads, the leader's first.
     pub(super) cores: Vec<(i32, pb::CoreEntry)>,
+    /// Its clocks when its timers were read.
+    timers_read: [[u64; 2]; 2],
 }
 
 /// All that has been collected of a tree.
@@ -179,7 +181,8 @@ impl<'s> Collected<'s> {
             space.without_pages();
         }
         let cores = self.cores(process, &inside).with_context(|| format!("state of task {pid}"))?;
-        self.tasks.push(Task { pid, ids, space: Some(space), fs, cores });
+        let timers_read = inside.process.clocks;
+        self.tasks.push(Task { pid, ids, space: Some(space), fs, cores, timers_read });
         Ok(())
     }
 
@@ -296,7 +299,11 @@ impl<'s> Collected<'s> {
 
     /// After the last process: what only all of them together tell.
     pub(super) fn complete(&mut self) -> Result<()> {
-        self.clocks = Some(self.time.clocks().context("clocks of the tree")?);
+        let (_, clocks) = self.time.clocks().context("clocks of the tree")?;
+        for task in &mut self.tasks {
+            task::settle_timers(&mut task.cores, task.timers_read, clocks);
+        }
+        self.clocks = Some(clocks);
         self.files.complete(&mut self.findings).context("open files")
     }
 

@@ -111,8 +111,14 @@ fn nanoseconds(time: Duration) -> i128 {
 }
 
 fn moved(time: Duration, by: i128) -> Duration {
-    let time = u128::try_from(nanoseconds(time) + by).unwrap_or(0);
-    Duration::from_nanos_u128(time)
+    from_nanoseconds(u128::try_from(nanoseconds(time) + by).unwrap_or(0))
+}
+
+/// A time of so many nanoseconds, or the longest there is.
+pub(crate) fn from_nanoseconds(ns: u128) -> Duration {
+    let second = u128::from(SECOND.unsigned_abs());
+    let rest = u32::try_from(ns % second).unwrap_or(0);
+    u64::try_from(ns / second).map_or(Duration::MAX, |seconds| Duration::new(seconds, rest))
 }
 
 /// Nanoseconds between two pairs of clocks.
@@ -211,16 +217,16 @@ impl TimeDump {
         }
     }
 
-    /// The clocks as the tree reads them. To be called when all its timers have been read: a timer that has
+    /// The clocks as crtool, and as the tree reads them. To be called when all timers of the tree have been read: one that has
     /// expired by then must not have done so before its time.
-    pub(crate) fn clocks(&self) -> Result<Clocks> {
+    pub(crate) fn clocks(&self) -> Result<(Clocks, Clocks)> {
         let now = Clocks::now()?;
-        let Some((tree, pid)) = self.tree else { return Ok(now) };
+        let Some((tree, pid)) = self.tree else { return Ok((now, now)) };
         if namespace("self", "time") == Some(tree) {
-            return Ok(now);
+            return Ok((now, now));
         }
         // No thread has another one prepared, so these are those of its own.
-        Ok(now.shifted(offsets_of(&pid.to_string())?.minus(own_offsets()?)))
+        Ok((now, now.shifted(offsets_of(&pid.to_string())?.minus(own_offsets()?))))
     }
 }
 
@@ -271,8 +277,7 @@ pub(crate) struct TimeNamespace {
     namespace: OwnedFd,
     /// Where its offsets are written, once, before anybody enters it.
     offsets: File,
-    /// The clocks in it, and those of crtool at the same moment.
-    started: Option<(Clocks, Clocks)>,
+    started: Option<Running>,
     /// The namespace is prepared for its children. A child makes it, so that crtool itself, and what it starts, keep their clocks.
     _maker: Child,
 }
@@ -305,14 +310,13 @@ impl TimeNamespace {
             what: "setting of the clocks of a time namespace",
             source: Errno::from_raw(error.raw_os_error().unwrap_or(0)),
         })?;
-        self.started = Some((clocks, now));
+        self.started = Some(Running { start: clocks, then: now });
         Ok(())
     }
 
-    /// What its clocks show now; `None` before they go.
-    pub(crate) fn now(&self) -> Result<Option<Clocks>> {
-        let since = |(start, then): (Clocks, Clocks)| Ok(start.shifted(Clocks::now()?.since(then)));
-        self.started.map(since).transpose()
+    /// Its clocks; `None` before they go.
+    pub(crate) fn clocks(&self) -> Option<Running> {
+        self.started
     }
 
     /// Adds the calls by which a task with one thread, whose memory nobody shares, enters it. They need the privileges of
@@ -327,6 +331,32 @@ impl TimeNamespace {
         let args = [fd.into(), libc::CLONE_NEWTIME.into()];
         list.call("setns(CLONE_NEWTIME)", libc::SYS_setns, &args, Want::Zero);
         list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
+    }
+}
+
+/// The clocks of a time namespace in which they go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Running {
+    /// Where they went on.
+    start: Clocks,
+    /// Where those of crtool were at the same moment.
+    then: Clocks,
+}
+
+impl Running {
+    /// Where clock `id` went on, in a tree that was frozen there; `None` for a clock that no namespace changes.
+    pub(crate) fn start(&self, id: i32) -> Option<Duration> {
+        match id {
+            libc::CLOCK_MONOTONIC => Some(self.start.monotonic),
+            libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => Some(self.start.boottime),
+            _ => None,
+        }
+    }
+
+    /// How long they have been going on.
+    pub(crate) fn elapsed(&self) -> std::result::Result<Duration, Errno> {
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+        Ok(now.saturating_sub(self.then.monotonic))
     }
 }
 

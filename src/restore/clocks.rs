@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use super::images::Images;
 use crate::{
     image::Store,
-    ns::time::{self, Clocks, TimeNamespace},
+    ns::time::{self, Clocks, Running, TimeNamespace},
     settings::RestoreSettings,
     tracee::List,
 };
@@ -80,6 +80,11 @@ impl TreeClocks {
         if !self.early {
             self.plan_entry(list);
         }
+    }
+
+    /// Its clocks, once they go on.
+    pub(super) fn running(&self) -> Option<Running> {
+        self.made.as_ref().and_then(|(_, namespace)| namespace.clocks())
     }
 
     fn plan_entry(&self, list: &mut List) {

@@ -463,6 +463,7 @@ impl<'i> Cast<'i> {
     fn apply(&mut self) -> Result<()> {
         self.files.open_late()?;
         self.clocks.start()?;
+        self.supervisor.clocks = self.clocks.running();
         let mut tables: Vec<u32> = self.alive().map(|t| t.ids.files_id).collect();
         tables.sort_unstable();
         let tables_shared = tables.windows(2).any(|w| w[0] == w[1]);

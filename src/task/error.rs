@@ -49,6 +49,9 @@ pub enum TaskError {
     /// Reading back what a list found out.
     #[error("results of a list")]
     Results(#[source] TraceError),
+    /// The clocks cannot be read.
+    #[error("read of the clocks")]
+    Clocks(#[source] Errno),
     /// The image says something that cannot be.
     #[error("core image: {what}")]
     Image {

@@ -76,6 +76,8 @@ pub struct ProcessInside {
     pub itimers: [[u64; 4]; 3],
     /// For each asked id: interval and time left in seconds and nanoseconds, and overruns.
     pub posix_timers: Vec<([u64; 4], u32)>,
+    /// CLOCK_MONOTONIC and CLOCK_BOOTTIME as it read them right after its timers, in seconds and nanoseconds.
+    pub clocks: [[u64; 2]; 2],
     /// End of the heap.
     pub brk: u64,
     /// PR_GET_THP_DISABLE: 0, 1 when transparent huge pages are off, 3 when off but where advised (Linux 6.18).
@@ -115,6 +117,7 @@ pub struct ProcessQueries {
     sigactions: Vec<(CallId, Data)>,
     itimers: [(CallId, Data); 3],
     posix_timers: Vec<(CallId, Data, CallId)>,
+    clocks: [(CallId, Data); 2],
     brk: CallId,
     thp_disable: CallId,
     membarrier: CallId,
@@ -192,6 +195,10 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
             (time, data, overrun)
         })
         .collect();
+    let clocks = [libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME].map(|id| {
+        let data = list.space(16);
+        (list.call("clock_gettime", libc::SYS_clock_gettime, &[id.into(), data.into()], Want::Any), data)
+    });
     let membarrier =
         list.call("membarrier", libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS.into()], Want::Any);
     // Reads 8 bytes if there is a table, else none.
@@ -202,6 +209,7 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
         sigactions,
         itimers,
         posix_timers,
+        clocks,
         brk: list.call("brk", libc::SYS_brk, &[0u64.into()], Want::Any),
         thp_disable: prctl(list, "PR_GET_THP_DISABLE", PR_GET_THP_DISABLE, 0),
         membarrier,
@@ -294,11 +302,16 @@ impl ProcessQueries {
         for (to, from) in itimers.iter_mut().zip(self.itimers) {
             *to = results.must_data(from, "getitimer")?;
         }
+        let mut clocks = [[0; 2]; 2];
+        for (to, from) in clocks.iter_mut().zip(self.clocks) {
+            *to = results.must_data(from, "clock_gettime")?;
+        }
         let subreaper: u32 = results.must_data(self.child_subreaper, "PR_GET_CHILD_SUBREAPER")?;
         Ok(ProcessInside {
             sigactions: sigactions.collect::<Result<_>>()?,
             itimers,
             posix_timers: posix_timers.collect::<Result<_>>()?,
+            clocks,
             brk: results.must(self.brk, "brk")?,
             thp_disable: narrow(results.maybe(self.thp_disable)?.unwrap_or(0)),
             membarrier: narrow(results.maybe(self.membarrier)?.unwrap_or(0)),

@@ -45,6 +45,8 @@ pub use posix_timer::ids as posix_timer_ids;
 pub use state::{FinalState, final_state};
 pub use supervisor::Supervisor;
 
+use std::time::Duration;
+
 use libc::user_regs_struct;
 
 use crate::{
@@ -251,6 +253,24 @@ pub fn dump_process(cx: &ProcessCx, findings: &mut Vec<Finding>) -> Result<pb::T
         (part.dump)(cx, &mut entry, findings)?;
     }
     Ok(entry)
+}
+
+/// Makes the time left of the timers of a process, whose core images these are, that of the moment at which its clocks stood
+/// at `now`. It was `inside` who read them, some time before.
+pub(crate) fn settle_timers(
+    cores: &mut [(i32, pb::CoreEntry)],
+    inside: [[u64; 2]; 2],
+    now: crate::ns::time::Clocks,
+) {
+    let [[sec, nsec], _] = inside;
+    let read = Duration::from_secs(sec).saturating_add(Duration::from_nanos(nsec));
+    let gone = now.monotonic.saturating_sub(read);
+    let infos = cores.iter().flat_map(|(_, core)| pending::queues(core));
+    let waiting = infos.filter_map(|info| posix_timer::sender(&info.siginfo)).collect();
+    for timers in cores.iter_mut().filter_map(|(_, core)| core.tc.as_mut()?.timers.as_mut()) {
+        itimer::settle(timers, gone);
+        posix_timer::settle(&mut timers.posix, gone, &waiting);
+    }
 }
 
 /// `task_state` of a task that runs.

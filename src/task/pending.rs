@@ -72,7 +72,7 @@ fn is_blockable(signal: u32) -> bool {
     i32::try_from(signal).is_ok_and(|s| s != libc::SIGKILL && s != libc::SIGSTOP)
 }
 
-fn queues(core: &pb::CoreEntry) -> impl Iterator<Item = &pb::SiginfoEntry> {
+pub(super) fn queues(core: &pb::CoreEntry) -> impl Iterator<Item = &pb::SiginfoEntry> {
     let shared = core.tc.as_deref().and_then(|tc| tc.signals_s.as_ref());
     let private = core.thread_core.as_deref().and_then(|t| t.signals_p.as_ref());
     shared.into_iter().chain(private).flat_map(|queue| &queue.signals)

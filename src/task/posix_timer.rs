@@ -1,11 +1,19 @@
 //! POSIX timers: ids, clocks, how they notify, and the time left.
 //!
+//! The time left in an image is that of the moment at which the clocks of the tree stand there, and timers of these clocks are
+//! set again to the time at which they were to expire, not to what was left of it: so a periodic one keeps its phase however
+//! long the restore takes, and counts what it missed as overruns. Timers of CLOCK_REALTIME may have been set to a time of the
+//! day or not, which the kernel does not tell: they go on with what was left.
+//!
 //! The overrun count that a restored timer_getoverrun returns is lost: nothing can set it.
 
-use super::{ProcessCx, Result, TaskError, ThreadPlan, error::parse_proc};
+use std::{collections::HashSet, time::Duration};
+
+use super::{ProcessCx, Result, Supervisor, TaskError, ThreadPlan, error::parse_proc};
 use crate::{
     finding::Finding,
     image::pb,
+    ns::time::from_nanoseconds,
     proc::timers::{self, Timer},
     sys::prctl,
     tracee::{List, Want},
@@ -80,6 +88,58 @@ fn obstacle(timer: &Timer, threads: usize) -> Option<&'static str> {
     }
 }
 
+/// A time in seconds and nanoseconds of an image.
+fn duration(sec: u64, nsec: u64) -> Duration {
+    Duration::from_secs(sec).saturating_add(Duration::from_nanos(nsec))
+}
+
+/// Whether the time of a clock passes while the process does not run.
+fn goes_by_itself(clock: u32) -> bool {
+    !matches!(clock.cast_signed(), ..0 | libc::CLOCK_PROCESS_CPUTIME_ID | libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// Lets `gone` pass since the timers were read. `waiting` are the ids of those whose signal waits to be taken: it stands for
+/// all expirations until then.
+pub(super) fn settle(timers: &mut [pb::PosixTimerEntry], gone: Duration, waiting: &HashSet<u32>) {
+    for timer in timers.iter_mut().filter(|timer| goes_by_itself(timer.clock_id)) {
+        let (left, interval) = (duration(timer.vsec, timer.vnsec), duration(timer.isec, timer.insec));
+        if left.is_zero() {
+            continue;
+        }
+        let left = match left.checked_sub(gone) {
+            Some(left) if !left.is_zero() => left,
+            _ if !waiting.contains(&timer.it_id) => Duration::from_nanos(1),
+            // It was disarmed by its only expiration.
+            _ if interval.is_zero() => Duration::ZERO,
+            _ => {
+                let late = gone.saturating_sub(left).as_nanos() % interval.as_nanos();
+                interval - from_nanoseconds(late)
+            }
+        };
+        (timer.vsec, timer.vnsec) = (left.as_secs(), left.subsec_nanos().into());
+    }
+}
+
+/// The id of the timer that sent a signal, by its siginfo.
+pub(super) fn sender(info: &[u8]) -> Option<u32> {
+    let word = |at: usize| info.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+    (word(8)?.cast_signed() == libc::SI_TIMER).then(|| word(16)).flatten()
+}
+
+/// How to set a timer again: flags, and when it expires.
+fn due(timer: &pb::PosixTimerEntry, supervisor: &Supervisor) -> Result<(i32, Duration)> {
+    let left = duration(timer.vsec, timer.vnsec);
+    let start = supervisor.clocks.and_then(|clocks| clocks.start(timer.clock_id.cast_signed()));
+    Ok(match start {
+        _ if left.is_zero() => (0, left),
+        Some(start) => (libc::TIMER_ABSTIME, start.saturating_add(left)),
+        None if goes_by_itself(timer.clock_id) => {
+            (0, left.saturating_sub(supervisor.elapsed()?).max(Duration::from_nanos(1)))
+        }
+        None => (0, left),
+    })
+}
+
 /// By the leader, once all threads are there.
 pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
     let Some(timers) = plan.process().and_then(|tc| tc.timers.as_ref()) else { return Ok(()) };
@@ -112,8 +172,9 @@ pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
     for timer in &all {
         let times = [timer.isec, timer.insec, timer.vsec, timer.vnsec];
         if times != [0; 4] {
-            let value = list.value(&times);
-            let args = [timer.it_id.into(), 0u64.into(), value.into(), 0u64.into()];
+            let (flags, when) = due(timer, plan.supervisor)?;
+            let value = list.value(&[timer.isec, timer.insec, when.as_secs(), when.subsec_nanos().into()]);
+            let args = [timer.it_id.into(), flags.into(), value.into(), 0u64.into()];
             let name = format!("timer_settime of POSIX timer {}", timer.it_id);
             list.call(name, libc::SYS_timer_settime, &args, Want::Zero);
         }

@@ -1,9 +1,10 @@
 //! What the restoring process itself has: every task it makes inherits it, and is changed from there.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, time::Duration};
 
-use super::{Result, error::parse_proc};
+use super::{Result, TaskError, error::parse_proc};
 use crate::{
+    ns::time::Running,
     proc::{
         limits::{self, Limit},
         status,
@@ -35,6 +36,9 @@ pub struct Supervisor {
     pub timer_ids: bool,
     /// Whether crtool has no_new_privs, which cannot be taken back.
     pub no_new_privs: bool,
+    /// The clocks of the tree that is restored, if they have gone on where they stood; else timers begin with what was
+    /// left of them.
+    pub(crate) clocks: Option<Running>,
 }
 
 impl Default for Supervisor {
@@ -50,6 +54,7 @@ impl Default for Supervisor {
             tick_ns: 0,
             timer_ids: false,
             no_new_privs: false,
+            clocks: None,
         }
     }
 }
@@ -74,7 +79,16 @@ impl Supervisor {
             tick_ns: tick_ns(),
             timer_ids: prctl::get(prctl::TIMER_CREATE_RESTORE_IDS, 2).is_ok(),
             no_new_privs: status.no_new_privs.unwrap_or(false),
+            clocks: None,
         })
+    }
+}
+
+impl Supervisor {
+    /// How long the clocks of the tree have been going on; none for one that has those of crtool.
+    pub(super) fn elapsed(&self) -> Result<Duration> {
+        let elapsed = self.clocks.map(|clocks| clocks.elapsed()).transpose();
+        elapsed.map(Option::unwrap_or_default).map_err(TaskError::Clocks)
     }
 }
 
