@@ -5,23 +5,17 @@
 
 use std::{
     fs::File,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::FileExt,
-    },
+    os::unix::fs::FileExt,
     process::{Child, Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
 use libc::user_regs_struct;
 
 use crate::{
-    sys::{
-        mapping::{self, Access, Mapping},
-        ptrace, wait,
-        wait::Status,
-    },
-    tracee::{Area, List, Op, Placed, RemoteAddr, TraceError},
+    sys::{ptrace, wait, wait::Status},
+    tracee::{Area, List, Memory, Op, Placed, RemoteAddr, RemoteMemory, TraceError},
 };
 
 /// Where the area for lists is mapped in the child: far from everything else.
@@ -70,23 +64,16 @@ impl Target {
         assert_eq!(wait::wait(pid).unwrap(), Status::Stopped(libc::SIGTRAP, ptrace::EVENT_STOP));
         let regs = ptrace::get_regs(pid).unwrap();
         let mem = File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
-        let fd = mapping::memfd(c"lists", AREA_LEN as u64).unwrap();
-        let map = Mapping::shared(fd.as_fd(), 0, AREA_LEN, Access::ReadWrite, None).unwrap();
-        let area = Area::new(map, RemoteAddr(AREA_AT)).unwrap();
+        let memory = Memory::File(Arc::new(RemoteMemory::open(pid).unwrap()));
+        let area = Area::with_code(RemoteAddr(AREA_AT), AREA_LEN, memory);
         let target = Self { child, mem, syscall: regs.rip - 2, regs, area };
         let mut insn = [0u8; 2];
         target.read(target.syscall, &mut insn);
         assert_eq!(insn, [0x0f, 0x05]);
-        let path = format!("/proc/{}/fd/{}\0", std::process::id(), fd.as_raw_fd());
-        target.write(regs.rsp - 4096, path.as_bytes());
-        let there = target.call(libc::SYS_open, &[regs.rsp - 4096, libc::O_RDWR as u64]);
-        assert!(there >= 0, "{there}");
         let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as u64;
-        let flags = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
-        let there = there.cast_unsigned();
-        let at = target.call(libc::SYS_mmap, &[AREA_AT, AREA_LEN as u64, prot, flags, there, 0]);
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+        let at = target.call(libc::SYS_mmap, &[AREA_AT, AREA_LEN as u64, prot, flags, u64::MAX, 0]);
         assert_eq!(at.cast_unsigned(), AREA_AT);
-        assert_eq!(target.call(libc::SYS_close, &[there]), 0);
         target
     }
 
@@ -156,6 +143,7 @@ impl Target {
         let end = self.area.place(&end)?;
         let slot = self.area.slot()?;
         self.area.arm(slot, placed.start, end.start)?;
+        self.area.flush()?;
         let regs = user_regs_struct {
             rip: self.area.runner().0,
             rbx: placed.start.0,
@@ -167,7 +155,7 @@ impl Target {
         ptrace::cont(self.pid(), 0).unwrap();
         assert_eq!(wait::wait(self.pid()).unwrap(), Status::Stopped(libc::SIGTRAP, 0));
         match self.area.failure(slot, &[&placed])? {
-            Some(error) => Err(error),
+            Some(failure) => Err(failure.error),
             None => Ok(placed),
         }
     }

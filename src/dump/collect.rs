@@ -274,7 +274,6 @@ impl<'s> Collected<'s> {
                 regs: thread.regs,
                 xstate: thread.xstate.clone(),
                 sigmask: thread.sigmask,
-                in_delivery: None,
                 restarting: inside.process.restarting(),
                 inside: inside_thread.clone(),
             };

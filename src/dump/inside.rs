@@ -67,14 +67,13 @@ pub(super) fn look(
         jobs.push((*thread, list));
     }
     let placed = injection.run(&jobs)?;
-    let area = injection.area()?;
     let mut threads = Vec::with_capacity(all.len());
     for (queries, placed) in queries.iter().zip(&placed) {
-        threads.push(queries.read(area, placed)?);
+        threads.push(queries.read(&injection.results(placed)?)?);
     }
+    let first = injection.results(placed.first().context("no list")?)?;
     let (of_process, of_memory) = process_queries.context("no queries")?;
-    let first = placed.first().context("no list")?;
-    let (process, memory) = (of_process.read(area, first)?, of_memory.read(area, first)?);
+    let (process, memory) = (of_process.read(&first)?, of_memory.read(&first)?);
     let exit_gadget = injection.own_syscall();
     injection.leave()?;
     Ok(Some(Inside { process, memory, threads, exit_gadget }))

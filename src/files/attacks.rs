@@ -238,8 +238,7 @@ fn the_directory_of_a_hard_link_of_ours_becomes_a_link() {
 fn a_hard_link_that_was_replaced_in_the_meantime_is_not_removed() {
     let Some(site) = Site::new() else { return };
     let (cycle, _fd, link) = linked(&site);
-    let mut files =
-        super::FilesRestore::read(&cycle.store, &cycle.restore, &[super::tests::TABLE].into()).unwrap();
+    let mut files = super::FilesRestore::read(&cycle.store, &cycle.restore, &[super::tests::TABLE]).unwrap();
     files.open_early().unwrap();
     fs::remove_file(&link).unwrap();
     fs::write(&link, b"theirs").unwrap();

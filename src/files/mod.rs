@@ -50,6 +50,7 @@ use std::collections::BTreeMap;
 pub use dump::FilesDump;
 pub use error::FileError;
 pub use fd_view::{FdView, Stat};
+pub(crate) use install::{Descriptors, FIRST_SHARED, SUPERVISOR};
 pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
 pub use restore::FilesRestore;

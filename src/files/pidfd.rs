@@ -4,16 +4,15 @@
 //! descriptors of one dead process share one again. A process outside the tree would be a stranger after a restore: refused.
 
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{HashMap, hash_map::Entry},
     os::fd::{AsFd, OwnedFd},
 };
 
-use super::{DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, RestoreTable, kind::packed_in};
+use super::{DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, kind::packed_in};
 use crate::{
     image::pb,
     proc::{stat, status},
-    sys::{self, Errno},
-    tracee::{List, Want},
+    sys,
 };
 
 /// Flags of pidfd_open: what an entry keeps, as CRIU without O_RDWR.
@@ -29,10 +28,6 @@ pub(super) struct Pidfd;
 /// Dead processes made at restore, by inode of the pidfd in the images.
 #[derive(Debug, Default)]
 struct DeadPidfds(HashMap<u32, OwnedFd>);
-
-/// Files that stand for threads which were not there yet: id, thread, flags.
-#[derive(Debug, Default)]
-struct Threads(BTreeMap<u32, (i32, u32)>);
 
 impl FileKind for Pidfd {
     type Entry = pb::PidfdEntry;
@@ -87,16 +82,9 @@ impl FileKind for Pidfd {
         sys::fd::dup_above(fd.as_fd(), 0).map(Opened::Now).map_err(FileError::sys("duplicate a descriptor"))
     }
 
-    fn open_late(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
-        let failed = FileError::sys("open a pidfd of a task of the tree");
-        match sys::pidfd::open(entry.nspid, entry.flags) {
-            Err(Errno::ESRCH) if entry.flags & sys::pidfd::PIDFD_THREAD != 0 => {
-                // Threads come last: one of ours keeps the place until then.
-                cx.state::<Threads>().0.insert(entry.id, (entry.nspid, entry.flags));
-                sys::pidfd::open(std::process::id().cast_signed(), 0).map_err(failed)
-            }
-            result => result.map_err(failed),
-        }
+    fn open_late(_: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
+        sys::pidfd::open(entry.nspid, entry.flags)
+            .map_err(FileError::sys("open a pidfd of a task of the tree"))
     }
 
     fn fown(entry: &Self::Entry) -> Option<&pb::FownEntry> {
@@ -104,32 +92,6 @@ impl FileKind for Pidfd {
     }
 
     packed_in!(pidfd);
-}
-
-/// Adds the calls that put pidfds of the threads `tids`, which the list has just made, into `table`. Descriptors of another
-/// process cannot have them.
-pub(super) fn plan_threads(cx: &mut RestoreCx<'_>, table: &RestoreTable, tids: &[i32], list: &mut List) {
-    let threads = &mut cx.state::<Threads>().0;
-    threads.retain(|id, (tid, flags)| {
-        let mut numbers = table.fds.iter().filter(|(_, fd)| fd.id == *id).peekable();
-        if !tids.contains(tid) || numbers.peek().is_none() {
-            return true;
-        }
-        let args = [(*tid).into(), (*flags).into()];
-        let made = list.call(format!("pidfd of thread {tid}"), libc::SYS_pidfd_open, &args, Want::Ok);
-        for (number, fd) in numbers {
-            let cloexec = if fd.cloexec { libc::O_CLOEXEC } else { 0 };
-            let args = [made.into(), (*number).into(), cloexec.into()];
-            list.call(format!("pidfd of thread {tid} as {number}"), libc::SYS_dup3, &args, Want::Ok);
-        }
-        list.call("close its other number", libc::SYS_close, &[made.into()], Want::Zero);
-        false
-    });
-}
-
-/// A thread whose pidfd is missing.
-pub(super) fn missing_thread(cx: &mut RestoreCx<'_>) -> Option<(u32, i32)> {
-    cx.state::<Threads>().0.iter().next().map(|(id, (tid, _))| (*id, *tid))
 }
 
 /// Whether `pid`, a process or a thread, is `root`, or descends from it.

@@ -1,8 +1,8 @@
 //! Open files of a tree that is restored.
 //!
-//! The supervisor opens every description of `files.img` itself ([`FilesRestore::open_early`]) before it clones the first
-//! puppet, so puppets inherit them all under the supervisor's numbers; what needs the tasks to exist is opened late and
-//! fetched. Tables are put in place by the puppets' own lists.
+//! The supervisor opens every description of `files.img` itself: what it can before any task exists
+//! ([`FilesRestore::open_early`]), the rest when all tasks and threads are there ([`FilesRestore::open_late`]). Tasks fetch
+//! what they need by their own lists, see `install.rs`.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -15,10 +15,10 @@ use nix::{fcntl::OFlag, sys::stat::Mode};
 use super::{
     FileError, Opened, Planned, RestoreCx, RestoreTable, TableFd,
     dump::kind_of,
-    flags, fown, install,
+    flags, fown,
+    install::{self, Descriptors},
     kind::Kind,
     locks::{self, Locks},
-    pidfd as pidfd_kind,
     procfs::{self, StandIns},
     remap,
     remap::RestoreRemaps,
@@ -27,8 +27,8 @@ use super::{
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     settings::RestoreSettings,
-    sys::{Errno, pidfd},
-    tracee::{Arg, List, Want},
+    sys::Errno,
+    tracee::{List, Want},
 };
 
 /// One file of the images.
@@ -58,8 +58,8 @@ pub struct FilesRestore<'a> {
     writable: HashMap<u32, OwnedFd>,
     tables: BTreeMap<u32, RestoreTable>,
     planned_tables: HashSet<u32>,
-    /// Ourselves, for puppets to fetch from.
-    supervisor: Option<OwnedFd>,
+    /// Some tasks share a table.
+    shared_tables: bool,
     /// Of tasks that are gone, until all have been to their current directories.
     stand_ins: StandIns,
 }
@@ -69,7 +69,7 @@ impl<'a> FilesRestore<'a> {
     pub fn read(
         store: &'a dyn Store,
         settings: &'a RestoreSettings,
-        tables_of_tasks: &HashSet<u32>,
+        tables_of_tasks: &[u32],
     ) -> Result<Self, FileError> {
         let entries: Vec<pb::FileEntry> = store.read_all(ImageKind::Files, None)?;
         let mut cx = RestoreCx::new(store, settings);
@@ -90,12 +90,15 @@ impl<'a> FilesRestore<'a> {
             }
             order.push(id);
         }
+        let mut ids = tables_of_tasks.to_vec();
+        ids.sort_unstable();
+        let shared_tables = ids.windows(2).any(|two| two[0] == two[1]);
         let mut tables = BTreeMap::new();
         for name in store.names()? {
             let Some((ImageKind::Fdinfo, Some(id))) = ImageKind::by_file_name(&name) else { continue };
             let files_id = u32::try_from(id).map_err(|_| FileError::entry(0, "a files id is too large"))?;
             // The others are of an older snapshot in the same place, which had more tasks.
-            if tables_of_tasks.contains(&files_id) {
+            if ids.binary_search(&files_id).is_ok() {
                 tables.insert(files_id, read_table(store, files_id, &files)?);
             }
         }
@@ -107,15 +110,13 @@ impl<'a> FilesRestore<'a> {
             writable: HashMap::new(),
             tables,
             planned_tables: HashSet::new(),
-            supervisor: None,
+            shared_tables,
             stand_ins: StandIns::default(),
         })
     }
 
     /// Opens everything that needs no task of the tree. Before the first clone.
     pub fn open_early(&mut self) -> Result<(), FileError> {
-        let me = i32::try_from(std::process::id()).unwrap_or(0);
-        self.supervisor = Some(pidfd::open(me, 0).map_err(FileError::sys("open a pidfd of ourselves"))?);
         let mut parts: HashSet<u32> = self.cx.state::<RestoreRemaps>().link_ids().collect();
         parts.extend(self.files.values().filter_map(|file| file.entry.fifo.as_ref()?.regf_id));
         parts.extend(self.files.values().filter_map(|file| file.entry.tty.as_ref()?.regf_id));
@@ -140,7 +141,13 @@ impl<'a> FilesRestore<'a> {
         Ok(())
     }
 
-    /// Opens the rest: all tasks of the tree exist, and are stopped.
+    /// Whether there is something to be opened late, or a table that several tasks share: then no task may go on with its
+    /// descriptors before all have done their part.
+    pub fn needs_stages(&self) -> bool {
+        self.files.values().any(|file| file.late) || self.shared_tables
+    }
+
+    /// Opens the rest: all tasks of the tree and their threads exist, and are stopped.
     pub fn open_late(&mut self) -> Result<(), FileError> {
         let dead = self.cx.state::<RestoreRemaps>().dead_tasks();
         self.stand_ins = procfs::stand_ins(&dead)?;
@@ -154,8 +161,13 @@ impl<'a> FilesRestore<'a> {
         Ok(())
     }
 
-    /// The number under which puppets have the file for a mapping, or `exe`; `writable` for shared mappings that can be
-    /// written. Before the first clone. Files opened late have none.
+    /// Current and root directories are set: nobody has to stand for the dead any more.
+    pub fn directories_are_set(&mut self) {
+        self.stand_ins = StandIns::default();
+    }
+
+    /// The supervisor's number of the file for a mapping, or `exe`; `writable` for shared mappings that can be
+    /// written. Files opened late have none.
     pub fn vma_file(&mut self, id: u32, writable: bool) -> Result<i32, FileError> {
         let number = self.early_number(id)?;
         let flags = self.files.get(&id).map_or(0, |file| flags_of(&file.entry)).cast_signed();
@@ -183,17 +195,13 @@ impl<'a> FilesRestore<'a> {
         Ok(fd.as_raw_fd())
     }
 
-    /// Ids of all descriptor tables in the images.
-    pub fn table_ids(&self) -> impl Iterator<Item = u32> {
-        self.tables.keys().copied()
-    }
-
     /// Adds the calls that make the table of task `pid` what it was, and those of its files that need a task (epoll items).
-    /// All of the supervisor's descriptors are gone from the puppet afterwards: plan what needs them (mappings, exe,
-    /// [`Self::plan_fs`]) before. A table that several tasks share is planned for the first only: clone them with
-    /// CLONE_FILES, and let none of them use inherited numbers after this list has run.
+    /// The task has one descriptor, [`SUPERVISOR`](super::SUPERVISOR). A table that several tasks share is made by the first
+    /// of them: none of the others may use descriptors at that time.
     pub fn plan_table(&mut self, files_id: u32, pid: i32, list: &mut List) -> Result<(), FileError> {
-        tty::plan_foreground(&mut self.cx, pid, list);
+        let mut descriptors = Descriptors::alone();
+        tty::plan_foreground(&mut self.cx, pid, &mut descriptors, list);
+        descriptors.close_all(list);
         if !self.planned_tables.insert(files_id) {
             self.cx.state::<Locks>().plan(pid, list);
             return Ok(());
@@ -204,16 +212,11 @@ impl<'a> FilesRestore<'a> {
             None => RestoreTable { files_id, ..RestoreTable::default() },
         };
         table.pid = pid;
-        let mut wanted = install::Wanted {
-            supervisor: self.supervisor.as_ref().map(AsRawFd::as_raw_fd),
-            ..Default::default()
-        };
+        let mut wanted = BTreeMap::new();
         for (&to, fd) in &table.fds {
             let file = self.files.get(&fd.id).ok_or_else(|| FileError::entry(fd.id, "no such file"))?;
             let from = file.fd.as_ref().ok_or_else(|| FileError::entry(fd.id, "it is not open yet"))?;
-            let origin = install::Origin { fd: from.as_raw_fd(), cloexec: fd.cloexec };
-            let side = if file.late { &mut wanted.late } else { &mut wanted.inherited };
-            side.insert(to, origin);
+            wanted.insert(to, install::Origin { fd: from.as_raw_fd(), cloexec: fd.cloexec });
             self.cx.taken.insert(fd.id);
         }
         let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
@@ -225,7 +228,7 @@ impl<'a> FilesRestore<'a> {
                 "raise it: ulimit -n, or LimitNOFILE=",
             )
         })?;
-        install::add(&steps, list)?;
+        install::add(&steps, list);
         for (&number, fd) in &table.fds {
             let Some(file) = self.files.get_mut(&fd.id) else { continue };
             if !file.planned {
@@ -237,17 +240,15 @@ impl<'a> FilesRestore<'a> {
         Ok(())
     }
 
-    /// Adds the calls that complete the table `files_id` when the list has made the threads `tids` of its task.
-    pub fn plan_threads(&mut self, files_id: u32, tids: &[i32], list: &mut List) {
-        if let Some(table) = self.tables.get(&files_id) {
-            pidfd_kind::plan_threads(&mut self.cx, table, tids, list);
-        }
-    }
-
-    /// Adds the calls that set root, current directory and umask. Before [`Self::plan_table`] of the same puppet.
-    pub fn plan_fs(&mut self, fs: &pb::FsEntry, list: &mut List) -> Result<(), FileError> {
-        let cwd = self.directory(fs.cwd_id, list)?;
-        let root = self.directory(fs.root_id, list)?;
+    /// Adds the calls that set root, current directory and umask. Before [`Self::plan_table`] of the same task.
+    pub(crate) fn plan_fs(
+        &mut self,
+        fs: &pb::FsEntry,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<(), FileError> {
+        let cwd = descriptors.fetch(list, self.directory(fs.cwd_id)?);
+        let root = descriptors.fetch(list, self.directory(fs.root_id)?);
         let root_is_ours = match self.files.get(&fs.root_id).and_then(|file| file.fd.as_ref()) {
             Some(fd) => {
                 let theirs = nix::sys::stat::fstat(fd).map_err(FileError::sys("stat a root directory"))?;
@@ -258,31 +259,27 @@ impl<'a> FilesRestore<'a> {
         };
         if !root_is_ours {
             let here = list.cstr(b".");
-            list.call("go to the root directory", libc::SYS_fchdir, &[root], Want::Zero);
+            list.call("go to the root directory", libc::SYS_fchdir, &[root.into()], Want::Zero);
             list.call("change the root directory", libc::SYS_chroot, &[here.into()], Want::Zero);
         }
-        list.call("go to the current directory", libc::SYS_fchdir, &[cwd], Want::Zero);
+        list.call("go to the current directory", libc::SYS_fchdir, &[cwd.into()], Want::Zero);
+        descriptors.close_all(list);
         if let Some(umask) = fs.umask {
             list.call("set the umask", libc::SYS_umask, &[umask.into()], Want::Any);
         }
         Ok(())
     }
 
-    /// A directory as a puppet has it: inherited, or fetched when it was opened late (`/proc/PID`). Until the table is put in
-    /// place, which closes it.
-    fn directory(&mut self, id: u32, list: &mut List) -> Result<Arg, FileError> {
-        let late = self.files.get(&id).filter(|file| file.late).and_then(|file| file.fd.as_ref());
-        let (Some(fd), Some(supervisor)) = (late, &self.supervisor) else {
-            return Ok(self.early_number(id)?.into());
-        };
-        let args = [supervisor.as_raw_fd().into(), fd.as_raw_fd().into(), 0u32.into()];
+    /// The supervisor's number of a directory.
+    fn directory(&mut self, id: u32) -> Result<i32, FileError> {
+        let file = self.files.get(&id).ok_or_else(|| FileError::entry(id, "no such file"))?;
+        let fd = file.fd.as_ref().ok_or_else(|| FileError::entry(id, "it is not open yet"))?;
         self.cx.taken.insert(id);
-        Ok(list.call("fetch a directory of /proc", libc::SYS_pidfd_getfd, &args, Want::Ok).into())
+        Ok(fd.as_raw_fd())
     }
 
     /// The last touch: owners of files, timers. All tasks are in place; none has run yet.
     pub fn before_resume(&mut self) -> Result<(), FileError> {
-        self.stand_ins = StandIns::default();
         for id in &self.order {
             let Some(file) = self.files.get(id) else { continue };
             let Some(fd) = &file.fd else { continue };
@@ -297,9 +294,6 @@ impl<'a> FilesRestore<'a> {
 
     /// Fails when something in the images was used by no task.
     pub fn leftovers(&mut self) -> Result<(), FileError> {
-        if let Some((id, tid)) = pidfd_kind::missing_thread(&mut self.cx) {
-            return Err(FileError::entry(id, format!("thread {tid} is not of the task that has its pidfd")));
-        }
         if let Some(pid) = self.cx.state::<Locks>().left() {
             return Err(FileError::entry(0, format!("no task {pid} takes the file locks that it had")));
         }

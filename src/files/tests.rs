@@ -74,7 +74,7 @@ impl Cycle {
 
     /// Opens what was dumped, by the numbers it had.
     pub(super) fn restore(&self) -> Result<BTreeMap<i32, OwnedFd>, FileError> {
-        let mut files = FilesRestore::read(&self.store as &dyn Store, &self.restore, &[TABLE].into())?;
+        let mut files = FilesRestore::read(&self.store as &dyn Store, &self.restore, &[TABLE])?;
         files.open_early()?;
         files.open_late()?;
         files.before_resume()?;

@@ -1,7 +1,7 @@
 //! What only the task itself can tell of its address space: part of the list of queries that a dump runs in it.
 
 use super::{MemError, pkeys};
-use crate::tracee::{Area, List, Placed};
+use crate::tracee::{List, Results};
 
 /// Where the results of [`queries`] will be.
 #[derive(Debug, Clone)]
@@ -23,7 +23,7 @@ pub fn queries(list: &mut List) -> Queries {
 
 impl Queries {
     /// Reads what the task told, once the list has run.
-    pub fn read(&self, area: &Area, placed: &Placed) -> Result<Inside, MemError> {
-        Ok(Inside { pkeys: self.pkeys.read(area, placed)? })
+    pub fn read(&self, results: &Results) -> Result<Inside, MemError> {
+        Ok(Inside { pkeys: self.pkeys.read(results)? })
     }
 }

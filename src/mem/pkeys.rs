@@ -23,7 +23,7 @@ use super::{MemError, vma};
 use crate::{
     image::pb,
     sys::{Errno, pkey},
-    tracee::{Area, CallId, List, Placed, Want},
+    tracee::{CallId, List, Results, Want},
 };
 
 /// Keys there are: two bits each in the 32 of PKRU.
@@ -51,10 +51,10 @@ pub(super) fn queries(list: &mut List) -> Queries {
 
 impl Queries {
     /// The map of allocated keys; `None` where there are no keys.
-    pub(super) fn read(&self, area: &Area, placed: &Placed) -> Result<Option<u32>, MemError> {
+    pub(super) fn read(&self, results: &Results) -> Result<Option<u32>, MemError> {
         let mut allocated = 0;
         for (key, call) in self.0.iter().enumerate() {
-            let result = area.result(placed, *call).map_err(MemError::Inside)?;
+            let result = results.value(*call).map_err(MemError::Inside)?;
             match Errno::from_raw(i32::try_from(-result).unwrap_or(0)) {
                 Errno::ENOMEM => allocated |= 1 << key,
                 Errno::EINVAL => {}

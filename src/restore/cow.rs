@@ -6,7 +6,7 @@
 
 use anyhow::Result;
 
-use super::memory::{private, status};
+use super::layout::{private, status};
 use crate::{
     image::pb,
     pages::{Pages, Piece},

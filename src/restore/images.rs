@@ -71,6 +71,11 @@ fn id(value: u32, what: &str) -> Result<i32> {
 }
 
 impl Images {
+    /// Ids of the descriptor tables of all living tasks; one that is shared is there for each.
+    pub(super) fn tables(&self) -> Vec<u32> {
+        self.tasks.iter().filter(|task| !task.is_zombie()).map(|task| task.ids.files_id).collect()
+    }
+
     pub(super) fn read(store: &dyn Store) -> Result<Self> {
         let inventory: pb::InventoryEntry = match store.read_one(ImageKind::Inventory, None)? {
             Some(inventory) => inventory,

@@ -1,14 +1,21 @@
-//! Threads that help a puppet to fill its memory, gone before it makes anybody.
+//! Threads that help a process under construction to fill its memory, gone before it makes anybody.
 //!
-//! They are threads of the puppet (one address space), not traced: they end with it, and by themselves when
+//! They are threads of that process (one address space), not traced: they end with it, and by themselves when
 //! their share is done.
 //!
+//! Their maker goes on only when the kernel says that they are gone: it clears the word that a clone with
+//! CLONE_CHILD_CLEARTID names when the thread executes nothing in the address space any more. A word that the thread stored
+//! itself would come too early, because the thread still runs code of the area after it, which is unmapped in the end.
+//!
 //! They are made when the last mapping has been: the first fault of each mapping takes mmap_lock, and with 20,000 small
-//! ones, threads that filled while the puppet still mapped took 1.6 times as long (Linux 6.18, 2 cores).
+//! ones, threads that filled while the process still mapped took 1.6 times as long (Linux 6.18, 2 cores).
 
 use anyhow::{Result, anyhow};
 
-use super::{memory::SpawnPageThread, tracees::Tracees};
+use super::{
+    pid_allocator::PidAllocator,
+    puppets::{AreaId, Puppets},
+};
 use crate::{
     sys::clone::CloneArgs,
     tracee::{Area, List, Op, Placed, RemoteAddr, Want},
@@ -20,65 +27,59 @@ const MOST: usize = 7;
 /// All helping threads of a restore.
 #[derive(Debug)]
 pub(super) struct PageThreads {
-    size: usize,
-    spawned: Vec<(RemoteAddr, Placed)>,
+    most: usize,
+    spawned: Vec<(AreaId, RemoteAddr, Placed)>,
 }
 
 impl PageThreads {
     pub(super) fn new() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Self { size: (cpus - 1).min(MOST), spawned: Vec::new() }
-    }
-
-    /// With room for lists, and ids.
-    pub(super) fn at<'a>(&'a mut self, tracees: &'a mut Tracees) -> PageThreadSpawner<'a> {
-        PageThreadSpawner { page_threads: self, tracees }
+        Self { most: (cpus - 1).min(MOST), spawned: Vec::new() }
     }
 
     /// Fails when a thread could not do its share.
-    pub(super) fn check(&self, area: &Area) -> Result<()> {
-        for (slot, list) in &self.spawned {
-            if let Some(failure) = area.failure(*slot, &[list])? {
-                return Err(anyhow!(failure).context("filling of memory"));
+    pub(super) fn check(&self, puppets: &Puppets) -> Result<()> {
+        for (area, slot, list) in &self.spawned {
+            if let Some(failure) = puppets.area(*area)?.failure(*slot, &[list])? {
+                return Err(anyhow!(failure.error).context("filling of memory"));
             }
         }
         Ok(())
     }
 }
 
-/// Hires for one tracees.
-pub(super) struct PageThreadSpawner<'a> {
-    page_threads: &'a mut PageThreads,
-    tracees: &'a mut Tracees,
+/// Where threads of one process are made.
+#[derive(Debug)]
+pub(super) struct Spawner<'a> {
+    pub(super) threads: &'a mut PageThreads,
+    /// The area of the process.
+    pub(super) id: AreaId,
+    pub(super) area: &'a mut Area,
+    pub(super) pids: &'a mut PidAllocator,
 }
 
-impl SpawnPageThread for PageThreadSpawner<'_> {
-    fn size(&self) -> usize {
-        self.page_threads.size
+impl Spawner<'_> {
+    /// How many threads can be had.
+    pub(super) fn most(&self) -> usize {
+        self.threads.most
     }
 
-    fn spawn(&mut self, mut work: List, maker: &mut List) -> Result<RemoteAddr> {
-        let area = &mut self.tracees.area;
-        let done = area.alloc(64, 64)?;
-        area.write(done, &0u32.to_ne_bytes())?;
+    /// Adds the call to `maker` that makes a thread which does `work` and ends. The word is 0 when it is gone.
+    pub(super) fn spawn(&mut self, mut work: List, maker: &mut List) -> Result<RemoteAddr> {
+        let word = self.area.alloc(64, 64)?;
+        self.area.write(word, &1u64.to_ne_bytes())?;
         let mut end = List::new("end of filling");
-        end.op(Op::Post(done, 1));
         end.call("exit", libc::SYS_exit, &[0u64.into()], Want::Any);
-        let end = area.place(&end)?;
+        let end = self.area.place(&end)?;
         work.op(Op::Jump(end.start));
-        let work = area.place(&work)?;
-        let slot = area.slot()?;
-        area.arm(slot, work.start, end.start)?;
-        let flags = libc::CLONE_VM
-            | libc::CLONE_FS
-            | libc::CLONE_FILES
-            | libc::CLONE_SIGHAND
-            | libc::CLONE_THREAD
-            | libc::CLONE_SYSVSEM;
-        let args = CloneArgs { flags: flags as u64, ..CloneArgs::default() };
-        let tid = self.tracees.pids.pick()?;
+        let work = self.area.place(&work)?;
+        let slot = self.area.slot()?;
+        self.area.arm(slot, work.start, end.start)?;
+        let flags = super::THREAD_FLAGS | libc::CLONE_CHILD_CLEARTID as u64;
+        let args = CloneArgs { flags, child_tid: word.0, ..CloneArgs::default() };
+        let tid = self.pids.pick()?;
         maker.clone3(format!("clone of a filling thread {tid}"), &args, &[tid], slot);
-        self.page_threads.spawned.push((slot, work));
-        Ok(done)
+        self.threads.spawned.push((self.id, slot, work));
+        Ok(word)
     }
 }

@@ -28,7 +28,7 @@ impl SharedObjects {
     pub(super) fn make<'m>(store: &dyn Store, mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<Self> {
         let mut wanted: HashMap<u64, Wanted> = HashMap::new();
         for vma in mms.flat_map(|mm| &mm.vmas) {
-            if vma.status & super::memory::status::ANON_SHARED != 0 {
+            if vma.status & super::layout::status::ANON_SHARED != 0 {
                 let end =
                     vma.pgoff.checked_add(vma.end - vma.start).context("shared mapping out of range")?;
                 let object = wanted.entry(vma.shmid).or_default();

@@ -11,13 +11,14 @@
 //!   (RLIMIT_AS), which the image may not fit into; and where it cannot be done at all (tried once).
 //! - Areas of few or scattered pages: there a call each costs more than it saves.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::LazyLock;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use super::memory::{free_everywhere, private, status};
+use super::layout::{free_everywhere, private, status};
 use crate::{
+    files::Descriptors,
     image::pb,
     pages::{Pages, Piece},
     sys::userfault,
@@ -56,8 +57,8 @@ pub(super) struct UffdCopies {
     pub(super) pieces: Vec<Piece>,
     /// Which images it can be done from; looked at once.
     fit: Option<Vec<bool>>,
-    /// Keeps a number free in the puppet for its userfaultfd.
-    number: Option<OwnedFd>,
+    /// The puppet's userfaultfd.
+    number: Option<i32>,
     /// The images, as the puppet maps them.
     sources: Vec<Source>,
 }
@@ -105,6 +106,7 @@ impl UffdCopies {
         list: &mut List,
         pages: &Pages,
         mut taken: Vec<(u64, u64)>,
+        descriptors: &mut Descriptors,
     ) -> Result<Vec<Piece>> {
         for (number, image) in pages.images().iter().enumerate() {
             let mine = || self.pieces.iter().filter(|piece| piece.image == number);
@@ -121,6 +123,7 @@ impl UffdCopies {
             return Ok(Vec::new());
         }
         for &Source { fd, offset, len, at, .. } in &self.sources {
+            let fd = descriptors.fetch(list, fd);
             list.call(
                 "mmap of the pages image",
                 libc::SYS_mmap,
@@ -135,19 +138,10 @@ impl UffdCopies {
                 Want::Equal(at),
             );
         }
-        let number = crate::sys::pipe::pipe2(libc::O_CLOEXEC).context("pipe")?.0;
         let flags = libc::O_CLOEXEC | userfault::USER_MODE_ONLY;
-        let made = list.call("userfaultfd", libc::SYS_userfaultfd, &[flags.into()], Want::Ok);
+        let made = list.call("userfaultfd", libc::SYS_userfaultfd, &[flags.into()], descriptors.want());
         // The threads that help know it by this number.
-        let as_number = number.as_fd().as_raw_fd();
-        list.call(
-            "dup3 of the userfaultfd",
-            libc::SYS_dup3,
-            &[made.into(), as_number.into(), libc::O_CLOEXEC.into()],
-            Want::Ok,
-        );
-        list.call("close of the userfaultfd", libc::SYS_close, &[made.into()], Want::Zero);
-        self.number = Some(number);
+        self.number = Some(descriptors.keep(list, made));
         let api = list.value(&userfault::API_WORDS);
         self.ioctl(list, "UFFDIO_API", userfault::API, api);
         for (start, end) in &self.areas {
@@ -176,8 +170,7 @@ impl UffdCopies {
 
     /// Leaves nothing behind but the pages.
     pub(super) fn end(&self, list: &mut List) {
-        let Some(number) = &self.number else { return };
-        list.call("close of the userfaultfd", libc::SYS_close, &[number.as_raw_fd().into()], Want::Zero);
+        // The userfaultfd is closed with all other descriptors.
         for source in &self.sources {
             list.call(
                 "munmap of the pages image",
@@ -195,7 +188,7 @@ impl UffdCopies {
         request: u64,
         words: crate::tracee::Data,
     ) {
-        let number = self.number.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let number = self.number.unwrap_or(-1);
         list.call(name, libc::SYS_ioctl, &[number.into(), request.into(), words.into()], Want::Zero);
     }
 }
@@ -227,7 +220,9 @@ mod tests {
         let pages = Pages::read(&store, ImageKind::Pagemap, 1).unwrap().unwrap();
         let mut uffd = UffdCopies { pieces: pages.pieces().to_vec(), ..UffdCopies::default() };
         let mut list = List::new("no room");
-        let back = uffd.begin(&mut list, &pages, vec![(0, super::super::memory::TASK_SIZE)]).unwrap();
+        let back = uffd
+            .begin(&mut list, &pages, vec![(0, super::super::layout::TASK_SIZE)], &mut Descriptors::alone())
+            .unwrap();
         uffd.end(&mut list);
         assert_eq!(back, pages.pieces());
         assert!(list.is_empty() && uffd.pieces.is_empty() && uffd.sources.is_empty());

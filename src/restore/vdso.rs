@@ -12,7 +12,7 @@ use std::{fs::File, os::unix::fs::FileExt};
 use anyhow::{Context, Result, bail, ensure};
 use goblin::elf::Elf;
 
-use super::memory::status;
+use super::layout::status;
 use crate::{
     image::pb,
     pages::{Pages, Piece},

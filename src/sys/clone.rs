@@ -73,32 +73,33 @@ pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Resul
     pid_t::try_from(pid).map_err(|_| Errno::ERANGE)
 }
 
-/// Makes a child of this process with the pid `pid`, which waits until it is killed, and ends with us at the latest. It tells
-/// nobody of its end. EEXIST when the pid is taken.
+/// Makes a child of this process with the pid `pid`, which sleeps until it is killed, or ends with the thread that made it. It
+/// tells nobody of its end.
+/// EEXIST when the pid is taken.
 pub fn stand_in(pid: pid_t) -> Result<()> {
-    // With our descriptors, not copies of them: what we close is closed.
-    let args = CloneArgs {
-        flags: libc::CLONE_FILES as u64,
-        set_tid: (&raw const pid).addr() as u64,
-        set_tid_size: 1,
-        ..CloneArgs::default()
-    };
-    // SAFETY: no pointers.
-    let parent = unsafe { libc::getpid() };
-    // SAFETY: `args` and `pid` live across the call. The child, a copy of one thread, makes nothing but system calls without
-    // memory, so it does not matter what other threads of ours were doing.
+    let args = CloneArgs { set_tid: (&raw const pid).addr() as u64, set_tid_size: 1, ..CloneArgs::default() };
+    let parent = std::process::id();
+    let (all, mut old) = (u64::MAX, 0u64);
+    // SAFETY: all pointers live across the calls. The child, a copy of one thread, makes nothing but system calls,
+    // so it does not matter what other threads of ours were doing; all its signals are blocked, so no handler of ours runs in
+    // it, and nothing but its end wakes it.
     unsafe {
-        let at = &raw const args;
-        if super::ret(libc::syscall(libc::SYS_clone3, at, size_of::<CloneArgs>()))? == 0 {
-            libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
-            // We may have ended before it asked for that.
+        let mask = |to: *const u64, old: *mut u64| {
+            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, to, old, size_of::<u64>())
+        };
+        super::ret(mask(&raw const all, &raw mut old))?;
+        let made = super::ret(libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()));
+        if made == Ok(0) {
+            libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0);
             while libc::syscall(libc::SYS_getppid) == libc::c_long::from(parent) {
-                libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
+                libc::syscall(libc::SYS_pause);
             }
             libc::syscall(libc::SYS_exit_group, 0);
         }
+        mask(&raw const old, std::ptr::null_mut());
+        made.map(drop)
     }
-    Ok(())
 }
 
 /// Waits for the end of a child.

@@ -1,7 +1,10 @@
 //! Memory of ours that is shared with others: mmap(2) with an owner.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use super::event::seals;
 use super::{Errno, Result, ret, ret_int};
@@ -12,6 +15,8 @@ use super::{Errno, Result, ret, ret_int};
 pub struct Mapping {
     addr: usize,
     len: usize,
+    /// What lies before this offset has become code.
+    code: AtomicUsize,
 }
 
 /// What a mapping may be used for.
@@ -54,7 +59,31 @@ impl Mapping {
         if addr == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        Ok(Self { addr: addr as usize, len })
+        Ok(Self { addr: addr as usize, len, code: AtomicUsize::new(0) })
+    }
+
+    /// Maps `len` bytes of private anonymous memory, readable and writable, of which no memory is reserved before it is
+    /// used. With `at`, at exactly that address, which must be free (EEXIST otherwise).
+    pub fn private(len: usize, at: Option<usize>) -> Result<Self> {
+        let fixed = if at.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping; with MAP_FIXED_NOREPLACE nothing that exists is replaced.
+        let addr = unsafe { libc::mmap(at.unwrap_or(0) as *mut _, len, prot, flags, -1, 0) };
+        if addr == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self { addr: addr as usize, len, code: AtomicUsize::new(0) })
+    }
+
+    /// Makes the first `len` bytes, whole pages, code: they can be read and executed, and not be written any more.
+    /// ERANGE when there are too few.
+    pub fn protect_code(&self, len: usize) -> Result<()> {
+        self.check(0, len)?;
+        self.code.store(len, Ordering::Relaxed);
+        // SAFETY: in range of a live mapping, which nobody holds references into.
+        ret_int(unsafe { libc::mprotect(self.addr as *mut _, len, libc::PROT_READ | libc::PROT_EXEC) })?;
+        Ok(())
     }
 
     /// Where it is in our address space.
@@ -79,9 +108,12 @@ impl Mapping {
         }
     }
 
-    /// Copies `bytes` to `offset`. ERANGE when they do not fit.
+    /// Copies `bytes` to `offset`. ERANGE when they do not fit, EACCES where code is.
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
         self.check(offset, bytes.len())?;
+        if offset < self.code.load(Ordering::Relaxed) {
+            return Err(Errno::EACCES);
+        }
         // SAFETY: in range of a live mapping; the other side tolerates bytes changing under it.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), (self.addr + offset) as *mut u8, bytes.len());
@@ -196,7 +228,7 @@ impl AnonPrivate {
         if addr == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        Ok(Self(Mapping { addr: addr as usize, len }))
+        Ok(Self(Mapping { addr: addr as usize, len, code: AtomicUsize::new(0) }))
     }
 
     /// Where it is.
@@ -225,7 +257,7 @@ impl AnonShared {
         if addr == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        Ok(Self(Mapping { addr: addr as usize, len }))
+        Ok(Self(Mapping { addr: addr as usize, len, code: AtomicUsize::new(0) }))
     }
 
     /// Where it is mapped.

@@ -1,4 +1,4 @@
-//! process_vm_readv(2): the fastest copy out of another process.
+//! process_vm_readv(2) and process_vm_writev(2): the fastest copies out of and into another process.
 
 use libc::{iovec, pid_t};
 
@@ -17,5 +17,17 @@ pub fn read(pid: pid_t, remote: &[(u64, usize)], buf: &mut [u8]) -> Result<usize
             unsafe { libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), remote.len() as _, 0) }
                 as libc::c_long,
         )?;
+    Ok(usize::try_from(n).unwrap_or(0))
+}
+
+/// Writes `bytes` at `at`; returns bytes written, which is short when a page in the middle cannot be written. EFAULT when
+/// the first cannot.
+pub fn write(pid: pid_t, at: u64, bytes: &[u8]) -> Result<usize> {
+    let local = iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let remote = iovec { iov_base: at as *mut _, iov_len: bytes.len() };
+    // SAFETY: `local` is `bytes`, which is only read; the remote address is only used in the other process, by the kernel.
+    let n =
+        ret(unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) }
+            as libc::c_long)?;
     Ok(usize::try_from(n).unwrap_or(0))
 }

@@ -1,13 +1,8 @@
 //! The runner: position-independent code that executes a list of system calls.
 //!
-//! It is copied into a shared mapping and entered with rbx = first [`Entry`](crate::tracee::list)
-//! and rbp = the slot of the executing thread. It uses no stack and no memory but the list and the slot.
-//! Layouts (offsets in bytes) are asserted here and in `tracee/list.rs`:
-//! entry: 0 op, 8..56 arguments, 56 flags, 64 expected, 72 child's slot, 80 result; 88 bytes.
-//! slot: 0 status, 8 failed entry, 16 entry to go on with after a failure, 24 first entry, 32 next list.
-//! Operations: >= 0 system call number, -1 jump to argument 0, -2 sigreturn with the frame at argument 0,
-//! -3 wait while `*(u32 *)arg0 < arg1`, -4 trap, -5 copy the word at arg0 to arg1,
-//! -6 store arg1 at `*(u32 *)arg0` and wake its waiters, -7 go on at the slot's next list.
+//! It is copied into memory of the process that is to run it and entered with rbx = address of the first [`Entry`] and
+//! rbp = address of the [`Slot`] of the executing thread. It uses no stack and no memory but the list and the slot.
+//! Offsets and numbers of the assembly come from the types below, so the two cannot differ.
 
 use std::{
     arch::global_asm,
@@ -20,17 +15,74 @@ use super::pod::Pod;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Entry {
+    /// Number of a system call, or one of [`op`].
     pub op: i64,
+    /// Its arguments.
     pub args: [u64; 6],
+    /// Of [`flag`].
     pub flags: u64,
+    /// With [`flag::EQUAL`]: the only result that is no failure.
     pub expect: u64,
+    /// With [`flag::CLONE`]: the slot of the child.
     pub child_slot: u64,
+    /// What the call returned, a negative error number on failure.
     pub result: u64,
 }
-const _: () = assert!(size_of::<Entry>() == 88);
-const _: () = assert!(offset_of!(Entry, result) == 80);
 // SAFETY: integers only, without padding.
 unsafe impl Pod for Entry {}
+
+/// What a thread that executes lists reads and leaves to be read.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub struct Slot {
+    /// 0, or [`FAILED`] after a failed call.
+    pub status: u64,
+    /// Address of the entry that failed.
+    pub failed: u64,
+    /// Address of the entry to go on with after a failure.
+    pub on_fail: u64,
+    /// Address of the first entry of a child that is made with this slot.
+    pub start: u64,
+    /// Address of the entry where [`op::NEXT`] goes on.
+    pub next: u64,
+    /// A word for the list: what ends an injection sets it to 1.
+    pub done: u64,
+}
+// SAFETY: integers only, without padding.
+unsafe impl Pod for Slot {}
+
+/// [`Slot::status`] after a failed call.
+pub const FAILED: u64 = 1;
+
+/// Steps that are no system calls.
+pub mod op {
+    /// Go on at the entry at argument 0.
+    pub const JUMP: i64 = -1;
+    /// rt_sigreturn with argument 0 as stack pointer.
+    pub const SIGRETURN: i64 = -2;
+    /// Sleep until the 32-bit word at argument 0 is 0 (the kernel clears it at the end of a thread).
+    pub const WAIT_ZERO: i64 = -3;
+    /// int3.
+    pub const TRAP: i64 = -4;
+    /// Copy the 64-bit word at argument 0 to argument 1.
+    pub const COPY: i64 = -5;
+    /// Store argument 1 in the 64-bit word at argument 0.
+    pub const STORE: i64 = -6;
+    /// Go on at the slot's `next`.
+    pub const NEXT: i64 = -7;
+}
+
+/// How the result of a call is judged.
+pub mod flag {
+    /// An error is a failure.
+    pub const OK: u64 = 1;
+    /// Anything but [`super::Entry::expect`] is a failure.
+    pub const EQUAL: u64 = 2;
+    /// EINTR is tried again.
+    pub const RETRY: u64 = 4;
+    /// The child of this call goes on with its own slot.
+    pub const CLONE: u64 = 8;
+}
 
 global_asm!(
     ".pushsection .rodata.crtool_runner, \"a\", @progbits",
@@ -38,103 +90,99 @@ global_asm!(
     ".globl crtool_runner_start",
     "crtool_runner_start:",
     "10:",
-    "mov rax, [rbx]",
+    "mov rax, [rbx + {op}]",
     "test rax, rax",
     "js 30f",
-    "mov rdi, [rbx + 8]",
-    "mov rsi, [rbx + 16]",
-    "mov rdx, [rbx + 24]",
-    "mov r10, [rbx + 32]",
-    "mov r8, [rbx + 40]",
-    "mov r9, [rbx + 48]",
+    "mov rdi, [rbx + {args}]",
+    "mov rsi, [rbx + {args} + 8]",
+    "mov rdx, [rbx + {args} + 16]",
+    "mov r10, [rbx + {args} + 24]",
+    "mov r8, [rbx + {args} + 32]",
+    "mov r9, [rbx + {args} + 40]",
     "syscall",
     // The child of a clone goes its own way.
-    "test byte ptr [rbx + 56], 8",
+    "test byte ptr [rbx + {flags}], {CLONE}",
     "jz 11f",
     "test rax, rax",
     "jnz 11f",
-    "mov rbp, [rbx + 72]",
-    "mov rbx, [rbp + 24]",
+    "mov rbp, [rbx + {child_slot}]",
+    "mov rbx, [rbp + {start}]",
     "jmp 10b",
     "11:",
-    "mov [rbx + 80], rax",
-    "mov ecx, [rbx + 56]",
-    "test cl, 4",
+    "mov [rbx + {result}], rax",
+    "mov ecx, [rbx + {flags}]",
+    "test cl, {RETRY}",
     "jz 12f",
-    "cmp rax, -4",
+    "cmp rax, -{EINTR}",
     "je 10b",
     "12:",
-    "test cl, 1",
+    "test cl, {OK}",
     "jz 13f",
     "cmp rax, -4095",
     "jae 20f",
     "13:",
-    "test cl, 2",
+    "test cl, {EQUAL}",
     "jz 14f",
-    "cmp rax, [rbx + 64]",
+    "cmp rax, [rbx + {expect}]",
     "jne 20f",
     "14:",
-    "add rbx, 88",
+    "add rbx, {SIZE}",
     "jmp 10b",
     // Failure: say where, go on with the slot's list for that.
     "20:",
-    "mov [rbp + 8], rbx",
-    "mov qword ptr [rbp], 1",
-    "mov rbx, [rbp + 16]",
+    "mov [rbp + {failed}], rbx",
+    "mov qword ptr [rbp + {status}], {FAILED}",
+    "mov rbx, [rbp + {on_fail}]",
     "jmp 10b",
     // Operations.
     "30:",
-    "cmp rax, -1",
+    "cmp rax, {JUMP}",
     "jne 31f",
-    "mov rbx, [rbx + 8]",
+    "mov rbx, [rbx + {args}]",
     "jmp 10b",
     "31:",
-    "cmp rax, -2",
+    "cmp rax, {SIGRETURN}",
     "jne 32f",
     "311:",
-    "mov rsp, [rbx + 8]",
-    "mov eax, 15",
+    "mov rsp, [rbx + {args}]",
+    "mov eax, {SYS_RT_SIGRETURN}",
     "syscall",
     "jmp 311b",
     "32:",
-    "cmp rax, -3",
+    "cmp rax, {WAIT_ZERO}",
     "jne 33f",
     "321:",
-    "mov rdi, [rbx + 8]",
+    "mov rdi, [rbx + {args}]",
     "mov edx, [rdi]",
-    "cmp edx, [rbx + 16]",
-    "jae 14b",
-    "mov eax, 202",
+    "test edx, edx",
+    "jz 14b",
+    "mov eax, {SYS_FUTEX}",
     "xor esi, esi",
     "xor r10d, r10d",
     "syscall",
     "jmp 321b",
     "33:",
-    "cmp rax, -4",
+    "cmp rax, {TRAP}",
     "jne 34f",
     "int3",
     "jmp 14b",
     "34:",
-    "cmp rax, -5",
+    "cmp rax, {COPY}",
     "jne 35f",
-    "mov rdi, [rbx + 8]",
+    "mov rdi, [rbx + {args}]",
     "mov rax, [rdi]",
-    "mov rdi, [rbx + 16]",
+    "mov rdi, [rbx + {args} + 8]",
     "mov [rdi], rax",
     "jmp 14b",
     "35:",
-    "cmp rax, -6",
+    "cmp rax, {STORE}",
     "jne 36f",
-    "mov rdi, [rbx + 8]",
-    "mov eax, [rbx + 16]",
-    "mov [rdi], eax",
-    "mov eax, 202",
-    "mov esi, 1",
-    "mov edx, 0x7fffffff",
-    "syscall",
+    "mov rdi, [rbx + {args}]",
+    "mov rax, [rbx + {args} + 8]",
+    "mov [rdi], rax",
     "jmp 14b",
     "36:",
-    "mov rbx, [rbp + 32]",
+    "mov rbx, [rbp + {next}]",
     "jmp 10b",
     // A bare system call instruction, for calls whose return must be caught from outside.
     ".globl crtool_runner_syscall",
@@ -144,6 +192,32 @@ global_asm!(
     ".globl crtool_runner_end",
     "crtool_runner_end:",
     ".popsection",
+    op = const offset_of!(Entry, op),
+    args = const offset_of!(Entry, args),
+    flags = const offset_of!(Entry, flags),
+    expect = const offset_of!(Entry, expect),
+    child_slot = const offset_of!(Entry, child_slot),
+    result = const offset_of!(Entry, result),
+    SIZE = const size_of::<Entry>(),
+    status = const offset_of!(Slot, status),
+    failed = const offset_of!(Slot, failed),
+    on_fail = const offset_of!(Slot, on_fail),
+    start = const offset_of!(Slot, start),
+    next = const offset_of!(Slot, next),
+    OK = const flag::OK,
+    EQUAL = const flag::EQUAL,
+    RETRY = const flag::RETRY,
+    CLONE = const flag::CLONE,
+    FAILED = const FAILED,
+    JUMP = const op::JUMP,
+    SIGRETURN = const op::SIGRETURN,
+    WAIT_ZERO = const op::WAIT_ZERO,
+    TRAP = const op::TRAP,
+    COPY = const op::COPY,
+    STORE = const op::STORE,
+    EINTR = const libc::EINTR,
+    SYS_RT_SIGRETURN = const libc::SYS_rt_sigreturn,
+    SYS_FUTEX = const libc::SYS_futex,
 );
 
 unsafe extern "C" {

@@ -40,6 +40,12 @@ pub fn kill(pid: pid_t, signal: i32) -> Result<()> {
     ret_int(unsafe { libc::kill(pid, signal) }).map(drop)
 }
 
+/// tgkill(2).
+pub fn tgkill(pid: pid_t, tid: pid_t, signal: i32) -> Result<()> {
+    // SAFETY: no pointers.
+    ret(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
+}
+
 /// Raises our own soft limit of `resource` to its hard limit.
 pub fn raise_soft_limit(resource: u32) -> Result<()> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };

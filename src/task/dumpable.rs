@@ -1,24 +1,16 @@
 //! `dumpable`: whether others may look into a process. Its value is in the mm image.
+//!
+//! Changes of credentials reset it for the whole process, and from the moment it is set any process of the same user may
+//! write the memory of the task. So the supervisor sets it, when nothing of its own is in the process but the call itself.
 
-use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
-use crate::{
-    finding::Finding,
-    tracee::{List, Want},
-};
+use super::{Result, TaskError};
 
-pub(super) fn dump(_: &ThreadView<'_>, _: &mut ThreadParts, _: &mut Vec<Finding>) -> Result<()> {
-    Ok(())
-}
-
-/// In every thread, after its credentials: changing them resets it for the whole process.
-pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
-    let value: u32 = match plan.dumpable {
+/// What PR_SET_DUMPABLE is to be called with for the value of an image.
+pub fn dumpable_to_set(value: i32) -> Result<u64> {
+    match value {
         // 2 (only root may read the core file) cannot be set: not dumpable is the nearest that is safe.
-        0 | 2 => 0,
-        1 => 1,
-        other => return Err(TaskError::image(format!("dumpable {other}"))),
-    };
-    let args = [libc::PR_SET_DUMPABLE.into(), value.into()];
-    list.call("PR_SET_DUMPABLE", libc::SYS_prctl, &args, Want::Zero);
-    Ok(())
+        0 | 2 => Ok(0),
+        1 => Ok(1),
+        other => Err(TaskError::image(format!("dumpable {other}"))),
+    }
 }

@@ -5,7 +5,7 @@
 
 use crate::{
     sys::{Errno, pod},
-    tracee::{Area, CallId, Data, List, Placed, Want},
+    tracee::{CallId, Data, List, Results, Want},
 };
 
 use super::{
@@ -221,17 +221,17 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
 }
 
 /// Results of a list that has run.
-struct Results<'a>(&'a Area, &'a Placed);
+struct Told<'a>(&'a Results);
 
-impl Results<'_> {
+impl Told<'_> {
     /// What a call returned; `None` when it failed.
     fn maybe(&self, call: CallId) -> Result<Option<u64>> {
-        let value = self.0.result(self.1, call).map_err(TaskError::Results)?;
+        let value = self.0.value(call).map_err(TaskError::Results)?;
         Ok(u64::try_from(value).ok())
     }
 
     fn must(&self, call: CallId, what: &'static str) -> Result<u64> {
-        let value = self.0.result(self.1, call).map_err(TaskError::Results)?;
+        let value = self.0.value(call).map_err(TaskError::Results)?;
         u64::try_from(value).map_err(|_| TaskError::Inside {
             what,
             source: Errno::from_raw(i32::try_from(-value).unwrap_or(libc::EIO)),
@@ -239,8 +239,8 @@ impl Results<'_> {
     }
 
     fn data<T: pod::Pod>(&self, data: Data) -> Result<T> {
-        let bytes = self.0.data(self.1, data, size_of::<T>()).map_err(TaskError::Results)?;
-        pod::from_bytes(&bytes).ok_or(TaskError::Results(crate::tracee::TraceError::Area(Errno::EINVAL)))
+        let bytes = self.0.data(data, size_of::<T>()).map_err(TaskError::Results)?;
+        pod::from_bytes(bytes).ok_or(TaskError::Results(crate::tracee::TraceError::Area(Errno::EINVAL)))
     }
 
     fn must_data<T: pod::Pod>(&self, (call, data): (CallId, Data), what: &'static str) -> Result<T> {
@@ -259,8 +259,8 @@ fn narrow(value: u64) -> u32 {
 
 impl ThreadQueries {
     /// Reads what the thread told, once the list has run.
-    pub fn read(&self, area: &Area, placed: &Placed) -> Result<ThreadInside> {
-        let results = Results(area, placed);
+    pub fn read(&self, results: &Results) -> Result<ThreadInside> {
+        let results = Told(results);
         let [sp, flags, size]: [u64; 3] = results.must_data(self.altstack, "sigaltstack")?;
         let mut tls = [[0; 4]; 3];
         for (to, from) in tls.iter_mut().zip(self.tls) {
@@ -291,8 +291,8 @@ impl ThreadQueries {
 
 impl ProcessQueries {
     /// Reads what the process told, once the list has run.
-    pub fn read(&self, area: &Area, placed: &Placed) -> Result<ProcessInside> {
-        let results = Results(area, placed);
+    pub fn read(&self, results: &Results) -> Result<ProcessInside> {
+        let results = Told(results);
         let sigactions = self.sigactions.iter().map(|from| results.must_data(*from, "rt_sigaction"));
         let posix_timers = self.posix_timers.iter().map(|&(call, data, overrun)| {
             let times = results.must_data((call, data), "timer_gettime")?;

@@ -37,10 +37,12 @@ mod thp;
 mod tid_address;
 mod tls;
 
+pub use dumpable::dumpable_to_set;
 pub use error::{Result, TaskError};
 pub use inside::{
     Odd, ProcessInside, ProcessQueries, ThreadInside, ThreadQueries, process_queries, thread_queries,
 };
+pub use pending::{PendingStop, pending_signals, pending_stop, signal_of};
 pub use posix_timer::ids as posix_timer_ids;
 pub use state::{FinalState, final_state};
 pub use supervisor::Supervisor;
@@ -69,8 +71,6 @@ pub struct ThreadCx {
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub sigmask: u64,
-    /// A signal that was taken from the queue and not yet delivered when the thread stopped (PTRACE_GETSIGINFO).
-    pub in_delivery: Option<[u8; 128]>,
     /// Signals whose handlers have SA_RESTART: [`ProcessInside::restarting`].
     pub restarting: u64,
     /// What it told from inside.
@@ -119,8 +119,6 @@ pub struct ThreadPlan<'a> {
     pub pid: i32,
     /// Its own id.
     pub tid: i32,
-    /// `dumpable` of its mm image.
-    pub dumpable: i32,
     /// Filters of the whole tree.
     pub seccomp: &'a seccomp::Plan,
     /// Who restores it.
@@ -184,7 +182,6 @@ static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "seccomp", dump: seccomp::dump_mode, plan: seccomp::plan },
     ThreadPart { name: "creds, the last step", dump: creds::nothing_more, plan: creds::plan_last },
     ThreadPart { name: "pdeath", dump: pdeath::dump, plan: pdeath::plan },
-    ThreadPart { name: "dumpable", dump: dumpable::dump, plan: dumpable::plan },
 ];
 
 /// Resources of a process, in the order of a restore.
@@ -265,7 +262,7 @@ pub(crate) fn settle_timers(
     let [[sec, nsec], _] = inside;
     let read = Duration::from_secs(sec).saturating_add(Duration::from_nanos(nsec));
     let gone = now.monotonic.saturating_sub(read);
-    let infos = cores.iter().flat_map(|(_, core)| pending::queues(core));
+    let infos = cores.iter().flat_map(|(_, core)| pending::infos(core));
     let waiting = infos.filter_map(|info| posix_timer::sender(&info.siginfo)).collect();
     for timers in cores.iter_mut().filter_map(|(_, core)| core.tc.as_mut()?.timers.as_mut()) {
         itimer::settle(timers, gone);

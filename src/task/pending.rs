@@ -1,16 +1,17 @@
 //! Signals that were sent and not yet delivered, with everything that came with them.
 //!
-//! They are queued by the restored threads to themselves, which may carry any siginfo. All signals are
-//! blocked then, so nothing is delivered and nothing is discarded as ignored.
-
-use libc::c_long;
+//! They are queued by the restored threads to themselves, which may carry any siginfo, by calls that the supervisor makes in
+//! them one by one at the very end ([`pending_signals`]). All signals are blocked then, so nothing is delivered and nothing is
+//! discarded as ignored. What a list does before is to take what came while the process was made.
+//!
+//! A SIGSTOP pends only where a process is stopped already. Nothing blocks it, so it is sent when the task is let go.
 
 use super::{ProcessCx, Result, TaskError, ThreadParts, ThreadPlan, ThreadView, error::parse_proc};
 use crate::{
     finding::Finding,
     image::pb,
-    sys::{pod, ptrace},
-    tracee::{Arg, List, Want},
+    sys::ptrace,
+    tracee::{List, Want},
 };
 
 /// `struct siginfo`.
@@ -18,14 +19,10 @@ const SIGINFO_LEN: usize = 128;
 /// As many as can be pending in a new process by the way it was made: SIGCHLD, SIGCONT, and some to spare.
 const DRAINS: usize = 8;
 
-fn signal_of(info: &[u8]) -> u32 {
-    info.get(..4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes)
-}
-
 /// All queued signals. `set` are those that pend: one sent when memory or RLIMIT_SIGPENDING
 /// had run out pends without an entry in the queue, and is delivered as if kill had sent it.
-fn queue(tid: i32, shared: bool, set: u64, first: Option<[u8; SIGINFO_LEN]>) -> Result<pb::SignalQueueEntry> {
-    let mut infos: Vec<[u8; SIGINFO_LEN]> = first.into_iter().collect();
+fn queue(tid: i32, shared: bool, set: u64) -> Result<pb::SignalQueueEntry> {
+    let mut infos: Vec<[u8; SIGINFO_LEN]> = Vec::new();
     let mut at = 0;
     loop {
         let some = ptrace::peek_siginfo(tid, shared, at)
@@ -52,7 +49,7 @@ pub(super) fn dump_thread(
     parts: &mut ThreadParts,
     _: &mut Vec<Finding>,
 ) -> Result<()> {
-    parts.core.signals_p = Some(queue(view.cx.tid, false, view.status.sigpnd, view.cx.in_delivery)?);
+    parts.core.signals_p = Some(queue(view.cx.tid, false, view.status.sigpnd)?);
     Ok(())
 }
 
@@ -63,66 +60,77 @@ pub(super) fn dump_process(
 ) -> Result<()> {
     let path = format!("/proc/{}/task/{}/status", cx.pid, cx.tid);
     let status = parse_proc(cx.tid, path, crate::proc::status::parse)?;
-    entry.signals_s = Some(queue(cx.tid, true, status.shdpnd, None)?);
+    entry.signals_s = Some(queue(cx.tid, true, status.shdpnd)?);
     Ok(())
 }
 
-/// SIGKILL and SIGSTOP cannot be blocked, so they cannot be queued this way.
-fn is_blockable(signal: u32) -> bool {
-    i32::try_from(signal).is_ok_and(|s| s != libc::SIGKILL && s != libc::SIGSTOP)
+/// The signal of a siginfo; 0 is none.
+pub fn signal_of(info: &[u8]) -> u32 {
+    info.get(..4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes)
 }
 
-pub(super) fn queues(core: &pb::CoreEntry) -> impl Iterator<Item = &pb::SiginfoEntry> {
+/// Both queues of a core image: that of the process, and that of the thread.
+fn queues(core: &pb::CoreEntry) -> [(Option<&pb::SignalQueueEntry>, bool); 2] {
     let shared = core.tc.as_deref().and_then(|tc| tc.signals_s.as_ref());
     let private = core.thread_core.as_deref().and_then(|t| t.signals_p.as_ref());
-    shared.into_iter().chain(private).flat_map(|queue| &queue.signals)
+    [(shared, true), (private, false)]
 }
 
-/// Whether a SIGSTOP was on its way, to be sent again when the task is let go.
-pub(super) fn has_stop(core: &pb::CoreEntry) -> bool {
-    queues(core).any(|info| i32::try_from(signal_of(&info.siginfo)) == Ok(libc::SIGSTOP))
+/// All signals that pended, of both queues.
+pub(super) fn infos(core: &pb::CoreEntry) -> impl Iterator<Item = &pb::SiginfoEntry> {
+    queues(core).into_iter().flat_map(|(queue, _)| queue).flat_map(|queue| &queue.signals)
 }
 
-fn send(
-    list: &mut List,
-    queue: Option<&pb::SignalQueueEntry>,
-    name: &'static str,
-    nr: c_long,
-    to: &[i32],
-) -> Result<()> {
-    for info in queue.iter().flat_map(|queue| &queue.signals) {
-        let bytes: [u8; SIGINFO_LEN] = info
-            .siginfo
-            .as_slice()
-            .try_into()
-            .map_err(|_| TaskError::image(format!("a siginfo of {} bytes", info.siginfo.len())))?;
-        let signal = signal_of(&bytes);
-        if !(1..=64).contains(&signal) {
-            return Err(TaskError::image(format!("a pending signal {signal}")));
-        }
-        if is_blockable(signal) {
-            let data = list.bytes(pod::bytes_of(&bytes));
-            let mut args: Vec<Arg> = to.iter().map(|id| (*id).into()).collect();
-            args.extend([Arg::from(signal), Arg::from(data)]);
-            list.call(format!("{name} of signal {signal}"), nr, &args, Want::Zero);
+/// What is to be queued by a thread, in order, and whether to its process. SIGKILL and SIGSTOP are not among them, since
+/// nothing blocks them.
+pub fn pending_signals(core: &pb::CoreEntry) -> Result<Vec<([u8; SIGINFO_LEN], bool)>> {
+    let mut all = Vec::new();
+    for (queue, shared) in queues(core) {
+        for info in queue.iter().flat_map(|queue| &queue.signals) {
+            let bytes: [u8; SIGINFO_LEN] = info
+                .siginfo
+                .as_slice()
+                .try_into()
+                .map_err(|_| TaskError::image(format!("a siginfo of {} bytes", info.siginfo.len())))?;
+            let signal = signal_of(&bytes);
+            if !(1..=64).contains(&signal) {
+                return Err(TaskError::image(format!("a pending signal {signal}")));
+            }
+            if ![libc::SIGKILL, libc::SIGSTOP].contains(&signal.cast_signed()) {
+                all.push((bytes, shared));
+            }
         }
     }
-    Ok(())
+    Ok(all)
 }
 
+/// Where a SIGSTOP pended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PendingStop {
+    /// It was sent to the process.
+    Process,
+    /// It was sent to the thread.
+    Thread,
+}
+
+/// A SIGSTOP that pended, to be sent when the task is let go.
+pub fn pending_stop(core: &pb::CoreEntry) -> Option<PendingStop> {
+    queues(core).into_iter().find_map(|(queue, shared)| {
+        let stop = |info: &pb::SiginfoEntry| signal_of(&info.siginfo) == libc::SIGSTOP.cast_unsigned();
+        let there = queue.is_some_and(|queue| queue.signals.iter().any(stop));
+        there.then_some(if shared { PendingStop::Process } else { PendingStop::Thread })
+    })
+}
+
+/// Takes what came while the process was made, which was not meant for it.
 pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
-    if let Some(tc) = plan.process() {
-        // What came while the process was made was not meant for it.
+    if plan.process().is_some() {
         let all = list.value(&u64::MAX);
         let no_wait = list.value(&[0u64; 2]);
         for _ in 0..DRAINS {
             let args = [all.into(), 0u64.into(), no_wait.into(), 8u64.into()];
             list.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, &args, Want::Any);
         }
-        let to = [plan.pid];
-        send(list, tc.signals_s.as_ref(), "rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &to)?;
     }
-    let to = [plan.pid, plan.tid];
-    let private = plan.thread()?.signals_p.as_ref();
-    send(list, private, "rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &to)
+    Ok(())
 }

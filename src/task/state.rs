@@ -5,7 +5,7 @@
 
 use libc::user_regs_struct;
 
-use super::{Result, TaskError, ThreadParts, ThreadView, pending};
+use super::{Result, TaskError, ThreadParts, ThreadView};
 use crate::{
     arch::{self, Delivery, registers, xsave},
     finding::Finding,
@@ -22,8 +22,6 @@ pub struct FinalState {
     pub xstate: Vec<u8>,
     /// Blocked signals.
     pub sigmask: u64,
-    /// A SIGSTOP was pending: send one when the thread is let go, since it cannot be queued before.
-    pub stop_pending: bool,
 }
 
 impl FinalState {
@@ -110,5 +108,5 @@ pub fn final_state(core: &pb::CoreEntry) -> Result<FinalState> {
     let of_thread = core.thread_core.as_deref().and_then(|t| t.blk_sigset);
     let of_process = core.tc.as_deref().map(|tc| tc.blk_sigset);
     let sigmask = of_process.or(of_thread).ok_or_else(|| TaskError::image("the signal mask is missing"))?;
-    Ok(FinalState { regs, xstate, sigmask, stop_pending: pending::has_stop(core) })
+    Ok(FinalState { regs, xstate, sigmask })
 }

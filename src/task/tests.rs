@@ -15,10 +15,11 @@ fn dump(target: &mut Target, seccomp: &mut seccomp::Dump) -> (pb::CoreEntry, Vec
     let thread = thread_queries(&mut list);
     let process = process_queries(&mut list, &posix_timer_ids(pid).unwrap());
     let placed = target.run(&list).unwrap();
-    let process = process.read(&target.area, &placed).unwrap();
-    let inside = thread.read(&target.area, &placed).unwrap();
+    let results = target.area.results(&placed).unwrap();
+    let process = process.read(&results).unwrap();
+    let inside = thread.read(&results).unwrap();
     let restarting = process.restarting();
-    let cx = ThreadCx { pid, tid: pid, regs, xstate, sigmask, in_delivery: None, restarting, inside };
+    let cx = ThreadCx { pid, tid: pid, regs, xstate, sigmask, restarting, inside };
     let mut findings = Vec::new();
     let parts = dump_thread(&cx, seccomp, &mut findings).unwrap();
     let cx = ProcessCx { pid, tid: pid, threads: 1, sigmask, stop_signal: None, inside: process };
@@ -79,19 +80,13 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
         timer.notify_thread_id = timer.notify_thread_id.map(|_| to.pid());
     }
     let seccomp = seccomp::Plan::new(&filters, &[(to.pid(), vec![&image])]).unwrap();
-    let plan = ThreadPlan {
-        core: &image,
-        pid: to.pid(),
-        tid: to.pid(),
-        dumpable: mm.dumpable(),
-        seccomp: &seccomp,
-        supervisor,
-    };
+    let plan = ThreadPlan { core: &image, pid: to.pid(), tid: to.pid(), seccomp: &seccomp, supervisor };
     let mut list = List::new("restore");
     plan_process_early(&before, supervisor, &mut list).unwrap();
     plan_process(&before, &mm, supervisor, &mut list).unwrap();
     plan_thread(&plan, &mut list).unwrap();
     to.run(&list).unwrap();
+    last_calls(&to, &image, mm.dumpable());
     let mut filters_after = seccomp::Dump::new();
     let (after, findings, inside_after) = dump(&mut to, &mut filters_after);
     assert!(findings.is_empty(), "{findings:?}");
@@ -99,6 +94,23 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
     assert_eq!(timeless(&after), timeless(&before));
     assert_eq!(inside_after.thp_disable, inside_before.thp_disable);
     RoundTrip { before, after, inside_before, inside_after, filters }
+}
+
+/// What the supervisor makes a task do at the very end.
+fn last_calls(to: &Target, image: &pb::CoreEntry, dumpable: i32) {
+    let pid = to.pid().cast_unsigned().into();
+    for (info, shared) in pending_signals(image).unwrap() {
+        to.write(to.scratch(), &info);
+        let signal = signal_of(&info).into();
+        let result = if shared {
+            to.call(libc::SYS_rt_sigqueueinfo, &[pid, signal, to.scratch()])
+        } else {
+            to.call(libc::SYS_rt_tgsigqueueinfo, &[pid, pid, signal, to.scratch()])
+        };
+        assert_eq!(result, 0);
+    }
+    let value = dumpable_to_set(dumpable).unwrap();
+    assert_eq!(to.call(libc::SYS_prctl, &[u64::from(libc::PR_SET_DUMPABLE.cast_unsigned()), value]), 0);
 }
 
 fn carry(setup: impl FnOnce(&Target, &mut List)) -> RoundTrip {
@@ -261,8 +273,7 @@ fn what_came_while_it_was_made_is_dropped() {
     let supervisor = Supervisor::probe().unwrap();
     let (core, ..) = dump(&mut Target::new(), &mut seccomp::Dump::new());
     let (pid, filters) = (to.pid(), seccomp::Plan::default());
-    let plan =
-        ThreadPlan { core: &core, pid, tid: pid, dumpable: 1, seccomp: &filters, supervisor: &supervisor };
+    let plan = ThreadPlan { core: &core, pid, tid: pid, seccomp: &filters, supervisor: &supervisor };
     let mut list = List::new("restore");
     plan_thread(&plan, &mut list).unwrap();
     to.run(&list).unwrap();
@@ -496,8 +507,7 @@ fn damaged_images_are_planned_or_refused() {
         let planned = (|| {
             final_state(core)?;
             let seccomp = seccomp::Plan::new(filters, &[(1, vec![core])])?;
-            let plan =
-                ThreadPlan { core, pid: 1, tid: 1, dumpable: 1, seccomp: &seccomp, supervisor: &supervisor };
+            let plan = ThreadPlan { core, pid: 1, tid: 1, seccomp: &seccomp, supervisor: &supervisor };
             let mut list = List::new("restore");
             plan_process_early(core, &supervisor, &mut list)?;
             plan_process(core, &pb::MmEntry::default(), &supervisor, &mut list)?;

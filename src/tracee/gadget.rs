@@ -4,6 +4,9 @@
 //! and the "return from signal" stub that every C library has (`mov $15, %eax; syscall`). With them a
 //! call can be followed by rt_sigreturn without any code of ours, so a target whose tracer dies between
 //! the two heals itself.
+//!
+//! Code of shared mappings is not used: somebody else may change it between our look and the call. Code of private mappings
+//! can still be changed by other threads and by who may write the file, so what it returns is not relied on.
 
 use std::collections::HashMap;
 
@@ -49,7 +52,7 @@ fn find(text: &[u8], pattern: &[u8]) -> Option<u64> {
 }
 
 impl GadgetCache {
-    /// Finds both in executable mappings; C libraries first.
+    /// Finds both in private executable mappings; the vdso, which nobody can change, and C libraries first.
     pub(super) fn search(
         &mut self,
         pid: i32,
@@ -59,12 +62,13 @@ impl GadgetCache {
         let mut code: Vec<&Vma> = maps
             .iter()
             .filter(|v| v.prot & (libc::PROT_EXEC | libc::PROT_READ) == libc::PROT_EXEC | libc::PROT_READ)
-            .filter(|v| !matches!(v.name, Some(VmaName::Vsyscall)))
+            .filter(|v| !v.shared && !matches!(v.name, Some(VmaName::Vsyscall)))
             .collect();
         let likely = |v: &Vma| match v.path() {
-            Some(p) if p.windows(5).any(|w| w == b"/libc" || w == b"/ld-m") => 0,
-            Some(_) => 2,
-            None => 1,
+            _ if matches!(v.name, Some(VmaName::Vdso)) => 0,
+            Some(p) if p.windows(5).any(|w| w == b"/libc" || w == b"/ld-m") => 1,
+            None => 2,
+            Some(_) => 3,
         };
         code.sort_by_key(|v| likely(v));
         let (mut call, mut back) = (None, None);

@@ -10,16 +10,26 @@
 //! was. If crtool is killed in the middle, an unused mapping may stay; the next injection removes it.
 //! Restart blocks (nanosleep and the like) are kept when crtool puts the state back, and end in EINTR
 //! when the thread has to heal itself.
+//!
+//! The target may be hostile, so nothing that its code returns decides what crtool writes to: the area is private memory
+//! at an address that crtool has chosen from the kernel's list of mappings, and it is written and read through /proc/PID/mem,
+//! by which nothing can be changed but memory of the target that the target could change itself. What lists return are
+//! the target's words about itself, to be checked like an image.
+//!
+//! A stop signal that comes meanwhile is not lost. If the process was running, the signal stops it as it would have done
+//! without us: its threads are in a group stop, which does not hinder a tracer, and stay in it when they are let go. If it was
+//! stopped before, the signal only waits; it is kept from the thread that has to run and sent again once all is put back.
 
 use std::{
     cell::Cell,
-    fs::File,
-    os::fd::AsFd,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
-    Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Stop, Stopped, TraceError, Want,
+    Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Results, Stop, Stopped,
+    TraceError, Want,
+    area::{self, CODE_LEN, Memory},
 };
 use crate::{
     arch::{registers, sigframe, xsave},
@@ -27,24 +37,20 @@ use crate::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
     },
-    sys::{
-        Errno,
-        mapping::{Access, Mapping},
-        ptrace,
-        wait::Status,
-    },
+    sys::{Errno, ptrace, runner::Slot, wait::Status},
 };
 
 const PAGE: u64 = 4096;
-/// Of an area. On x86 what can be written or run can be read as well, so the kernel needs not be told; and as
-/// nobody else leaves it out, this is how an area is recognised that a killed crtool has left behind.
-const PROT: i32 = libc::PROT_WRITE | libc::PROT_EXEC;
+/// End of what user space can map with 4-level page tables.
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+/// Nothing is mapped below by us, because vm.mmap_min_addr may be as high.
+const LOWEST: u64 = 1 << 20;
 /// Bytes below the stack pointer that belong to the running function (System V ABI).
 const RED_ZONE: u64 = 128;
 const ALL_BLOCKED: u64 = u64::MAX;
 /// A thread that runs code of ours is waited for even when the user or the clock says that it is enough: to pull its
 /// stack or its code from under it would kill it. What it runs is short; one that takes longer than this hangs.
-const GRACE: Duration = Duration::from_secs(5);
+const GRACE: Duration = Duration::from_millis(500);
 
 /// True state of a stopped thread, read once when it stopped.
 #[derive(Debug)]
@@ -95,7 +101,7 @@ pub struct Injection<'t> {
     pid: i32,
     agent: &'t Thread,
     gadgets: Gadgets,
-    memory: RemoteMemory,
+    memory: Arc<RemoteMemory>,
     scratch: Option<RemoteAddr>,
     saved: Vec<u8>,
     area: Option<Area>,
@@ -105,6 +111,8 @@ pub struct Injection<'t> {
     live: bool,
     /// A thread could not be caught: it still needs the area, and heals itself.
     lost: bool,
+    /// A SIGSTOP was kept from a thread of a process that is stopped already.
+    stop_due: Cell<bool>,
 }
 
 fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
@@ -121,18 +129,19 @@ pub fn read_status(pid: i32, tid: i32) -> Result<TaskStatus, TraceError> {
     Ok(crate::proc::status::parse(&proc_bytes(format!("/proc/{pid}/task/{tid}/status"))?)?)
 }
 
-/// Areas have a number of pages that leaves this remainder, divided by [`LENGTH_STEP`].
-const LENGTH_MARK: u64 = 37;
-const LENGTH_STEP: u64 = 64;
-
-/// The next length that says whose the area is. What is not used takes no memory.
-fn marked_length(len: u64) -> u64 {
-    let pages = len.div_ceil(PAGE);
-    (pages + (LENGTH_MARK + LENGTH_STEP - pages % LENGTH_STEP) % LENGTH_STEP) * PAGE
-}
-
-fn ours_by_length(len: u64) -> bool {
-    len.is_multiple_of(PAGE) && len / PAGE % LENGTH_STEP == LENGTH_MARK
+/// Where `len` bytes are free: in the middle of the widest gap, so that heap and stacks can grow. `None` when there are none.
+fn free_place(maps: &[Vma], len: u64) -> Option<RemoteAddr> {
+    let mut end = LOWEST;
+    let mut widest: Option<(u64, u64)> = None;
+    let starts = maps.iter().map(|v| (v.start.min(TASK_SIZE), v.end)).chain([(TASK_SIZE, TASK_SIZE)]);
+    for (start, next) in starts {
+        if start > end && widest.is_none_or(|(low, high)| start - end > high - low) {
+            widest = Some((end, start));
+        }
+        end = end.max(next);
+    }
+    let (low, high) = widest.filter(|(low, high)| high - low >= len + 2 * PAGE)?;
+    Some(RemoteAddr((low + (high - low - len) / 2) & !(PAGE - 1)))
 }
 
 /// Where the signal frame goes: the far end of the main stack if the stack pointers leave room,
@@ -174,10 +183,12 @@ impl<'t> Injection<'t> {
         check: &'t dyn Fn() -> Result<(), TraceError>,
     ) -> Result<Self, TraceError> {
         let tid = agent.tid();
-        let len = usize::try_from(marked_length(len as u64)).unwrap_or(len);
+        let len = CODE_LEN + len.next_multiple_of(CODE_LEN);
         let maps = read_maps(tid)?;
-        let memory = RemoteMemory::open(tid)?;
+        let memory = Arc::new(RemoteMemory::open(tid)?);
         let gadgets = cache.search(pid, &maps, &memory)?;
+        let no_room = TraceError::Inject { what: "room for the list area", pid, source: Errno::ENOMEM };
+        let at = free_place(&maps, len as u64).ok_or(no_room)?;
         let sps: Vec<u64> = threads.iter().map(|t| t.regs.rsp).collect();
         // The frame's own 64-byte alignment needs slack on top.
         let len_frame =
@@ -203,66 +214,78 @@ impl<'t> Injection<'t> {
             enough: Cell::new(None),
             live: true,
             lost: false,
+            stop_due: Cell::new(false),
         };
         check()?;
-
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let result =
-            this.single_call(libc::SYS_mmap, [0, len as u64, PROT as u64, flags as u64, u64::MAX, 0])?;
-        let remote = match Errno::result(if (-4095..0).contains(&result) { -1 } else { 0 }) {
-            Ok(_) => RemoteAddr(result.cast_unsigned()),
-            Err(_) => {
-                let source = Errno::from_raw(i32::try_from(-result).unwrap_or(0));
-                return Err(TraceError::Inject { what: "mmap of the list area", pid, source });
-            }
-        };
-        let path = format!("/proc/{tid}/map_files/{:x}-{:x}", remote.0, remote.0 + len as u64);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|source| TraceError::Proc { path, source });
-        let area = file.and_then(|file| {
-            let map =
-                Mapping::shared(file.as_fd(), 0, len, Access::ReadWrite, None).map_err(TraceError::Area)?;
-            Area::new(map, remote)
-        });
-        match area {
-            Ok(area) => this.area = Some(area),
-            Err(e) => {
-                this.unmap(remote, len as u64)?;
-                return Err(e);
-            }
-        }
+        this.map(at, len)?;
+        this.area = Some(Area::with_code(at, len, Memory::File(Arc::clone(&this.memory))));
         this.remove_stale(&maps, threads)?;
         Ok(this)
     }
 
-    /// Areas that an injection which was killed has left behind.
-    fn remove_stale(&mut self, maps: &[Vma], threads: &[&Thread]) -> Result<(), TraceError> {
-        for vma in
-            maps.iter().filter(|v| v.shared && v.prot == PROT && v.path() == Some(b"/dev/zero (deleted)"))
-        {
-            // A task that has been stopped all the time is still on its way back through it.
-            if threads.iter().any(|t| (vma.start..vma.end).contains(&t.regs.rip)) {
-                continue;
-            }
-            let code = crate::sys::runner::code();
-            let mut head = vec![0u8; code.len()];
-            let read = self.memory.read_some(RemoteAddr(vma.start), &mut head) == code.len();
-            // Killed right after the mmap, it is still empty. Then only its odd length and protection tell it
-            // from memory of the program's own.
-            let empty = ours_by_length(vma.len()) && head.iter().all(|&byte| byte == 0);
-            if read && (head == code || empty) {
-                self.unmap(RemoteAddr(vma.start), vma.len())?;
+    /// Maps the area at a free address. Whatever the target's code makes of the call, only the address that was asked for
+    /// is used afterwards.
+    fn map(&mut self, at: RemoteAddr, len: usize) -> Result<(), TraceError> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        let code = libc::PROT_READ | libc::PROT_EXEC;
+        let data = libc::PROT_READ | libc::PROT_WRITE;
+        let mmap = |prot: i32| [at.0, len as u64, prot as u64, flags as u64, u64::MAX, 0];
+        let pid = self.pid;
+        let failed = |what, result: i64| {
+            let source = Errno::from_raw(i32::try_from(-result).unwrap_or(0));
+            TraceError::Inject { what, pid, source }
+        };
+        let mut mapped = self.single_call(libc::SYS_mmap, mmap(code | data))?;
+        // PR_SET_MDWE forbids memory that can be written and executed, and memory that becomes executable; code that was
+        // so from the beginning and is written from outside it cannot forbid.
+        let separate = mapped == -i64::from(libc::EACCES);
+        if separate {
+            mapped = self.single_call(libc::SYS_mmap, mmap(code))?;
+        }
+        if (-4095..0).contains(&mapped) {
+            return Err(failed("mmap of the list area", mapped));
+        }
+        if separate {
+            let rest = [at.0 + CODE_LEN as u64, (len - CODE_LEN) as u64, data as u64, 0, 0, 0];
+            let result = self.single_call(libc::SYS_mprotect, rest)?;
+            if result != 0 {
+                self.unmap(at, len as u64)?;
+                return Err(failed("mprotect of the list area", result));
             }
         }
         Ok(())
     }
 
-    /// The area.
-    pub fn area(&mut self) -> Result<&mut Area, TraceError> {
+    /// Areas that an injection which was killed has left behind.
+    fn remove_stale(&mut self, maps: &[Vma], threads: &[&Thread]) -> Result<(), TraceError> {
+        let executable =
+            |v: &&Vma| !v.shared && v.ino == 0 && v.name.is_none() && v.prot & libc::PROT_EXEC != 0;
+        for vma in maps.iter().filter(executable) {
+            let at = RemoteAddr(vma.start);
+            let mut page = vec![0u8; CODE_LEN];
+            let read = self.memory.read_some(at, &mut page);
+            let Some(len) = area::len_of_stale(at, &page[..read]) else { continue };
+            // All of it must be memory like that of an area, not something that was mapped over it.
+            let inside = maps.iter().filter(|v| v.start < at.0 + len && v.end > at.0);
+            let plain =
+                inside.clone().all(|v| !v.shared && v.ino == 0 && v.name.is_none() && v.end <= at.0 + len);
+            let covered: u64 = inside.map(Vma::len).sum();
+            // A task that has been stopped all the time is still on its way back through it.
+            let in_use = threads.iter().any(|t| (at.0..at.0 + len).contains(&t.regs.rip));
+            if plain && covered == len && !in_use {
+                self.unmap(at, len)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn area(&mut self) -> Result<&mut Area, TraceError> {
         self.area.as_mut().ok_or(TraceError::Area(Errno::EBADF))
+    }
+
+    /// What a list that [`Self::run`] has run returned. They are the target's own words about itself.
+    pub fn results(&self, placed: &Placed) -> Result<Results, TraceError> {
+        self.area.as_ref().ok_or(TraceError::Area(Errno::EBADF))?.results(placed)
     }
 
     /// A `syscall` instruction of the process itself, which stays when the area goes.
@@ -282,21 +305,35 @@ impl<'t> Injection<'t> {
         }
     }
 
+    /// The signal to go on with after a thread reported a stop signal, see the head of this module.
+    fn after_stop_signal(&self, signal: i32) -> i32 {
+        if matches!(self.agent.stopped.stop(), Stop::Group(_)) {
+            self.stop_due.set(true);
+            0
+        } else {
+            signal
+        }
+    }
+
     /// Lets the agent's next stop be one from which the kernel restarts interrupted calls by itself.
     fn stop_before_user_code(&self) -> Result<(), TraceError> {
         let tid = self.agent.tid();
+        let cont = |signal| ptrace::cont(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e));
         ptrace::interrupt(tid).map_err(|e| TraceError::request("PTRACE_INTERRUPT", tid, e))?;
-        ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
+        cont(0)?;
         loop {
             match self.agent.stopped.report(&self.patience())? {
-                Status::Stopped(_, ptrace::EVENT_STOP) => return Ok(()),
-                Status::Stopped(signal, 0) => {
-                    // A stop signal that nothing blocks; sent again when the thread is itself.
-                    ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
-                    let _ = crate::sys::task::kill(self.pid, signal);
+                Status::Stopped(event, ptrace::EVENT_STOP) => {
+                    // Somebody has let the process go on meanwhile, which takes back stops that wait.
+                    if event == libc::SIGTRAP {
+                        self.stop_due.set(false);
+                    }
+                    return Ok(());
                 }
+                Status::Stopped(libc::SIGSTOP, 0) => cont(self.after_stop_signal(libc::SIGSTOP))?,
                 stop => return Err(TraceError::Stop { tid, stop, doing: "being put back" }),
             }
+            self.patience()()?;
         }
     }
 
@@ -345,16 +382,16 @@ impl<'t> Injection<'t> {
 
     fn to_syscall_stop(&self) -> Result<(), TraceError> {
         let tid = self.agent.tid();
+        let mut signal = 0;
         loop {
-            ptrace::syscall(tid, 0).map_err(|e| TraceError::request("PTRACE_SYSCALL", tid, e))?;
-            match self.agent.stopped.report(&self.patience())? {
+            ptrace::syscall(tid, signal).map_err(|e| TraceError::request("PTRACE_SYSCALL", tid, e))?;
+            signal = match self.agent.stopped.report(&self.patience())? {
                 Status::Stopped(signal, 0) if signal == libc::SIGTRAP | 0x80 => return Ok(()),
-                Status::Stopped(_, ptrace::EVENT_STOP) => {}
-                Status::Stopped(libc::SIGSTOP, 0) => {
-                    let _ = crate::sys::task::kill(self.pid, libc::SIGSTOP);
-                }
+                Status::Stopped(_, ptrace::EVENT_STOP) => 0,
+                Status::Stopped(libc::SIGSTOP, 0) => self.after_stop_signal(libc::SIGSTOP),
                 stop => return Err(TraceError::Stop { tid, stop, doing: "making a system call" }),
-            }
+            };
+            self.patience()()?;
         }
     }
 
@@ -374,67 +411,89 @@ impl<'t> Injection<'t> {
         let pid = self.pid;
         (self.check)()?;
         let area = self.area()?;
-        let mut placed = Vec::with_capacity(jobs.len());
-        let mut slots = Vec::with_capacity(jobs.len());
-        let mut signals = Vec::with_capacity(jobs.len());
-        for (thread, list) in jobs {
-            let status = read_status(pid, thread.tid())?;
-            let signal = stop_signal(&status, thread.sigmask);
-            let mut heal = thread.regs;
-            crate::arch::restart(&mut heal);
-            let size = sigframe::build(&heal, &thread.xstate, thread.sigmask, RemoteAddr(0)).bytes.len();
-            let at = area.alloc(size + 128, 64)?;
-            let frame = sigframe::build(&heal, &thread.xstate, thread.sigmask, at);
-            area.write(at, &frame.bytes)?;
-            let mut tail = List::new("end of injection");
-            if let Some(signal) = signal {
-                let ns_pid = *status.nstgid.last().unwrap_or(&status.tgid);
-                let ns_tid = *status.nspid.last().unwrap_or(&status.pid);
-                tail.call(
-                    "tgkill",
-                    libc::SYS_tgkill,
-                    &[ns_pid.into(), ns_tid.into(), signal.into()],
-                    Want::Any,
-                );
-            }
-            tail.op(Op::Sigreturn(frame.rsp));
-            let tail = area.place(&tail)?;
-            let mut list = list.clone();
-            list.op(Op::Jump(tail.start));
-            let list = area.place(&list)?;
-            let slot = area.slot()?;
-            area.arm(slot, list.start, tail.start)?;
-            placed.push(list);
-            slots.push(slot);
-            signals.push(signal);
-        }
         let runner = area.runner();
+        let mut ready = Vec::with_capacity(jobs.len());
+        for (thread, list) in jobs {
+            ready.push(Job::place(pid, thread, list, area)?);
+        }
+        area.flush()?;
         let mut started = 0;
         let mut outcome = Ok(());
-        for (index, (thread, _)) in jobs.iter().enumerate() {
-            outcome = start(thread, runner, placed[index].start, slots[index], signals[index]);
+        for ((thread, _), job) in jobs.iter().zip(&ready) {
+            outcome = job.start(thread, runner);
             if outcome.is_err() {
                 break;
             }
-            started = index + 1;
+            started += 1;
         }
-        // Whoever was started must be caught again, whatever happened to others.
-        for (index, (thread, _)) in jobs.iter().enumerate().take(started) {
-            let caught = catch(thread, signals[index], &self.patience());
+        // Every thread that was started must be stopped again and put back before anything else happens, because its
+        // registers point into the area.
+        for ((thread, _), job) in jobs.iter().zip(&ready).take(started) {
+            let caught = self.catch(thread, job);
             // Also one that was caught in another way than it should stands still.
             let back = thread.put_back();
             self.lost |= back.is_err();
             outcome = outcome.and(caught).and(back);
         }
         outcome?;
+        let all: Vec<&Placed> = ready.iter().map(|job| &job.list).collect();
         let area = self.area()?;
-        let all: Vec<&Placed> = placed.iter().collect();
-        for slot in slots {
-            if let Some(failure) = area.failure(slot, &all)? {
-                return Err(failure);
+        for job in &ready {
+            if let Some(failure) = area.failure(job.slot, &all)? {
+                return Err(failure.error);
+            }
+            if !area.is_done(job.slot)? {
+                return Err(TraceError::Area(Errno::EPROTO));
             }
         }
-        Ok(placed)
+        Ok(ready.into_iter().map(|job| job.list).collect())
+    }
+
+    /// Waits until `thread` has run its list and is stopped where its registers can be put back.
+    fn catch(&self, thread: &Thread, job: &Job) -> Result<(), TraceError> {
+        let tid = thread.tid();
+        let go = |step: fn(i32, i32) -> Result<(), Errno>, signal: i32| {
+            step(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))
+        };
+        let run_on: fn(i32, i32) -> Result<(), Errno> =
+            if job.signal.is_some() { ptrace::cont } else { ptrace::syscall };
+        let mut at_end = false;
+        loop {
+            self.patience()()?;
+            match thread.stopped.report(&self.patience())? {
+                Status::Stopped(got, 0) if Some(got) == job.signal => {
+                    // Others may send this signal too, which nobody would notice.
+                    let area = self.area.as_ref().ok_or(TraceError::Area(Errno::EBADF))?;
+                    if area.is_done(job.slot)? {
+                        return Ok(());
+                    }
+                    go(ptrace::cont, 0)?;
+                }
+                // Without a signal to stop with, every call stops; the last one is rt_sigreturn.
+                Status::Stopped(got, 0) if got == libc::SIGTRAP | 0x80 => {
+                    let mut regs = thread.stopped.regs()?;
+                    if regs.orig_rax == libc::SYS_rt_sigreturn as u64 && !at_end {
+                        at_end = true;
+                        regs.orig_rax = u64::MAX;
+                        thread.stopped.set_regs(&regs)?;
+                        go(ptrace::syscall, 0)?;
+                    } else if at_end {
+                        ptrace::interrupt(tid)
+                            .map_err(|e| TraceError::request("PTRACE_INTERRUPT", tid, e))?;
+                        go(ptrace::cont, 0)?;
+                    } else {
+                        go(ptrace::syscall, 0)?;
+                    }
+                }
+                Status::Stopped(_, ptrace::EVENT_STOP) if at_end => return Ok(()),
+                Status::Stopped(_, ptrace::EVENT_STOP) => go(run_on, 0)?,
+                Status::Stopped(libc::SIGSTOP, 0) => {
+                    let signal = self.after_stop_signal(libc::SIGSTOP);
+                    go(if at_end { ptrace::cont } else { run_on }, signal)?;
+                }
+                stop => return Err(TraceError::Stop { tid, stop, doing: "running a list" }),
+            }
+        }
     }
 
     /// Unmaps the area; the process is as it was.
@@ -446,10 +505,15 @@ impl<'t> Injection<'t> {
         if !std::mem::take(&mut self.live) || self.lost {
             return Ok(());
         }
-        match self.area.take() {
+        let closed = match self.area.take() {
             Some(area) => self.unmap(area.start(), area.len() as u64),
             None => Ok(()),
+        };
+        if self.stop_due.take() {
+            // Gone meanwhile: its own affair.
+            let _ = crate::sys::task::kill(self.pid, libc::SIGSTOP);
         }
+        closed
     }
 }
 
@@ -476,84 +540,61 @@ fn stop_signal(status: &TaskStatus, mask: u64) -> Option<i32> {
     })
 }
 
-fn start(
-    thread: &Thread,
-    runner: RemoteAddr,
-    list: RemoteAddr,
+/// A list that has its place, and what its thread needs around it.
+struct Job {
+    list: Placed,
     slot: RemoteAddr,
+    /// See [`stop_signal`].
     signal: Option<i32>,
-) -> Result<(), TraceError> {
-    let tid = thread.tid();
-    let mut regs = thread.regs;
-    regs.orig_rax = u64::MAX;
-    regs.rax = 0;
-    regs.rip = runner.0;
-    regs.rbx = list.0;
-    regs.rbp = slot.0;
-    regs.eflags &= !0x0500;
-    thread.stopped.set_regs(&regs)?;
-    if let Some(xstate) = xsave::with_rights_for_key_0(&thread.xstate) {
-        // A list writes its results to memory with protection key 0, like all memory that nobody gave a key.
-        thread.stopped.set_xstate(&xstate)?;
-    }
-    thread.stopped.set_sigmask(ALL_BLOCKED & !signal.map_or(0, |s| 1u64 << (s - 1)))?;
-    match signal {
-        Some(_) => ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e)),
-        None => ptrace::syscall(tid, 0).map_err(|e| TraceError::request("PTRACE_SYSCALL", tid, e)),
-    }
 }
 
-/// Waits until `thread` has run its list and is stopped where its registers can be put back.
-fn catch(
-    thread: &Thread,
-    signal: Option<i32>,
-    check: &dyn Fn() -> Result<(), TraceError>,
-) -> Result<(), TraceError> {
-    let tid = thread.tid();
-    let go = |req: fn(i32, i32) -> Result<(), Errno>| {
-        req(tid, 0).map_err(|e| TraceError::request("ptrace", tid, e))
-    };
-    let mut at_end = false;
-    loop {
-        match thread.stopped.report(check)? {
-            Status::Stopped(got, 0) if Some(got) == signal => {
-                let info =
-                    ptrace::get_siginfo(tid).map_err(|e| TraceError::request("PTRACE_GETSIGINFO", tid, e))?;
-                let code = i32::from_ne_bytes([info[8], info[9], info[10], info[11]]);
-                if code == -6 {
-                    return Ok(());
-                }
-                go(ptrace::cont)?;
-            }
-            // Without a signal to stop with, every call stops; the last one is rt_sigreturn.
-            Status::Stopped(got, 0) if got == libc::SIGTRAP | 0x80 => {
-                let mut regs = thread.stopped.regs()?;
-                if regs.orig_rax == libc::SYS_rt_sigreturn as u64 && !at_end {
-                    at_end = true;
-                    regs.orig_rax = u64::MAX;
-                    thread.stopped.set_regs(&regs)?;
-                    go(ptrace::syscall)?;
-                } else if at_end {
-                    ptrace::interrupt(tid).map_err(|e| TraceError::request("PTRACE_INTERRUPT", tid, e))?;
-                    go(ptrace::cont)?;
-                } else {
-                    go(ptrace::syscall)?;
-                }
-            }
-            Status::Stopped(_, ptrace::EVENT_STOP) if at_end => return Ok(()),
-            Status::Stopped(_, ptrace::EVENT_STOP) => match signal {
-                Some(_) => go(ptrace::cont)?,
-                None => go(ptrace::syscall)?,
-            },
-            Status::Stopped(libc::SIGSTOP, 0) => {
-                let _ = crate::sys::task::kill(tid, libc::SIGSTOP);
-                return Err(TraceError::Stop {
-                    tid,
-                    stop: Status::Stopped(libc::SIGSTOP, 0),
-                    doing: "running a list (somebody stops the tree)",
-                });
-            }
-            stop => return Err(TraceError::Stop { tid, stop, doing: "running a list" }),
+impl Job {
+    fn place(pid: i32, thread: &Thread, list: &List, area: &mut Area) -> Result<Self, TraceError> {
+        let status = read_status(pid, thread.tid())?;
+        let signal = stop_signal(&status, thread.sigmask);
+        let mut heal = thread.regs;
+        crate::arch::restart(&mut heal);
+        let size = sigframe::build(&heal, &thread.xstate, thread.sigmask, RemoteAddr(0)).bytes.len();
+        let at = area.alloc(size + 128, 64)?;
+        let frame = sigframe::build(&heal, &thread.xstate, thread.sigmask, at);
+        area.write(at, &frame.bytes)?;
+        let slot = area.slot()?;
+        let mut tail = List::new("end of injection");
+        tail.op(Op::Store(slot.plus(std::mem::offset_of!(Slot, done) as u64), 1));
+        if let Some(signal) = signal {
+            let ns_pid = *status.nstgid.last().unwrap_or(&status.tgid);
+            let ns_tid = *status.nspid.last().unwrap_or(&status.pid);
+            let args = [ns_pid.into(), ns_tid.into(), signal.into()];
+            tail.call("tgkill", libc::SYS_tgkill, &args, Want::Any);
+        }
+        tail.op(Op::Sigreturn(frame.rsp));
+        let tail = area.place(&tail)?;
+        let mut list = list.clone();
+        list.op(Op::Jump(tail.start));
+        let list = area.place(&list)?;
+        area.arm(slot, list.start, tail.start)?;
+        Ok(Self { list, slot, signal })
+    }
+
+    /// Sends `thread` into its list.
+    fn start(&self, thread: &Thread, runner: RemoteAddr) -> Result<(), TraceError> {
+        let tid = thread.tid();
+        let mut regs = thread.regs;
+        regs.orig_rax = u64::MAX;
+        regs.rax = 0;
+        regs.rip = runner.0;
+        regs.rbx = self.list.start.0;
+        regs.rbp = self.slot.0;
+        regs.eflags &= !0x0500;
+        thread.stopped.set_regs(&regs)?;
+        if let Some(xstate) = xsave::with_rights_for_key_0(&thread.xstate) {
+            // A list writes its results to memory with protection key 0, like all memory that nobody gave a key.
+            thread.stopped.set_xstate(&xstate)?;
+        }
+        thread.stopped.set_sigmask(ALL_BLOCKED & !self.signal.map_or(0, |s| 1u64 << (s - 1)))?;
+        match self.signal {
+            Some(_) => ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e)),
+            None => ptrace::syscall(tid, 0).map_err(|e| TraceError::request("PTRACE_SYSCALL", tid, e)),
         }
     }
 }
@@ -585,15 +626,6 @@ mod tests {
         Thread::new(seized.settle(&|| Ok(())).unwrap()).unwrap()
     }
 
-    #[test]
-    fn lengths_are_marked() {
-        for len in [0, 1, 4096, 37 * 4096, 37 * 4096 + 1, 1 << 20] {
-            let marked = marked_length(len);
-            assert!(marked >= len && marked < len + 65 * PAGE && ours_by_length(marked), "{len}");
-        }
-        assert!(!ours_by_length(1 << 20));
-    }
-
     fn run_once(tid: i32) {
         let thread = hold(tid);
         let check = || Ok(());
@@ -608,10 +640,10 @@ mod tests {
         let n = list.call("read", libc::SYS_read, &[fd.into(), buf.into(), 16u64.into()], Want::Ok);
         list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
         let placed = injection.run(&[(&thread, list)]).unwrap();
-        let area = injection.area().unwrap();
-        assert_eq!(area.result(&placed[0], pid).unwrap(), i64::from(tid));
-        assert_eq!(area.result(&placed[0], n).unwrap(), 6);
-        assert_eq!(area.data(&placed[0], buf, 6).unwrap(), b"sleep\n");
+        let results = injection.results(&placed[0]).unwrap();
+        assert_eq!(results.value(pid).unwrap(), i64::from(tid));
+        assert_eq!(results.value(n).unwrap(), 6);
+        assert_eq!(results.data(buf, 6).unwrap(), b"sleep\n");
         injection.leave().unwrap();
         thread.stopped.detach().unwrap();
     }

@@ -6,11 +6,7 @@
 //! whole tree is decided by one system call: its clone when the tree is to die, its dismissal when the tree is to
 //! live. It does not see to it that nobody runs for a moment in between: that is EXITKILL's part.
 
-use std::{
-    fs::File,
-    io::Write as _,
-    os::fd::{AsFd as _, AsRawFd as _},
-};
+use std::{fs::File, io::Write as _, os::fd::AsRawFd as _, sync::Arc};
 
 use nix::{
     fcntl::OFlag,
@@ -18,10 +14,10 @@ use nix::{
     unistd::pipe2,
 };
 
-use super::{Area, List, Op, RemoteAddr, TraceError, Want};
+use super::{Area, CODE_LEN, List, Memory, Op, RemoteAddr, TraceError, Want};
 use crate::sys::{
     clone::{CloneArgs, clone_into, reap},
-    mapping::{Access, Mapping, memfd},
+    mapping::Mapping,
 };
 
 /// Room in the shared memory besides one step for each process: the runner, the other steps.
@@ -42,10 +38,10 @@ impl KillGuard {
         let failed = |what| move |source| TraceError::KillGuard { what, source };
         let (end, word) = pipe2(OFlag::O_CLOEXEC).map_err(failed("pipe"))?;
         let len = (ROOM + pids.len() * STEP).next_multiple_of(4096);
-        let memory = memfd(c"crtool-kill_guard", len as u64).map_err(failed("memory"))?;
-        let map = Mapping::shared(memory.as_fd(), 0, len, Access::All, None).map_err(failed("memory"))?;
+        // Its own copy once it is cloned: nobody else can change what it is going to do.
+        let map = Arc::new(Mapping::private(len, None).map_err(failed("memory"))?);
         let at = RemoteAddr(map.addr() as u64);
-        let mut area = Area::new(map, at)?;
+        let mut area = Area::with_code(at, len, Memory::Own(Arc::clone(&map)));
 
         let mut quit = List::new("end of the kill_guard");
         quit.call("exit_group", libc::SYS_exit_group, &[0u64.into()], Want::Any);
@@ -63,6 +59,8 @@ impl KillGuard {
         let start = area.place(&list)?.start;
         let slot = area.slot()?;
         area.arm(slot, start, quit)?;
+        area.flush()?;
+        map.protect_code(CODE_LEN).map_err(failed("memory"))?;
 
         // No signal handler of ours may run in it.
         let mut old = SigSet::empty();

@@ -21,34 +21,10 @@ use std::{
 
 use super::RemoteAddr;
 use crate::sys::{
+    clone::CloneArgs,
     pod::{self, Pod},
-    runner::Entry,
+    runner::{Entry, flag, op},
 };
-
-/// What a thread that executes lists leaves to be read.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-pub struct Slot {
-    /// 0, or 1 after a failed call.
-    pub status: u64,
-    /// Address of the entry that failed.
-    pub failed: u64,
-    /// Where to go on after a failure.
-    pub on_fail: u64,
-    /// First entry of a child that gets this slot.
-    pub start: u64,
-    /// Where [`Op::Next`] goes on.
-    pub next: u64,
-}
-const _: () = assert!(size_of::<Slot>() == 40);
-
-/// Copies a result into an argument.
-const COPY: i64 = -5;
-
-const FLAG_OK: u64 = 1;
-const FLAG_EQUAL: u64 = 2;
-const FLAG_RETRY: u64 = 4;
-const FLAG_CLONE: u64 = 8;
 
 /// What a call must return for the list to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,14 +117,19 @@ pub enum Op {
     Jump(RemoteAddr),
     /// rt_sigreturn with this address as stack pointer; never returns.
     Sigreturn(RemoteAddr),
-    /// Sleep while the word is below the value.
-    WaitAtLeast(RemoteAddr, u32),
+    /// Sleep until the 32-bit word is 0, as the kernel makes the word given to a clone with CLONE_CHILD_CLEARTID.
+    WaitZero(RemoteAddr),
     /// int3: stops a traced task, kills one that is not.
     Trap,
-    /// Store the value in the word and wake its waiters.
-    Post(RemoteAddr, u32),
+    /// Store the value in the 64-bit word.
+    Store(RemoteAddr, u64),
     /// Go on with the slot's `next` list.
     Next,
+}
+
+/// Offset of an argument in its entry.
+const fn arg_offset(index: usize) -> usize {
+    offset_of!(Entry, args) + index * size_of::<u64>()
 }
 
 /// What an argument is counted from.
@@ -180,6 +161,18 @@ pub struct List {
     pub(super) blob: Vec<u8>,
     /// Words in the blob that hold addresses of other data: (where, what).
     pub(super) pointers: Vec<(u64, u64)>,
+    pub(super) clones: Vec<ChosenId>,
+}
+
+/// A clone3 of a list that asks for an id.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ChosenId {
+    /// Index of its entry.
+    pub(super) entry: usize,
+    /// The id in the innermost pid namespace.
+    pub(super) tid: i32,
+    /// Where the id lies in the list's data.
+    pub(super) set_tid: u64,
 }
 
 impl List {
@@ -192,6 +185,7 @@ impl List {
             moved: Vec::new(),
             blob: Vec::new(),
             pointers: Vec::new(),
+            clones: Vec::new(),
         }
     }
 
@@ -251,15 +245,15 @@ impl List {
         for (index, arg) in args.into_iter().enumerate() {
             let base = match arg {
                 // A result is copied: from the entry of its call, to an argument in the list.
-                Arg::Result(_) if op == COPY => Some(Base::List),
-                Arg::Val(_) if op == COPY && index == 1 => Some(Base::List),
+                Arg::Result(_) if op == op::COPY => Some(Base::List),
+                Arg::Val(_) if op == op::COPY && index == 1 => Some(Base::List),
                 Arg::Data(_) => Some(Base::Data),
                 Arg::Val(_) | Arg::Result(_) => None,
             };
             values[index] = match arg {
                 Arg::Val(value) => value,
                 Arg::Data(data) => data.0,
-                Arg::Result(call) if op == COPY => {
+                Arg::Result(call) if op == op::COPY => {
                     (call.0 * size_of::<Entry>() + offset_of!(Entry, result)) as u64
                 }
                 // Overwritten by the copy step before it.
@@ -286,10 +280,10 @@ impl List {
         self.hand_on_results(&full);
         let (flags, expect) = match want {
             Want::Any => (0, 0),
-            Want::Ok => (FLAG_OK, 0),
-            Want::Zero => (FLAG_EQUAL, 0),
-            Want::Equal(value) => (FLAG_EQUAL, value),
-            Want::OkRetry => (FLAG_OK | FLAG_RETRY, 0),
+            Want::Ok => (flag::OK, 0),
+            Want::Zero => (flag::EQUAL, 0),
+            Want::Equal(value) => (flag::EQUAL, value),
+            Want::OkRetry => (flag::OK | flag::RETRY, 0),
         };
         self.push(name.into(), nr, full, flags, expect, 0);
         CallId(self.entries.len() - 1)
@@ -303,13 +297,13 @@ impl List {
             if let Arg::Result(from) = arg {
                 let args = [
                     Arg::Result(*from),
-                    Arg::Val((target * size_of::<Entry>() + 8 + index * 8) as u64),
+                    Arg::Val((target * size_of::<Entry>() + arg_offset(index)) as u64),
                     Arg::Val(0),
                     Arg::Val(0),
                     Arg::Val(0),
                     Arg::Val(0),
                 ];
-                self.push("hand on a result".into(), COPY, args, 0, 0, 0);
+                self.push("hand on a result".into(), op::COPY, args, 0, 0, 0);
             }
         }
     }
@@ -319,7 +313,7 @@ impl List {
     pub fn clone3(
         &mut self,
         name: impl Into<Cow<'static, str>>,
-        args: &crate::sys::clone::CloneArgs,
+        args: &CloneArgs,
         set_tid: &[i32],
         child_slot: RemoteAddr,
     ) -> CallId {
@@ -329,29 +323,27 @@ impl List {
         args.set_tid_size = set_tid.len() as u64;
         let at = self.value(&args);
         if !set_tid.is_empty() {
-            self.pointer(at.at(64), tids);
+            self.pointer(at.at(offset_of!(CloneArgs, set_tid) as u64), tids);
         }
-        let full = [
-            Arg::Data(at),
-            Arg::Val(size_of::<crate::sys::clone::CloneArgs>() as u64),
-            Arg::Val(0),
-            Arg::Val(0),
-            Arg::Val(0),
-            Arg::Val(0),
-        ];
-        self.push(name.into(), libc::SYS_clone3, full, FLAG_OK | FLAG_CLONE, 0, child_slot.0);
-        CallId(self.entries.len() - 1)
+        let zero = Arg::Val(0);
+        let full = [Arg::Data(at), size_of::<CloneArgs>().into(), zero, zero, zero, zero];
+        self.push(name.into(), libc::SYS_clone3, full, flag::OK | flag::CLONE, 0, child_slot.0);
+        let entry = self.entries.len() - 1;
+        if let Some(tid) = set_tid.first() {
+            self.clones.push(ChosenId { entry, tid: *tid, set_tid: tids.0 });
+        }
+        CallId(entry)
     }
 
     /// Adds a step that is no system call.
-    pub fn op(&mut self, op: Op) {
-        let (name, code, a, b) = match op {
-            Op::Jump(to) => ("jump", -1, to.0, 0),
-            Op::Sigreturn(frame) => ("sigreturn", -2, frame.0, 0),
-            Op::WaitAtLeast(word, value) => ("wait", -3, word.0, u64::from(value)),
-            Op::Trap => ("trap", -4, 0, 0),
-            Op::Post(word, value) => ("post", -6, word.0, u64::from(value)),
-            Op::Next => ("next list", -7, 0, 0),
+    pub fn op(&mut self, step: Op) {
+        let (name, code, a, b) = match step {
+            Op::Jump(to) => ("jump", op::JUMP, to.0, 0),
+            Op::Sigreturn(frame) => ("sigreturn", op::SIGRETURN, frame.0, 0),
+            Op::WaitZero(word) => ("wait for the end of a thread", op::WAIT_ZERO, word.0, 0),
+            Op::Trap => ("trap", op::TRAP, 0, 0),
+            Op::Store(word, value) => ("store", op::STORE, word.0, value),
+            Op::Next => ("next list", op::NEXT, 0, 0),
         };
         let zero = Arg::Val(0);
         self.push(name.into(), code, [Arg::Val(a), Arg::Val(b), zero, zero, zero, zero], 0, 0, 0);
@@ -386,8 +378,7 @@ impl List {
     ) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.moved.iter().filter_map(move |moved| {
             let value = self.entries.get(moved.entry)?.args.get(moved.arg)?;
-            let word =
-                moved.entry * size_of::<Entry>() + offset_of!(Entry, args) + moved.arg * size_of::<u64>();
+            let word = moved.entry * size_of::<Entry>() + arg_offset(moved.arg);
             let base = match moved.base {
                 Base::List => at,
                 Base::Data => blob,

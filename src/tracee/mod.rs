@@ -5,7 +5,7 @@
 //! into its process and runs [`List`]s of system calls in its threads, [`RemoteMemory`] reads and writes. Each puts
 //! everything back when it is left or dropped; and if the caller is killed in the middle, the process heals itself and
 //! goes on.
-//! Needs what ptrace(2) asks for, and CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE for /proc/PID/map_files.
+//! Needs what ptrace(2) asks for.
 //!
 //! Which directory is another process in, and what does it think its pid is?
 //!
@@ -30,10 +30,10 @@
 //! let len = list.call("getcwd", libc::SYS_getcwd, &[path.into(), 4096u64.into()], Want::Ok);
 //! let mut injection = Injection::enter(pid, &thread, &[&thread], 1 << 16, &mut GadgetCache::default(), &patient)?;
 //! let ran = injection.run(&[(&thread, list)])?;
-//! let area = injection.area()?;
-//! assert_eq!(area.result(&ran[0], own)?, i64::from(pid));
-//! let len = usize::try_from(area.result(&ran[0], len)?)?;
-//! assert_eq!(area.data(&ran[0], path, len)?, b"/usr\0");
+//! let results = injection.results(&ran[0])?;
+//! assert_eq!(results.value(own)?, i64::from(pid));
+//! let len = usize::try_from(results.value(len)?)?;
+//! assert_eq!(results.data(path, len)?, b"/usr\0");
 //!
 //! // Back to where it was: nothing of ours is left in it.
 //! injection.leave()?;
@@ -56,11 +56,13 @@ pub(crate) mod silent;
 mod stop;
 
 pub use addr::RemoteAddr;
-pub use area::{Area, Placed};
+pub use area::{Area, Failure, Placed, Results};
+pub(crate) use area::{CODE_LEN, Memory, code_page};
 pub use gadget::GadgetCache;
 use gadget::Gadgets;
 pub use inject::{Injection, Thread, read_maps, read_status};
 pub use kill_guard::KillGuard;
 pub use list::{Arg, CallId, Data, List, Op, Want};
 pub use memory::RemoteMemory;
+pub(crate) use stop::tracer_of;
 pub use stop::{Seized, Stop, Stopped, TraceError};

@@ -19,8 +19,8 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{
-    DumpCx, DumpTables, FdView, FileError, FileKind, FilesRestore, Opened, Place, RestoreCx, flags,
-    kind::packed_in, pipe_data::io_error, regular,
+    Descriptors, DumpCx, DumpTables, FdView, FileError, FileKind, FilesRestore, Opened, Place, RestoreCx,
+    flags, kind::packed_in, pipe_data::io_error, regular,
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
@@ -160,15 +160,19 @@ impl FileKind for Tty {
 impl FilesRestore<'_> {
     /// Adds the call by which the leader `pid` of a session takes its controlling terminal: right behind setsid, so that the
     /// children it makes from then on inherit it, and while it has the descriptors of the supervisor.
-    pub fn plan_controlling(&mut self, pid: i32, list: &mut List) {
-        pair::plan_controlling(&mut self.cx, pid, list);
+    pub(crate) fn plan_controlling(&mut self, pid: i32, descriptors: &mut Descriptors, list: &mut List) {
+        pair::plan_controlling(&mut self.cx, pid, descriptors, list);
     }
 }
 
-/// Adds the call by which the leader `pid` of a session sets the foreground group, when all groups are there and while it
-/// has the descriptors of the supervisor.
-pub(super) fn plan_foreground(cx: &mut RestoreCx<'_>, pid: i32, list: &mut List) {
-    pair::plan_foreground(cx, pid, list);
+/// Adds the call by which the leader `pid` of a session sets the foreground group, when all groups are there.
+pub(super) fn plan_foreground(
+    cx: &mut RestoreCx<'_>,
+    pid: i32,
+    descriptors: &mut Descriptors,
+    list: &mut List,
+) {
+    pair::plan_foreground(cx, pid, descriptors, list);
 }
 
 /// Major and minor.

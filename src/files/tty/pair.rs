@@ -12,7 +12,7 @@ use nix::{
 };
 
 use super::{
-    super::{FileError, RestoreCx, external, flags, path::to_path, pipe_data::io_error},
+    super::{Descriptors, FileError, RestoreCx, external, flags, path::to_path, pipe_data::io_error},
     content, image_dev, key, masters, settings,
 };
 use crate::{
@@ -259,16 +259,28 @@ fn led_by(cx: &mut RestoreCx<'_>, pid: i32) -> Option<(i32, u32)> {
 }
 
 /// See [`FilesRestore::plan_controlling`](super::super::FilesRestore::plan_controlling).
-pub(super) fn plan_controlling(cx: &mut RestoreCx<'_>, pid: i32, list: &mut List) {
+pub(super) fn plan_controlling(
+    cx: &mut RestoreCx<'_>,
+    pid: i32,
+    descriptors: &mut Descriptors,
+    list: &mut List,
+) {
     let Some((slave, _)) = led_by(cx, pid) else { return };
+    let slave = descriptors.fetch(list, slave);
     let args = [slave.into(), libc::TIOCSCTTY.into(), 0.into()];
     list.call("take the controlling terminal (TIOCSCTTY)", libc::SYS_ioctl, &args, Want::Zero);
 }
 
 /// See [`super::plan_foreground`].
-pub(super) fn plan_foreground(cx: &mut RestoreCx<'_>, pid: i32, list: &mut List) {
+pub(super) fn plan_foreground(
+    cx: &mut RestoreCx<'_>,
+    pid: i32,
+    descriptors: &mut Descriptors,
+    list: &mut List,
+) {
     let Some((slave, group)) = led_by(cx, pid) else { return };
     if group != 0 {
+        let slave = descriptors.fetch(list, slave);
         let group = list.value(&group);
         let args = [slave.into(), libc::TIOCSPGRP.into(), group.into()];
         // A foreground group that has ended meanwhile leaves the leader's own.

@@ -1,4 +1,4 @@
-//! A puppet's address space: mapped at the final addresses, filled from `pages-N.img`.
+//! The address space of a process under construction: mapped at the final addresses, filled from `pages-N.img`.
 //!
 //! Everything here ends in calls of a list. What later forks or writes must not see (protections
 //! without write, madvise, mlock) comes in a second part, once all children are made.
@@ -9,15 +9,17 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     cow::{self, ParentMemory},
+    page_threads::Spawner,
     uffd_copy::UffdCopies,
     vdso,
 };
 use crate::{
+    files::Descriptors,
     image::pb,
     mem::pkeys,
     pages::{Pages, Piece},
     sys::pod::{self, Pod},
-    tracee::{List, Op, RemoteAddr, Want},
+    tracee::{List, Op, Want},
 };
 
 const PAGE: u64 = 4096;
@@ -45,7 +47,7 @@ const POPULATE: u64 = 64 << 10;
 /// Bits of `vma_entry.status`.
 pub(super) use crate::mem::vma as status;
 
-/// Where mapped objects come from: numbers of descriptors that every puppet inherits.
+/// Where mapped objects come from: numbers of the supervisor's descriptors.
 pub(super) trait MappedObjects {
     /// The file of `files.img` with this id, open as the mapping needs it.
     fn file(&mut self, id: u32, vma: &pb::VmaEntry) -> Result<i32>;
@@ -110,11 +112,11 @@ pub(super) struct Space<'a> {
     pub(super) pid: i32,
     pub(super) mm: &'a pb::MmEntry,
     pub(super) pages: &'a Pages,
-    /// Descriptor of the program.
+    /// The supervisor's descriptor of the program.
     pub(super) exe_fd: i32,
     /// What the maker of the puppet has, and leaves to it.
     pub(super) parent: Option<ParentMemory<'a>>,
-    /// Where lists are.
+    /// The range where lists are, which is left alone.
     pub(super) area: (u64, u64),
     pub(super) vdso: vdso::Plan,
 }
@@ -131,12 +133,13 @@ pub(super) struct Made {
     pub(super) kept: u64,
 }
 
-/// Maps and fills an address space; `spawner` gives threads that help to fill a large one.
+/// Maps and fills an address space; `spawner` gives threads that help to fill a large one. No descriptor is left.
 pub(super) fn plan(
     list: &mut List,
     space: &Space<'_>,
     objects: &mut dyn MappedObjects,
-    spawner: &mut dyn SpawnPageThread,
+    descriptors: &mut Descriptors,
+    spawner: &mut Spawner<'_>,
 ) -> Result<Made> {
     let mut made = Made::default();
     let mut parent = space.parent.filter(|h| h.mm.exe_file_id == space.mm.exe_file_id);
@@ -147,7 +150,8 @@ pub(super) fn plan(
     }
     let kept = parent.map(|h| h.kept(space.mm)).unwrap_or_default();
     plan_clear(list, space.area, &kept);
-    plan_mm(list, space.mm, if parent.is_some() { -1 } else { space.exe_fd });
+    let exe_fd = if parent.is_some() { -1 } else { descriptors.fetch(list, space.exe_fd) };
+    plan_mm(list, space.mm, exe_fd);
     let mut vdso_due = true;
     let mut load = Vec::new();
     for vma in &space.mm.vmas {
@@ -178,7 +182,7 @@ pub(super) fn plan(
         }
         let filled = private(vma) && space.pages.any_in(vma.start, vma.end);
         let prot = early_prot(vma, filled);
-        plan_vma(list, vma, prot, objects)?;
+        plan_vma(list, vma, prot, objects, descriptors)?;
         if prot != vma.prot {
             made.opened.push(vma.start);
         }
@@ -187,14 +191,15 @@ pub(super) fn plan(
         }
     }
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
-    taken.push((space.area.0.saturating_sub(super::VDSO_ROOM), space.area.0 + space.area.1));
-    let others = made.uffd.begin(list, space.pages, taken)?;
+    taken.push(space.area);
+    let others = made.uffd.begin(list, space.pages, taken, descriptors)?;
     if !others.is_empty() {
         load.extend(others);
         load.sort_unstable_by_key(|piece| piece.start);
     }
-    plan_fill(list, space.pages, &load, &made.uffd, spawner)?;
+    plan_fill(list, space.pages, &load, &made.uffd, descriptors, spawner)?;
     made.uffd.end(list);
+    descriptors.close_all(list);
     if !vdso_due {
         plan_vdso_entries(list, &space.vdso, space.pid);
     }
@@ -286,7 +291,13 @@ fn early_prot(vma: &pb::VmaEntry, filled: bool) -> u32 {
     pkeys::early_prot(vma.prot) | fill.cast_unsigned()
 }
 
-fn plan_vma(list: &mut List, vma: &pb::VmaEntry, prot: u32, objects: &mut dyn MappedObjects) -> Result<()> {
+fn plan_vma(
+    list: &mut List,
+    vma: &pb::VmaEntry,
+    prot: u32,
+    objects: &mut dyn MappedObjects,
+    descriptors: &mut Descriptors,
+) -> Result<()> {
     let what = vma.status;
     ensure!(
         what & (status::SYSVIPC | status::SOCKET | status::AIORING) == 0,
@@ -297,12 +308,12 @@ fn plan_vma(list: &mut List, vma: &pb::VmaEntry, prot: u32, objects: &mut dyn Ma
     // Locks come late: they would fill the area, and are not inherited.
     let mut flags = vma.flags & !(libc::MAP_LOCKED.cast_unsigned() | status::LOCK_ON_FAULT)
         | libc::MAP_FIXED.cast_unsigned();
-    let fd = if what & (status::FILE_PRIVATE | status::FILE_SHARED) != 0 {
-        objects.file(u32::try_from(vma.shmid).context("file id of a mapping")?, vma)?
+    let object = if what & (status::FILE_PRIVATE | status::FILE_SHARED) != 0 {
+        Some(objects.file(u32::try_from(vma.shmid).context("file id of a mapping")?, vma)?)
     } else if what & (status::ANON_SHARED | status::MEMFD) != 0 {
         // The object is a file for us, whatever it was made by.
         flags &= !(libc::MAP_ANONYMOUS.cast_unsigned());
-        objects.shared(vma.shmid, vma)?
+        Some(objects.shared(vma.shmid, vma)?)
     } else {
         ensure!(
             what & status::ANON_PRIVATE != 0,
@@ -311,8 +322,9 @@ fn plan_vma(list: &mut List, vma: &pb::VmaEntry, prot: u32, objects: &mut dyn Ma
             vma.end
         );
         flags |= libc::MAP_ANONYMOUS.cast_unsigned();
-        -1
+        None
     };
+    let fd = object.map_or(-1, |object| descriptors.fetch(list, object));
     let offset = if fd >= 0 { vma.pgoff } else { 0 };
     list.call(
         "mmap",
@@ -330,33 +342,35 @@ fn plan_vma(list: &mut List, vma: &pb::VmaEntry, prot: u32, objects: &mut dyn Ma
     Ok(())
 }
 
-/// Where threads that help come from.
-pub(super) trait SpawnPageThread {
-    /// How many can be had.
-    fn size(&self) -> usize;
-    /// A thread of the puppet that will run `work` and end: the call that makes it, and the word that says 1
-    /// once it is done.
-    fn spawn(&mut self, work: List, maker: &mut List) -> Result<RemoteAddr>;
-}
-
 /// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
 fn plan_fill(
     list: &mut List,
     pages: &Pages,
     load: &[Piece],
     uffd: &UffdCopies,
-    spawner: &mut dyn SpawnPageThread,
+    descriptors: &mut Descriptors,
+    spawner: &mut Spawner<'_>,
 ) -> Result<()> {
     let len = |pieces: &[Piece]| pieces.iter().map(Piece::len).sum::<u64>();
     let (read, copied) = (len(load), len(&uffd.pieces));
     let wanted = usize::try_from((read + copied) / FILL_SHARE).unwrap_or(usize::MAX);
-    let threads = (spawner.size() + 1).min(wanted).max(1);
+    let threads = (spawner.most() + 1).min(wanted).max(1);
     let mut reads = split(load, threads, read).into_iter();
     let mut copies = split(&uffd.pieces, threads, copied).into_iter();
     let most = at_once(read + copied);
     let mut done = Vec::new();
+    // By number of the image: threads know the descriptors by the same numbers.
+    let images: Vec<i32> = pages
+        .images()
+        .iter()
+        .enumerate()
+        .map(|(number, image)| {
+            let used = load.iter().any(|piece| piece.image == number);
+            if used { descriptors.fetch(list, image.file.as_raw_fd()) } else { -1 }
+        })
+        .collect();
     let fill = |list: &mut List, read: Option<Vec<Piece>>, copied: Option<Vec<Piece>>| {
-        plan_pages(list, pages, &read.unwrap_or_default());
+        plan_pages(list, pages, &images, &read.unwrap_or_default());
         uffd.copy(list, &copied.unwrap_or_default(), most);
     };
     let mine = (reads.next(), copies.next());
@@ -367,7 +381,7 @@ fn plan_fill(
     }
     fill(list, mine.0, mine.1);
     for word in done {
-        list.op(Op::WaitAtLeast(word, 1));
+        list.op(Op::WaitZero(word));
     }
     Ok(())
 }
@@ -405,7 +419,7 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
 /// preadv's pages into place: of a stretch of memory, pieces that follow each other in an image go in one call. Pages
 /// are made just before they are read, many with one call: that takes two thirds of the time of a fault for each of
 /// them.
-fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
+fn plan_pages(list: &mut List, pages: &Pages, descriptors: &[i32], load: &[Piece]) {
     let most = at_once(load.iter().map(Piece::len).sum());
     let mut load = load.iter().flat_map(|piece| piece.in_parts(most)).peekable();
     let mut consumed = vec![0..0; pages.images().len()];
@@ -418,8 +432,7 @@ fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
             now.push(piece);
         }
         plan_populate(list, &now);
-        for (number, image) in pages.images().iter().enumerate() {
-            let fd = image.file.as_raw_fd();
+        for (number, (image, fd)) in pages.images().iter().zip(descriptors.iter().copied()).enumerate() {
             let mut mine = now.iter().filter(|piece| piece.image == number).peekable();
             while let Some(first) = mine.peek().map(|piece| piece.offset) {
                 let len = plan_read(list, fd, &mut mine);
@@ -432,8 +445,8 @@ fn plan_pages(list: &mut List, pages: &Pages, load: &[Piece]) {
             }
         }
     }
-    for (image, consumed) in pages.images().iter().zip(&consumed) {
-        plan_free(list, image.file.as_raw_fd(), consumed);
+    for (fd, consumed) in descriptors.iter().zip(&consumed) {
+        plan_free(list, *fd, consumed);
     }
 }
 
@@ -544,7 +557,7 @@ pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made, keys: &p
 /// Unmaps everything but the area and what is kept.
 pub(super) fn plan_clear(list: &mut List, area: (u64, u64), kept: &[(u64, u64)]) {
     let mut stay = kept.to_vec();
-    stay.push((area.0, area.0 + area.1));
+    stay.push(area);
     stay.sort_unstable();
     stay.push((TASK_SIZE, TASK_SIZE));
     let mut from = 0;

@@ -1,0 +1,144 @@
+//! The third act: descriptors, attributes, threads.
+//!
+//! A process goes through four stages. Most do so by one list; where descriptors can only be opened when all tasks and
+//! threads are there, or several tasks share a table, everybody ends each stage before anybody begins the next one.
+
+use anyhow::{Context, Result};
+
+use super::{CLONE_PTRACE, THREAD_FLAGS, Task, create::Construction, images::State, layout, log_list};
+use crate::{
+    image::pb,
+    sys::clone::CloneArgs,
+    task,
+    tracee::{List, Op},
+};
+
+/// A part of a process's way to what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Protections of memory, what has to be set while /proc is there, threads.
+    Threads,
+    /// Root and current directory.
+    Directories,
+    /// The descriptor table.
+    Table,
+    /// Everything else, credentials last.
+    Attributes,
+}
+
+const STAGES: [Stage; 4] = [Stage::Threads, Stage::Directories, Stage::Table, Stage::Attributes];
+
+impl Construction<'_> {
+    /// Everything that tasks do for themselves.
+    pub(super) fn attributes(&mut self) -> Result<()> {
+        self.clocks.start()?;
+        self.supervisor.clocks = self.clocks.running();
+        if self.files.needs_stages() {
+            for stage in &STAGES[..3] {
+                if *stage == Stage::Directories {
+                    self.files.open_late()?;
+                }
+                self.give_lists(&[*stage])?;
+                for task in self.alive() {
+                    self.puppets.resume(task.pid)?;
+                }
+                self.puppets.settle()?;
+                if *stage == Stage::Directories {
+                    self.files.directories_are_set();
+                }
+            }
+            self.give_lists(&STAGES[3..])?;
+        } else {
+            self.give_lists(&STAGES)?;
+        }
+        // Stopped tasks first, children before parents: a parent hears of the stop, and forgets it, before
+        // its own signals are restored.
+        let stopped: Vec<&Task> = self.alive().filter(|t| t.state == State::Stopped).collect();
+        for task in stopped.into_iter().rev() {
+            self.puppets.resume(task.pid)?;
+            self.puppets.settle()?;
+            self.stop(task).with_context(|| format!("stop of task {}", task.pid))?;
+        }
+        for task in self.alive().filter(|t| t.state != State::Stopped) {
+            self.puppets.resume(task.pid)?;
+        }
+        self.puppets.settle()
+    }
+
+    fn give_lists(&mut self, stages: &[Stage]) -> Result<()> {
+        for index in 0..self.images.tasks.len() {
+            let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
+            let mut list = List::new(format!("restore of {}", task.pid));
+            for stage in stages {
+                self.plan_stage(*stage, index, task, &mut list)
+                    .with_context(|| format!("task {}", task.pid))?;
+            }
+            list.op(Op::Trap);
+            list.op(Op::Next);
+            log_list(&list);
+            self.puppets.next_list(task.pid, &list)?;
+        }
+        Ok(())
+    }
+
+    fn plan_stage(&mut self, stage: Stage, index: usize, task: &Task, list: &mut List) -> Result<()> {
+        let core = task.core()?;
+        let mm = task.mm.as_ref().context("no mm image")?;
+        match stage {
+            Stage::Threads => {
+                self.clocks.plan_task(list);
+                self.plan_reaping(index, list)?;
+                if !self.forks.share_of(index).vm {
+                    let made = self.made.get(index).context("a task that was not made")?;
+                    let keys = self.keys.get(&task.pid).context("no protection keys")?;
+                    layout::plan_late(list, mm, made, keys);
+                }
+                task::plan_process_early(core, &self.supervisor, list)?;
+                self.plan_threads(index, task, list)?;
+            }
+            Stage::Directories => {
+                if let Some(fs) = &task.fs {
+                    let mut descriptors = self.descriptors_of(index);
+                    self.files.plan_fs(fs, &mut descriptors, list)?;
+                    self.next_shared = self.next_shared.max(descriptors.end());
+                }
+            }
+            Stage::Table => self.files.plan_table(task.ids.files_id, task.pid, list)?,
+            Stage::Attributes => {
+                task::plan_process(core, mm, &self.supervisor, list)?;
+                task::plan_thread(&self.thread_plan(task, task.pid, core), list)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn thread_plan<'a>(&'a self, task: &Task, tid: i32, core: &'a pb::CoreEntry) -> task::ThreadPlan<'a> {
+        task::ThreadPlan { core, pid: task.pid, tid, seccomp: &self.seccomp, supervisor: &self.supervisor }
+    }
+
+    /// Threads beside the leader, each with a list of its own attributes.
+    fn plan_threads(&mut self, index: usize, task: &Task, list: &mut List) -> Result<()> {
+        let (area, _) = self.place(index)?;
+        for (tid, core) in task.tids.iter().zip(&task.cores).skip(1) {
+            let mut own = List::new(format!("restore of thread {tid}"));
+            task::plan_thread(&self.thread_plan(task, *tid, core), &mut own)?;
+            own.op(Op::Trap);
+            own.op(Op::Next);
+            let slot = self.puppets.add_slot(area)?;
+            let label = format!("thread {tid} of task {}", task.pid);
+            self.puppets.expect_thread(*tid, label, (area, slot), &own)?;
+            let args = CloneArgs { flags: THREAD_FLAGS | CLONE_PTRACE, ..CloneArgs::default() };
+            list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
+        }
+        Ok(())
+    }
+
+    /// Stops a task by the signal that had stopped it, while all its signals are still blocked: those
+    /// that wait for it are delivered when it goes on, not before.
+    fn stop(&self, task: &Task) -> Result<()> {
+        let core = task.core()?;
+        let wanted = core.tc.as_ref().and_then(|tc| tc.stop_signo).and_then(|s| i32::try_from(s).ok());
+        let wanted = wanted.filter(|s| task::sigaction::is_default(core, *s)).unwrap_or(libc::SIGSTOP);
+        self.puppets.stop_process(&task.tids, wanted)
+    }
+}

@@ -1,0 +1,457 @@
+//! The first act: all processes are made, each with its final address space, filled.
+//!
+//! The first one is cloned from crtool, the others by their makers. Each leaves what it had from its maker and maps
+//! what is its own before it makes anybody, so that children share pages copy-on-write as they did.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::Write as _,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
+    unistd::Pid,
+};
+
+use super::{
+    CLONE_PTRACE, Images, Task,
+    clocks::TreeClocks,
+    cow::ParentMemory,
+    layout::{self, Made, MappedObjects, Space},
+    log_list,
+    page_threads::{PageThreads, Spawner},
+    pid_allocator::PidAllocator,
+    plan,
+    puppets::{AreaId, Puppets},
+    shared::SharedObjects,
+    taken, vdso,
+};
+use crate::{
+    files::{Descriptors, FIRST_SHARED, FilesRestore, SUPERVISOR},
+    image::{ImageKind, Store, TypedStore, pb},
+    interrupt,
+    mem::pkeys,
+    pages::Pages,
+    process_tree::{ForkPlan, PlannedPid, Step},
+    settings::RestoreSettings,
+    stats::RestoreStats,
+    sys::{
+        Errno,
+        clone::{CloneArgs, clone_into},
+        pidfd, pipe, ptrace, rseq,
+    },
+    task,
+    tracee::{List, Op, RemoteAddr, Want},
+};
+
+const PR_SET_PDEATHSIG: u64 = 1;
+const PR_SET_NAME: u64 = 15;
+const RSEQ_FLAG_UNREGISTER: u64 = 1;
+
+/// A tree under construction.
+pub(super) struct Construction<'i> {
+    pub(super) images: &'i Images,
+    pub(super) forks: ForkPlan,
+    pub(super) files: FilesRestore<'i>,
+    pub(super) puppets: Puppets,
+    /// Ids of all processes, also of helpers.
+    pub(super) pids: Vec<i32>,
+    /// Areas and slots of all processes.
+    pub(super) places: Vec<(AreaId, RemoteAddr)>,
+    pub(super) made: Vec<Made>,
+    pub(super) clocks: TreeClocks,
+    /// Protection keys, by pid.
+    pub(super) keys: HashMap<i32, pkeys::Plan>,
+    pub(super) seccomp: task::seccomp::Plan,
+    pub(super) supervisor: task::Supervisor,
+    /// Numbers for descriptors of those who share a table: none is used twice.
+    pub(super) next_shared: i32,
+    page_threads: PageThreads,
+    pages: Vec<Pages>,
+    /// Held open until all have mapped them.
+    shared: SharedObjects,
+    /// Of ourselves, for processes to fetch descriptors by.
+    pidfd: OwnedFd,
+    gate: Gate,
+}
+
+/// The first process waits for a byte from it. Our death is the end of the pipe, and its own.
+struct Gate {
+    go: File,
+    held: OwnedFd,
+}
+
+impl MappedObjects for (&mut FilesRestore<'_>, &SharedObjects) {
+    fn file(&mut self, id: u32, vma: &pb::VmaEntry) -> Result<i32> {
+        let shared = vma.flags & libc::MAP_SHARED.cast_unsigned() != 0;
+        let write = vma.prot & libc::PROT_WRITE.cast_unsigned() != 0
+            || vma.fdflags.unwrap_or(0) & libc::O_ACCMODE.cast_unsigned() == libc::O_RDWR.cast_unsigned();
+        Ok(self.0.vma_file(id, shared && write)?)
+    }
+    fn shared(&mut self, shmid: u64, vma: &pb::VmaEntry) -> Result<i32> {
+        if vma.status & layout::status::MEMFD != 0 {
+            return self.file(u32::try_from(shmid).context("memfd id")?, vma);
+        }
+        self.1.get(shmid)
+    }
+}
+
+impl<'i> Construction<'i> {
+    /// Plans the first lists of everybody: address spaces and clones.
+    pub(super) fn plan(
+        store: &'i dyn Store,
+        images: &'i Images,
+        forks: ForkPlan,
+        files: FilesRestore<'i>,
+        clocks: TreeClocks,
+    ) -> Result<Self> {
+        let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
+        let mut keys = HashMap::new();
+        for task in &images.tasks {
+            if let Some(mm) = &task.mm {
+                layout::check_vmas(mm, task.pid)?;
+                keys.insert(task.pid, pkeys::plan(mm, task.pid, task.knows_protection_keys())?);
+            }
+            for core in task.cores.iter().filter(|_| !task.is_zombie()) {
+                task::final_state(core).with_context(|| format!("state of task {}", task.pid))?;
+            }
+        }
+        let shared = SharedObjects::make(store, mms())?;
+        let mut pages = Vec::with_capacity(images.tasks.len());
+        for task in &images.tasks {
+            pages.push(if task.is_zombie() { Pages::default() } else { pages_of(store, task)? });
+        }
+        let (place, reserved) = plan::place_of_areas(mms())?;
+        let of_tree = images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid]));
+        let mut allocator = PidAllocator::new(of_tree);
+        let mut pids = Vec::with_capacity(forks.processes.len());
+        for process in &forks.processes {
+            pids.push(match process.pid {
+                PlannedPid::Exact(pid) => pid,
+                PlannedPid::Any => allocator.pick()?,
+            });
+        }
+        let (held, go) = pipe::pipe2(libc::O_CLOEXEC).context("pipe")?;
+        let me = std::process::id().cast_signed();
+        let filters: pb::SeccompEntry = store.read_one(ImageKind::Seccomp, None)?.unwrap_or_default();
+        let alive = images.tasks.iter().filter(|t| !t.is_zombie());
+        let processes: Vec<_> = alive.map(|t| (t.pid, t.cores.iter().collect())).collect();
+        let mut this = Self {
+            images,
+            files,
+            puppets: Puppets::new(place, allocator),
+            pids,
+            places: Vec::new(),
+            made: Vec::new(),
+            keys,
+            clocks,
+            seccomp: task::seccomp::Plan::new(&filters, &processes)?,
+            supervisor: task::Supervisor::probe()?,
+            next_shared: FIRST_SHARED,
+            page_threads: PageThreads::new(),
+            pages,
+            shared,
+            pidfd: pidfd::open(me, 0).context("pidfd of crtool")?,
+            gate: Gate { go: File::from(go), held },
+            forks,
+        };
+        this.places = this.add_places()?;
+        this.made.resize_with(this.forks.processes.len(), Made::default);
+        let own_vdso = vdso::Own::read()?;
+        for index in this.forks.order() {
+            this.plan_process(index, reserved, own_vdso.as_ref())?;
+        }
+        Ok(this)
+    }
+
+    /// Areas and slots of all processes: those that share their address space share the area.
+    fn add_places(&mut self) -> Result<Vec<(AreaId, RemoteAddr)>> {
+        let mut places = vec![None; self.forks.processes.len()];
+        for index in self.forks.order() {
+            let maker = self.forks.processes.get(index).and_then(|p| p.maker);
+            let of_maker = maker.and_then(|m| places.get(m).copied().flatten());
+            let shared = of_maker.filter(|_| self.forks.share_of(index).vm);
+            let place = match shared {
+                Some((area, _)) => (area, self.puppets.add_slot(area)?),
+                None => {
+                    let area = self.puppets.add_area()?;
+                    (area, self.puppets.leader_slot(area)?)
+                }
+            };
+            *places.get_mut(index).context("a process that nobody has planned")? = Some(place);
+        }
+        places.into_iter().map(|place| place.context("a process that nobody makes")).collect()
+    }
+
+    pub(super) fn place(&self, index: usize) -> Result<(AreaId, RemoteAddr)> {
+        self.places.get(index).copied().context("a process without a place")
+    }
+
+    pub(super) fn pid(&self, index: usize) -> Result<i32> {
+        self.pids.get(index).copied().context("a process without an id")
+    }
+
+    pub(super) fn alive(&self) -> impl Iterator<Item = &'i Task> + use<'i> {
+        self.images.tasks.iter().filter(|t| !t.is_zombie())
+    }
+
+    pub(super) fn task_of(&self, index: usize) -> Option<&'i Task> {
+        self.forks.processes.get(index)?.task.and_then(|t| self.images.tasks.get(t))
+    }
+
+    /// Numbers for the descriptors that process `index` has while it is made.
+    pub(super) fn descriptors_of(&self, index: usize) -> Descriptors {
+        let makes = |step: &Step| matches!(step, Step::Make { share, .. } if share.files);
+        let with_children = self.forks.processes.get(index).is_some_and(|p| p.steps.iter().any(makes));
+        if with_children || self.forks.share_of(index).files {
+            Descriptors::sharing(self.next_shared)
+        } else {
+            Descriptors::alone()
+        }
+    }
+
+    /// The first list of one process.
+    fn plan_process(
+        &mut self,
+        index: usize,
+        reserved: (u64, u64),
+        own_vdso: Option<&vdso::Own>,
+    ) -> Result<()> {
+        let pid = self.pid(index)?;
+        let process = self.forks.processes.get(index).context("a process that is not planned")?.clone();
+        let first = index == self.forks.first;
+        let task = self.task_of(index);
+        let label = match task {
+            Some(_) => format!("task {pid}"),
+            None if first => format!("helper {pid} (the root's intermediate parent)"),
+            None => format!("helper {pid}"),
+        };
+        let mut list = List::new(format!("creation of {pid}"));
+        let mut descriptors = self.descriptors_of(index);
+        if first {
+            plan_first(&mut list, &self.gate, self.pidfd.as_raw_fd());
+            self.clocks.plan_first(&mut list);
+        }
+        let shares_memory = self.forks.share_of(index).vm;
+        match task.and_then(|t| t.mm.as_ref()) {
+            Some(_) if shares_memory => {}
+            // What it makes is to have what crtool would have given it.
+            None if first => {}
+            None => layout::plan_clear(&mut list, reserved, &[]),
+            Some(mm) => {
+                let made = self
+                    .plan_memory(index, mm, reserved, own_vdso, &mut descriptors, &mut list)
+                    .with_context(|| format!("memory of task {pid}"))?;
+                *self.made.get_mut(index).context("a task that is not planned")? = made;
+            }
+        }
+        if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.cores.first()?.tc.as_ref()) {
+            let comm = list.cstr(&tc.comm);
+            list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
+        }
+        for step in &process.steps {
+            self.plan_step(&mut list, *step)?;
+            if *step == Step::Setsid && task.is_some() {
+                self.files.plan_controlling(pid, &mut descriptors, &mut list);
+                descriptors.close_all(&mut list);
+            }
+        }
+        self.next_shared = self.next_shared.max(descriptors.end());
+        list.op(Op::Trap);
+        list.op(Op::Next);
+        log_list(&list);
+        let copy_of = match process.maker {
+            Some(maker) if !shares_memory => Some(self.place(maker)?.0),
+            _ => None,
+        };
+        let place = self.place(index)?;
+        self.puppets.expect_process(pid, label, place, copy_of, &list)
+    }
+
+    fn plan_memory(
+        &mut self,
+        index: usize,
+        mm: &'i pb::MmEntry,
+        reserved: (u64, u64),
+        own_vdso: Option<&vdso::Own>,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<Made> {
+        let task = self.task_of(index).context("no task")?;
+        let exe_fd = self.files.vma_file(mm.exe_file_id, false).context("program")?;
+        let maker =
+            self.forks.processes.get(index).and_then(|p| p.maker).and_then(|m| self.forks.processes.get(m));
+        let parent = maker.and_then(|m| {
+            let task = m.task?;
+            Some(ParentMemory { mm: self.images.tasks.get(task)?.mm.as_ref()?, pages: self.pages.get(task)? })
+        });
+        let pages = self.pages.get(index).context("a task without pages")?;
+        let vdso = vdso::plan(mm, pages, own_vdso, reserved.0)?;
+        if let vdso::Plan::Foreign { start, end, .. } = &vdso {
+            not_within(task, *start, *end)?;
+        }
+        let id = self.place(index)?.0;
+        let space = Space { pid: task.pid, mm, pages, exe_fd, parent, area: reserved, vdso };
+        let (area, pids) = self.puppets.area_and_pids(id)?;
+        let mut spawner = Spawner { threads: &mut self.page_threads, id, area, pids };
+        layout::plan(list, &space, &mut (&mut self.files, &self.shared), descriptors, &mut spawner)
+    }
+
+    fn plan_step(&self, list: &mut List, step: Step) -> Result<()> {
+        match step {
+            Step::Setsid => {
+                list.call("setsid", libc::SYS_setsid, &[], Want::Ok);
+            }
+            Step::LeadGroup => {
+                list.call("setpgid(0, 0)", libc::SYS_setpgid, &[0u64.into(), 0u64.into()], Want::Zero);
+            }
+            Step::Unshare { files, fs } => {
+                let flags = if files { libc::CLONE_FILES } else { 0 } | if fs { libc::CLONE_FS } else { 0 };
+                list.call("unshare", libc::SYS_unshare, &[flags.into()], Want::Zero);
+            }
+            Step::Make { child, sibling, share } => {
+                let mut flags = CLONE_PTRACE;
+                for (wanted, flag) in [
+                    (sibling, libc::CLONE_PARENT),
+                    (share.vm, libc::CLONE_VM),
+                    (share.sighand, libc::CLONE_SIGHAND),
+                    (share.files, libc::CLONE_FILES),
+                    (share.fs, libc::CLONE_FS),
+                ] {
+                    if wanted {
+                        flags |= u64::from(flag.cast_unsigned());
+                    }
+                }
+                // With CLONE_PARENT a child has the exit signal of its maker.
+                let exit_signal = if sibling { 0 } else { libc::SIGCHLD as u64 };
+                let args = CloneArgs { flags, exit_signal, ..CloneArgs::default() };
+                let pid = self.pid(child)?;
+                list.clone3(format!("clone of task {pid}"), &args, &[pid], self.place(child)?.1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Clones the first process, and all others by it. Tells the root's pid.
+    pub(super) fn create(&mut self, settings: &RestoreSettings) -> Result<Pid> {
+        let root = self.images.tasks.first().context("no root")?.pid;
+        let first = self.forks.first;
+        let (area, _) = self.place(first)?;
+        let sibling = settings.detached && settings.sibling;
+        let map = self.puppets.map_first(area)?;
+        let pid = loop {
+            let wanted = self.pid(first)?;
+            let (runner, list, slot) = self.puppets.entry(wanted)?;
+            let set_tid = [wanted];
+            let args = CloneArgs {
+                flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
+                exit_signal: if sibling { 0 } else { libc::SIGCHLD as u64 },
+                set_tid: set_tid.as_ptr() as u64,
+                set_tid_size: 1,
+                ..CloneArgs::default()
+            };
+            let mut old = SigSet::empty();
+            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))?;
+            let made = clone_into(&args, runner.0, list.0, slot.0);
+            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
+            match made {
+                Ok(pid) => break pid,
+                Err(Errno::EEXIST) if self.puppets.pids.gave(wanted) => {
+                    let other = self.puppets.pids.pick()?;
+                    self.puppets.rename(wanted, other);
+                    *self.pids.get_mut(first).context("nobody is first")? = other;
+                }
+                Err(Errno::EEXIST) if self.puppets.may_become_free(wanted) => interrupt::check()?,
+                Err(error) => return Err(taken(wanted, error)),
+            }
+        };
+        self.puppets.first_runs(pid)?;
+        drop(map);
+        let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL;
+        ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
+            .or_else(|_| ptrace::seize(pid, options))
+            .context("seize of the restored root")?;
+        self.gate.go.write_all(&[1]).context("word to the first process")?;
+        self.puppets.settle()?;
+        self.page_threads.check(&self.puppets)?;
+        // Ids that somebody else had taken were exchanged for others.
+        for (planned, known) in self.forks.processes.iter().zip(&mut self.pids) {
+            if planned.pid == PlannedPid::Any {
+                *known = self.puppets.current_id(*known);
+            }
+        }
+        Ok(Pid::from_raw(root))
+    }
+
+    /// What the restore took.
+    pub(super) fn stats(&self) -> RestoreStats {
+        RestoreStats {
+            pages_restored: self.pages.iter().map(Pages::count).sum(),
+            pages_compared: self.made.iter().map(|m| m.compared).sum(),
+            pages_skipped_cow: self.made.iter().map(|m| m.kept).sum(),
+            ..RestoreStats::default()
+        }
+    }
+}
+
+/// The pages of a task, also those that parent snapshots have.
+fn pages_of(store: &dyn Store, task: &Task) -> Result<Pages> {
+    let id = u64::try_from(task.pid)?;
+    let name = ImageKind::Pagemap.file_name(id);
+    // Without it every page of the task would come back as zero.
+    let pages = Pages::read(store, ImageKind::Pagemap, id)?;
+    pages.with_context(|| format!("{} is missing", store.path_of(&name).display()))
+}
+
+/// What the first process does before anything else: hold until it is traced, shed what it has from us.
+fn plan_first(list: &mut List, gate: &Gate, pidfd: i32) {
+    list.call(
+        "prctl(PR_SET_PDEATHSIG)",
+        libc::SYS_prctl,
+        &[PR_SET_PDEATHSIG.into(), libc::SIGKILL.into()],
+        Want::Zero,
+    );
+    // The signal does not come if we are dead already, nor if we are not its parent. With nobody left who could
+    // write, the read gives nothing, which is a failure, and that is a trap, which ends who is not traced.
+    list.call("close(pipe)", libc::SYS_close, &[gate.go.as_raw_fd().into()], Want::Zero);
+    let byte = list.bytes(&[0]);
+    let args = [gate.held.as_raw_fd().into(), byte.into(), 1u64.into()];
+    list.call("read(pipe)", libc::SYS_read, &args, Want::Equal(1));
+    if pidfd != SUPERVISOR {
+        let args = [pidfd.into(), SUPERVISOR.into(), libc::O_CLOEXEC.into()];
+        list.call(
+            "dup3 of the pidfd",
+            libc::SYS_dup3,
+            &args,
+            Want::Equal(u64::from(SUPERVISOR.cast_unsigned())),
+        );
+    }
+    let others = [(SUPERVISOR + 1).into(), u32::MAX.into()];
+    list.call("close_range", libc::SYS_close_range, &others, Want::Zero);
+    if let Some((at, len, signature)) = rseq::own() {
+        list.call(
+            "rseq(unregister)",
+            libc::SYS_rseq,
+            &[at.into(), len.into(), RSEQ_FLAG_UNREGISTER.into(), signature.into()],
+            Want::Any,
+        );
+    }
+    list.call("set_robust_list", libc::SYS_set_robust_list, &[0u64.into(), 24u64.into()], Want::Zero);
+    list.call("set_tid_address", libc::SYS_set_tid_address, &[0u64.into()], Want::Ok);
+}
+
+/// No thread was stopped inside `[start, end)`, code whose data is gone.
+fn not_within(task: &Task, start: u64, end: u64) -> Result<()> {
+    for (tid, core) in task.tids.iter().zip(&task.cores) {
+        let ip = core.thread_info.as_ref().map_or(0, |i| i.gpregs.ip);
+        ensure!(
+            !(start..end).contains(&ip),
+            "thread {tid} of task {} was stopped inside the vdso of another kernel; dump it again",
+            task.pid
+        );
+    }
+    Ok(())
+}

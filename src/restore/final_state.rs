@@ -1,0 +1,98 @@
+//! The fourth act: what nobody may touch afterwards. From here on every task is what it was, but for being held.
+//!
+//! For each thread the pending signals are queued: by itself, because only a task itself may be sent any siginfo, and by
+//! calls that crtool makes one by one, because a list would end in a trap, and a SIGTRAP that is blocked and pending does not
+//! survive a trap. Then `dumpable` is set and the area unmapped, in this order and at the very end: what makes a task open
+//! to others of its user comes when nothing of ours is executed in it any more.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Task, create::Construction};
+use crate::{interrupt, sys::ptrace, task};
+
+/// How long a thread that has ended may be listed: until it gets a processor.
+const END_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Construction<'_> {
+    /// Signals, registers, masks, and the area gone.
+    pub(super) fn final_state(&mut self) -> Result<()> {
+        let tasks: Vec<&Task> = self.alive().collect();
+        for task in &tasks {
+            let label = || format!("final state of task {}", task.pid);
+            self.no_strangers(task).with_context(label)?;
+            for (tid, core) in task.tids.iter().zip(&task.cores) {
+                self.queue_signals(task.pid, *tid, core).with_context(label)?;
+            }
+        }
+        let mut cleared = HashSet::new();
+        for task in &tasks {
+            let label = || format!("final state of task {}", task.pid);
+            let (area, at, len) = self.puppets.range_of(task.pid)?;
+            if cleared.insert(area) {
+                self.take_area(task, at, len).with_context(label)?;
+            }
+        }
+        for task in &tasks {
+            let label = || format!("final state of task {}", task.pid);
+            for (tid, core) in task.tids.iter().zip(&task.cores) {
+                if self.puppets.is_within_call(*tid) {
+                    self.puppets.stop_before_user_code(*tid).with_context(label)?;
+                }
+                let mut state = task::final_state(core).with_context(label)?;
+                state.enter_call(*tid, core);
+                ptrace::set_regset(*tid, ptrace::NT_X86_XSTATE, &state.xstate)
+                    .with_context(|| format!("xsave area of thread {tid}"))?;
+                ptrace::set_sigmask(*tid, state.sigmask).with_context(label)?;
+                ptrace::set_regs(*tid, &state.regs).with_context(|| format!("registers of thread {tid}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// No thread is there but those of the images: nobody executes anything in the area any more. Threads that filled memory
+    /// are through with it, and need a moment to vanish.
+    fn no_strangers(&self, task: &Task) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let dir = std::fs::read_dir(format!("/proc/{}/task", task.pid)).context("list of threads")?;
+            let mut tids = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+            let Some(stranger) = tids.find(|tid| !task.tids.contains(tid)) else { return Ok(()) };
+            ensure!(begun.elapsed() < END_PATIENCE, "thread {stranger} should not be there any more");
+            std::thread::sleep(Duration::from_micros(200));
+            interrupt::check()?;
+        }
+    }
+
+    fn queue_signals(&mut self, pid: i32, tid: i32, core: &crate::image::pb::CoreEntry) -> Result<()> {
+        for (info, shared) in task::pending_signals(core)? {
+            let signal = u64::from(task::signal_of(&info));
+            let at = self.puppets.bytes(tid, &info)?;
+            let (pid, thread) = (u64::from(pid.cast_unsigned()), u64::from(tid.cast_unsigned()));
+            let (name, nr, args) = if shared {
+                ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, [pid, signal, at.0, 0, 0, 0])
+            } else {
+                ("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, [pid, thread, signal, at.0, 0, 0])
+            };
+            let result = self.puppets.bare_call(tid, nr, args)?;
+            ensure!(result == 0, "{name} of signal {signal} failed with error {}", -result);
+        }
+        Ok(())
+    }
+
+    /// Sets `dumpable` and unmaps the area.
+    fn take_area(&mut self, task: &Task, at: u64, len: u64) -> Result<()> {
+        let dumpable = task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1);
+        let value = task::dumpable_to_set(dumpable)?;
+        let args = [u64::from(libc::PR_SET_DUMPABLE.cast_unsigned()), value, 0, 0, 0, 0];
+        let set = self.puppets.bare_call(task.pid, libc::SYS_prctl, args)?;
+        ensure!(set == 0, "PR_SET_DUMPABLE failed with error {}", -set);
+        let gone = self.puppets.bare_call(task.pid, libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
+        ensure!(gone == 0, "munmap of the memory for lists failed with error {}", -gone);
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! What is decided before anything is made: who forks whom, and where the lists of all processes lie.
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::unistd::{getpgrp, getsid};
+
+use super::{
+    images::{Images, State, Task},
+    layout,
+    puppets::Place,
+};
+use crate::{
+    image::pb,
+    process_tree::{self, ForkPlan, Listed, Outside, Sharing},
+    settings::RestoreSettings,
+    tracee::RemoteAddr,
+};
+
+/// Most bytes of an area, if there is room: only what is used is mapped.
+const AREA_LEN: u64 = 1 << 30;
+/// Least bytes of an area.
+const LEAST_LEN: u64 = 4 << 20;
+/// Below the area, for the vdso of this kernel beside an old one.
+pub(super) const VDSO_ROOM: u64 = 1 << 20;
+
+impl Task {
+    /// What it shares; `None` for a zombie.
+    fn sharing(&self) -> Option<Sharing> {
+        let pb::TaskKobjIdsEntry { vm_id: vm, sighand_id: sighand, files_id: files, fs_id: fs, .. } =
+            self.ids;
+        (!self.is_zombie()).then_some(Sharing { vm, sighand, files, fs })
+    }
+}
+
+/// Who makes whom; with `--shell-job` what came from outside is replaced by our own session and group.
+pub(super) fn forks(images: &Images, settings: &RestoreSettings) -> Result<ForkPlan> {
+    let root = images.tasks.first().context("no task")?;
+    let outside = Outside { sid: getsid(None)?.as_raw(), pgid: getpgrp().as_raw() };
+    if (root.sid != root.pid || root.pgid != root.pid) && !settings.common.shell_job {
+        bail!(
+            "task {}: its session {} and group {} come from outside the tree; restore with --shell-job to use \
+             those of crtool",
+            root.pid,
+            root.sid,
+            root.pgid
+        );
+    }
+    let listed: Vec<Listed> = images
+        .tasks
+        .iter()
+        .map(|t| Listed { pid: t.pid, ppid: t.ppid, pgid: t.pgid, sid: t.sid, sharing: t.sharing() })
+        .collect();
+    let shapes = process_tree::shapes(&listed, outside);
+    let mut forks = process_tree::plan(&shapes, outside)
+        .map_err(|error| anyhow!(error).context("this shape of a tree cannot be made"))?;
+    if settings.detached && !settings.sibling && must_not_be_our_child(root, images) {
+        forks.add_intermediate_parent();
+    }
+    Ok(forks)
+}
+
+/// Whether the end of crtool, which does not stay, would be felt by the root: as its parent's end by a parent-death signal,
+/// or by stopped tasks in the session of crtool, whose group it leaves orphaned.
+fn must_not_be_our_child(root: &Task, images: &Images) -> bool {
+    let asks = |core: &pb::CoreEntry| {
+        core.thread_core.as_ref().is_some_and(|c| c.pdeath_sig.is_some_and(|signal| signal != 0))
+    };
+    let stopped = images.tasks.iter().any(|task| task.state == State::Stopped);
+    root.cores.iter().any(asks) || (stopped && root.sid != root.pid)
+}
+
+/// Where lists are to lie: where no task of the tree will have anything, nor have we. With it the whole range that must be
+/// left alone.
+pub(super) fn place_of_areas<'m>(mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<(Place, (u64, u64))> {
+    let mut used: Vec<(u64, u64)> = mms.flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
+    used.extend(crate::tracee::read_maps(std::process::id().cast_signed())?.iter().map(|v| (v.start, v.end)));
+    let mut len = AREA_LEN;
+    loop {
+        if let Some(start) = layout::free_everywhere(used.clone(), VDSO_ROOM + len) {
+            let at = start + VDSO_ROOM;
+            tracing::debug!("lists at {at:#x}");
+            return Ok((Place { at: RemoteAddr(at), len: usize::try_from(len)? }, (start, at + len)));
+        }
+        len /= 4;
+        if len < LEAST_LEN {
+            bail!(
+                "no address is free in all tasks of the tree: {} MiB are needed, at the same place in each",
+                (VDSO_ROOM + LEAST_LEN) >> 20
+            );
+        }
+    }
+}

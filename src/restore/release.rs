@@ -1,0 +1,86 @@
+//! The last act: all go at once, and crtool looks once more whether they live.
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::{create::Construction, images::State};
+use crate::{
+    sys::{Errno, ptrace},
+    task,
+    tracee::KillGuard,
+};
+
+impl Construction<'_> {
+    /// The last thing that can fail. Killed before its end, crtool leaves nothing of the tree; killed after it, or with
+    /// whatever else goes wrong then, all of it.
+    pub(super) fn commit(&mut self) -> Result<()> {
+        let pids: Vec<i32> = self.alive().map(|t| t.pid).collect();
+        let kill_guard = KillGuard::arm(&pids);
+        for tid in self.alive().flat_map(|t| &t.tids) {
+            ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
+        }
+        match kill_guard {
+            Ok(mut kill_guard) => kill_guard.disarm(),
+            Err(error) => tracing::debug!("{:#}", anyhow!(error)),
+        }
+        self.puppets.release();
+        Ok(())
+    }
+
+    /// Lets everybody go, also when that fails for one. Fails when a task is not there any more, or dies of a fault at once.
+    pub(super) fn let_go(&self, stop_all: bool) -> Result<()> {
+        let mut failed = None;
+        let mut note = |result: Result<(), Errno>, what: &str, id: i32| {
+            if let Err(e) = result {
+                failed.get_or_insert_with(|| anyhow!(e).context(format!("{what} {id}")));
+            }
+        };
+        for task in self.alive() {
+            if stop_all && task.state != State::Stopped {
+                note(crate::sys::task::kill(task.pid, libc::SIGSTOP), "stop of task", task.pid);
+            }
+            // It could not be queued before, since nothing blocks it.
+            for (tid, core) in task.tids.iter().zip(&task.cores) {
+                match task::pending_stop(core) {
+                    Some(task::PendingStop::Process) => {
+                        note(crate::sys::task::kill(task.pid, libc::SIGSTOP), "pending SIGSTOP of", task.pid)
+                    }
+                    Some(task::PendingStop::Thread) => note(
+                        crate::sys::task::tgkill(task.pid, *tid, libc::SIGSTOP),
+                        "pending SIGSTOP of thread",
+                        *tid,
+                    ),
+                    None => {}
+                }
+            }
+        }
+        for tid in self.alive().flat_map(|t| t.tids.iter().rev()) {
+            note(ptrace::detach(*tid, 0), "detach of thread", *tid);
+        }
+        failed.map_or(Ok(()), Err)?;
+        self.look_again()
+    }
+
+    /// A tree that dies of a fault as soon as it runs has not been restored.
+    fn look_again(&self) -> Result<()> {
+        /// Signals by which the kernel ends who has done something that cannot be.
+        const FAULTS: [i32; 6] =
+            [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS];
+        for task in self.alive() {
+            match super::who_is(task.pid) {
+                Some(stat) => {
+                    let signal = stat.exit_code & 0x7f;
+                    let dead = matches!(
+                        stat.state,
+                        crate::proc::stat::State::Zombie | crate::proc::stat::State::Dead
+                    );
+                    // The leader of a process may have ended before its threads.
+                    if dead && task.tids.len() == 1 && FAULTS.contains(&signal) {
+                        bail!("task {} died of signal {signal} as soon as it ran", task.pid);
+                    }
+                }
+                None => tracing::debug!("task {} has ended already", task.pid),
+            }
+        }
+        Ok(())
+    }
+}
