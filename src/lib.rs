@@ -15,6 +15,7 @@ pub mod interrupt;
 pub mod log;
 pub mod mem;
 pub(crate) mod ns;
+pub mod ownership;
 pub mod pages;
 pub mod pidfile;
 pub mod proc;

@@ -11,9 +11,8 @@
 
 use std::{
     fmt::{self, Write as _},
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         OnceLock,
@@ -33,7 +32,10 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-use crate::settings::LogSettings;
+use crate::{
+    ownership::{self, Old, OwnershipError},
+    settings::{LogSettings, OwnerCheck},
+};
 
 /// Times are printed from this level on.
 const STAMPED: u8 = 3;
@@ -47,13 +49,13 @@ struct State {
     to_stderr: bool,
 }
 
+/// As messages name it.
+const WHAT: &str = "log file";
+
 /// The log file cannot be made.
 #[derive(Debug, thiserror::Error)]
-#[error("open of log file {}", path.display())]
-pub struct LogError {
-    path: PathBuf,
-    source: io::Error,
-}
+#[error(transparent)]
+pub struct LogError(#[from] OwnershipError);
 
 #[derive(Debug)]
 enum Sink {
@@ -67,6 +69,7 @@ struct Lines {
     sink: Sink,
     stamped: bool,
     per_pid: bool,
+    owner_check: OwnerCheck,
     start: Instant,
     /// It has been said that the file takes nothing.
     told: AtomicBool,
@@ -79,14 +82,7 @@ pub fn start(settings: &LogSettings, start: Instant) -> Result<(), LogError> {
         Some(path) if path.as_os_str() == "-" => Sink::Stdout,
         Some(path) => {
             let path = settings.work_dir.join(path);
-            let file = OpenOptions::new()
-                .create(true)
-                .truncate(true)
-                .write(true)
-                .mode(0o600)
-                .open(&path)
-                .and_then(|_| OpenOptions::new().append(true).open(&path))
-                .map_err(|source| LogError { path: path.clone(), source })?;
+            let file = ownership::output(&path, WHAT, Old::Truncated, settings.owner_check)?;
             Sink::File { file, path }
         }
     };
@@ -102,6 +98,7 @@ pub fn start(settings: &LogSettings, start: Instant) -> Result<(), LogError> {
         sink,
         stamped: settings.level >= STAMPED,
         per_pid: settings.per_pid,
+        owner_check: settings.owner_check,
         start,
         told: AtomicBool::new(false),
     };
@@ -212,7 +209,9 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Lines {
         let written = match (&self.sink, text.pid) {
             (Sink::Stderr, _) => io::stderr().write_all(line.as_bytes()),
             (Sink::Stdout, _) => io::stdout().write_all(line.as_bytes()),
-            (Sink::File { path, .. }, Some(pid)) if self.per_pid => append(path, pid, &line),
+            (Sink::File { path, .. }, Some(pid)) if self.per_pid => {
+                append(path, pid, &line, self.owner_check)
+            }
             (Sink::File { file, .. }, _) => (&mut &*file).write_all(line.as_bytes()),
         };
         if let (Err(error), Sink::File { path, .. }) = (written, &self.sink)
@@ -224,15 +223,11 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Lines {
 }
 
 /// Writes a line to `FILE.PID`.
-fn append(path: &Path, pid: i64, line: &str) -> io::Result<()> {
+fn append(path: &Path, pid: i64, line: &str, check: OwnerCheck) -> io::Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{pid}"));
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(PathBuf::from(name))?
-        .write_all(line.as_bytes())
+    let file = ownership::output(&PathBuf::from(name), WHAT, Old::Kept, check);
+    file.map_err(io::Error::other)?.write_all(line.as_bytes())
 }
 
 #[cfg(test)]
@@ -248,6 +243,7 @@ mod tests {
             sink: Sink::File { file, path: path.clone() },
             stamped: false,
             per_pid: true,
+            owner_check: OwnerCheck::On,
             start: Instant::now(),
             told: AtomicBool::new(false),
         };

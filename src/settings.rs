@@ -98,6 +98,16 @@ pub struct InheritFd {
     pub fd: RawFd,
 }
 
+/// Whether files and directories of others than root and the caller are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OwnerCheck {
+    /// They are refused.
+    #[default]
+    On,
+    /// Whoever may write to them is trusted.
+    Off,
+}
+
 /// What dump and restore have in common.
 #[derive(Debug, Clone)]
 pub struct CommonSettings {
@@ -121,6 +131,8 @@ pub struct CommonSettings {
     pub externals: Vec<External>,
     /// Programs to run at certain points.
     pub action_scripts: ActionScripts,
+    /// Of images, their directory, and the files that are written in the work dir.
+    pub owner_check: OwnerCheck,
 }
 
 impl CommonSettings {
@@ -136,6 +148,7 @@ impl CommonSettings {
             cpu_cap: None,
             externals: Vec::new(),
             action_scripts: ActionScripts::default(),
+            owner_check: OwnerCheck::default(),
         }
     }
 }
@@ -179,6 +192,8 @@ pub struct DaemonSettings {
     pub pidfile: Option<PathBuf>,
     /// Gets one zero byte and is closed when its sockets listen.
     pub status_fd: Option<RawFd>,
+    /// Of `pidfile`.
+    pub owner_check: OwnerCheck,
 }
 
 /// One image-cache.
@@ -271,6 +286,9 @@ pub struct DumpSettings {
     pub irmap_scan_paths: Vec<PathBuf>,
     /// Into a cache instead of a directory.
     pub remote: Option<RemoteSettings>,
+    /// The images are on disk, not only in the page cache, before the tree is killed, or before the command that lets
+    /// it go on says that they are complete.
+    pub sync: bool,
 }
 
 impl DumpSettings {
@@ -286,6 +304,7 @@ impl DumpSettings {
             force_irmap: false,
             irmap_scan_paths: Vec::new(),
             remote: None,
+            sync: true,
         }
     }
 }
@@ -365,6 +384,8 @@ pub struct LogSettings {
     pub level: u8,
     /// Messages that concern one task go to `FILE.PID`.
     pub per_pid: bool,
+    /// Of `file`.
+    pub owner_check: OwnerCheck,
 }
 
 /// What the caller of a command hears, apart from messages.

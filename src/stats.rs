@@ -2,13 +2,13 @@
 //!
 //! Times are microseconds. Both files go to the work dir, not to the images.
 
-use std::{
-    fmt, fs, io,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::Path, time::Duration};
 
-use crate::image::{ImageKind, framing, pb};
+use crate::{
+    image::{ImageKind, framing, pb},
+    ownership::{self, OwnershipError},
+    settings::OwnerCheck,
+};
 
 /// Counts and times of one dump.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -76,8 +76,8 @@ impl DumpStats {
     }
 
     /// Writes `stats-dump`.
-    pub fn write(&self, work_dir: &Path) -> Result<(), StatsError> {
-        write(work_dir, ImageKind::StatsDump, &self.entry())
+    pub fn write(&self, work_dir: &Path, check: OwnerCheck) -> Result<(), StatsError> {
+        write(work_dir, ImageKind::StatsDump, &self.entry(), check)
     }
 }
 
@@ -112,8 +112,8 @@ impl RestoreStats {
     }
 
     /// Writes `stats-restore`.
-    pub fn write(&self, work_dir: &Path) -> Result<(), StatsError> {
-        write(work_dir, ImageKind::StatsRestore, &self.entry())
+    pub fn write(&self, work_dir: &Path, check: OwnerCheck) -> Result<(), StatsError> {
+        write(work_dir, ImageKind::StatsRestore, &self.entry(), check)
     }
 }
 
@@ -140,21 +140,25 @@ fn micros(time: Duration) -> u32 {
 
 /// The file cannot be written.
 #[derive(Debug, thiserror::Error)]
-#[error("write of statistics {}", path.display())]
-pub struct StatsError {
-    path: PathBuf,
-    source: io::Error,
-}
+#[error(transparent)]
+pub struct StatsError(#[from] OwnershipError);
 
-fn write(work_dir: &Path, kind: ImageKind, entry: &pb::StatsEntry) -> Result<(), StatsError> {
-    let path = work_dir.join(kind.file_name(None));
+fn write(
+    work_dir: &Path,
+    kind: ImageKind,
+    entry: &pb::StatsEntry,
+    check: OwnerCheck,
+) -> Result<(), StatsError> {
     let mut bytes = framing::magic_bytes(kind);
     framing::put_entry(&mut bytes, entry);
-    fs::write(&path, bytes).map_err(|source| StatsError { path, source })
+    let path = work_dir.join(kind.file_name(None));
+    Ok(ownership::replace(&path, "statistics", &bytes, check)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::image::framing::EntryReader;
 
@@ -167,7 +171,7 @@ mod tests {
             shpages_written: 2,
             ..DumpStats::default()
         };
-        stats.write(dir.path()).unwrap();
+        stats.write(dir.path(), OwnerCheck::On).unwrap();
         let path = dir.path().join("stats-dump");
         let bytes = fs::read(&path).unwrap();
         assert_eq!(&bytes[..8], [0x40, 0x59, 0x10, 0x55, 0x06, 0x33, 0x09, 0x57]);
@@ -177,9 +181,11 @@ mod tests {
         assert_eq!(entry, stats.entry());
         assert_eq!(entries.left(), 0);
 
-        RestoreStats { pages_restored: 7, ..RestoreStats::default() }.write(dir.path()).unwrap();
+        RestoreStats { pages_restored: 7, ..RestoreStats::default() }
+            .write(dir.path(), OwnerCheck::On)
+            .unwrap();
         assert!(dir.path().join("stats-restore").exists());
-        assert!(stats.write(&dir.path().join("nowhere")).is_err());
+        assert!(stats.write(&dir.path().join("nowhere"), OwnerCheck::On).is_err());
     }
 
     #[test]

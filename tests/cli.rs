@@ -649,6 +649,63 @@ fn hostile_words() {
     }
 }
 
+/// As ssh does with its files: nothing is believed, or written over, that somebody else may have put there.
+#[test]
+fn nothing_of_strangers() {
+    use std::os::unix::fs::{chown, lchown, symlink};
+    const STRANGER: u32 = 12_345;
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: needs root");
+        return;
+    }
+    let base = temp();
+    let dir = base.path();
+    let theirs = dir.join("theirs");
+    fs::create_dir(&theirs).expect("directory");
+    fs::create_dir(dir.join("own")).expect("directory");
+    fs::write(dir.join("victim"), "safe").expect("write");
+    for (name, target) in [("images", "../own"), ("log", "../victim"), ("new", "../made")] {
+        symlink(target, theirs.join(name)).expect("link");
+        lchown(theirs.join(name), Some(STRANGER), None).expect("chown");
+    }
+    fs::hard_link(dir.join("victim"), theirs.join("hard")).expect("link");
+    chown(&theirs, Some(STRANGER), None).expect("chown");
+    fn dump<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["dump", "-t", NOBODY], more].concat()
+    }
+    let owned = "is owned by uid 12345 and has mode 0";
+    for (more, what) in [
+        (&["-D", "theirs"][..], "images directory"),
+        (&["-D", "theirs/images"], "symbolic link"),
+        (&["-D", "own", "-o", "../theirs/log"], "symbolic link"),
+        (&["-D", "own", "-o", "../theirs/new"], "symbolic link"),
+        (&["-D", "own", "-W", "theirs/images", "-o", "x"], "symbolic link"),
+    ] {
+        refused(dir, &dump(more), owned);
+        refused(dir, &dump(more), what);
+        refused(dir, &dump(more), "must be owned by root or by the caller (--no-owner-check takes it");
+        let out = crtool(dir, &[&dump(more)[..], &["--no-owner-check"]].concat());
+        assert!(text(&out.stderr).contains("no process has pid"), "{more:?}: {}", text(&out.stderr));
+        fs::write(dir.join("victim"), "safe").expect("write");
+    }
+    refused(dir, &["restore", "-D", "theirs"], owned);
+    refused(dir, &dump(&["-D", "own", "-o", "../theirs/hard"]), "more names than this one");
+    assert_eq!(fs::read(dir.join("victim")).expect("read"), b"safe");
+    // To look at images does no harm.
+    let out = crtool(dir, &["image", "x", "theirs", "ps"]);
+    assert!(text(&out.stderr).contains("pstree.img") && !text(&out.stderr).contains("owned"), "{out:?}");
+    // A configuration file of somebody else says nothing to root.
+    fs::create_dir(dir.join(".crtool")).expect("directory");
+    fs::write(dir.join(".crtool/default.conf"), "bogus\n").expect("write");
+    refused(dir, &dump(&["-D", "own"]), "unknown option --bogus");
+    chown(dir.join(".crtool/default.conf"), Some(STRANGER), None).expect("chown");
+    let err = text(&crtool(dir, &dump(&["-D", "own"])).stderr);
+    assert!(
+        err.contains("Warn ") && err.contains("default.conf is not read: ") && err.contains(owned),
+        "{err}"
+    );
+}
+
 /// A link called `crit` is `crtool image`, one called `criu` is `crtool`.
 #[test]
 fn other_names() {

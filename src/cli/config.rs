@@ -15,11 +15,18 @@
 use std::{
     env,
     ffi::{OsStr, OsString},
-    fs, io, iter,
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    fs,
+    io::{self, Read as _},
+    iter,
+    os::{
+        fd::AsFd as _,
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
+
+use crate::ownership::{self, Names, OwnershipError};
 
 use super::{
     argv::{ArgvError, Given, Origin, long_option},
@@ -64,8 +71,9 @@ pub(crate) fn defaults(warnings: &mut Vec<String>) -> Result<Vec<Given>, ConfigE
 /// Options of the first of these files that exists.
 fn first_of(paths: &[PathBuf], warnings: &mut Vec<String>) -> Result<Vec<Given>, ConfigError> {
     for path in paths {
-        match fs::read(path) {
-            Ok(bytes) => return parse(path, &bytes),
+        match read_own(path, warnings) {
+            Ok(Some(bytes)) => return parse(path, &bytes),
+            Ok(None) => {}
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 warnings.push(format!("configuration file {}: {error}", path.display()));
@@ -74,6 +82,24 @@ fn first_of(paths: &[PathBuf], warnings: &mut Vec<String>) -> Result<Vec<Given>,
         }
     }
     Ok(Vec::new())
+}
+
+/// Reads a file, unless it is somebody else's or others may write to it: under sudo HOME can be another user's.
+fn read_own(path: &Path, warnings: &mut Vec<String>) -> io::Result<Option<Vec<u8>>> {
+    let mut file = fs::File::open(path)?;
+    if let Err(OwnershipError::Stranger { owner, mode, .. }) =
+        ownership::check_file(file.as_fd(), "configuration file", path, Names::Ours)
+    {
+        warnings.push(format!(
+            "configuration file {} is not read: it is owned by uid {owner} and has mode {mode:04o}; only root or the \
+             caller may be able to write to it",
+            path.display()
+        ));
+        return Ok(None);
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(Some(bytes))
 }
 
 /// Options of one file that must exist.

@@ -276,6 +276,8 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     plain("force", For(&[ImageCache])),
     switch("allow-symlinks", For(&[Restore])),
     switch("host-clocks", For(&[Restore])),
+    switch("owner-check", ALL).on_by_default(),
+    switch("sync", For(&[Dump])).on_by_default(),
 ];
 
 /// Every option there is.

@@ -14,7 +14,7 @@ use clap::{
 use nix::unistd::Pid;
 
 use super::known::Command;
-use crate::settings::{CpuCap, External, FileValidation, InheritFd};
+use crate::settings::{CpuCap, External, FileValidation, InheritFd, OwnerCheck};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -219,6 +219,18 @@ pub(crate) struct Opts {
     #[arg(long, help_heading = "Messages")]
     pub(crate) display_stats: bool,
 
+    /// Take images, directories and log files also of others than root and the caller, or that others may write to
+    #[arg(long, help_heading = "Other")]
+    pub(crate) no_owner_check: bool,
+    /// On unless --no-owner-check says otherwise
+    #[arg(long, hide = true)]
+    pub(crate) owner_check: bool,
+    /// Dump: do not wait until the images are on disk
+    #[arg(long, help_heading = "Other")]
+    pub(crate) no_sync: bool,
+    /// On unless --no-sync says otherwise
+    #[arg(long, hide = true)]
+    pub(crate) sync: bool,
     /// Read options from this file, one a line without dashes
     #[arg(long, value_name = "FILE", help_heading = "Other")]
     pub(crate) config: Vec<PathBuf>,
@@ -237,6 +249,13 @@ pub(crate) struct Opts {
     /// Print the version
     #[arg(short = 'V', long, help_heading = "Other")]
     pub(crate) version: bool,
+}
+
+impl Opts {
+    /// Whether files of others are taken.
+    pub(crate) fn owner_check(&self) -> OwnerCheck {
+        if self.no_owner_check { OwnerCheck::Off } else { OwnerCheck::On }
+    }
 }
 
 /// How to compress.

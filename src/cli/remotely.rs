@@ -156,7 +156,12 @@ fn net(opts: &Opts, typed: Typed<'_>, command: &'static str) -> Result<NetSettin
 }
 
 fn daemon(opts: &Opts) -> DaemonSettings {
-    DaemonSettings { detach: opts.restore_detached, pidfile: opts.pidfile.clone(), status_fd: opts.status_fd }
+    DaemonSettings {
+        detach: opts.restore_detached,
+        pidfile: opts.pidfile.clone(),
+        status_fd: opts.status_fd,
+        owner_check: opts.owner_check(),
+    }
 }
 
 /// `crtool image-cache`, or a question to one.

@@ -296,8 +296,13 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     {
         level = level.max(3);
     }
-    let log =
-        LogSettings { file: opts.log_file.clone(), work_dir: work_dir.clone(), level, per_pid: opts.log_pid };
+    let log = LogSettings {
+        file: opts.log_file.clone(),
+        work_dir: work_dir.clone(),
+        level,
+        per_pid: opts.log_pid,
+        owner_check: opts.owner_check(),
+    };
     let close = opts.close.clone();
     let report = ReportSettings { display_stats: opts.display_stats, status_fd: opts.status_fd };
     let task = match command {
@@ -381,6 +386,7 @@ fn common(opts: &Opts, images_dir: &Path, work_dir: PathBuf) -> CommonSettings {
         evasive_devices: opts.evasive_devices,
         file_validation: opts.file_validation.unwrap_or_default(),
         cpu_cap: opts.cpu_cap,
+        owner_check: opts.owner_check(),
         externals: opts.external.clone(),
         action_scripts: ActionScripts {
             scripts: opts.action_script.clone(),
@@ -411,6 +417,7 @@ fn dump(
     if let Some(seconds) = opts.timeout {
         settings.timeout = (seconds > 0).then(|| std::time::Duration::from_secs(u64::from(seconds)));
     }
+    settings.sync = !opts.no_sync;
     collecting(&opts, &mut settings);
     Ok(settings)
 }
@@ -477,7 +484,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::settings::{CpuCap, External, FileValidation, InheritFd};
+    use crate::settings::{CpuCap, External, FileValidation, InheritFd, OwnerCheck};
 
     fn planned(text: &str) -> Plan {
         let words = text.split_whitespace().chain(["--no-default-config"]).map(OsString::from).collect();
@@ -541,6 +548,10 @@ mod tests {
         assert_eq!(dumped("--cpu-cap=none").common.cpu_cap, Some(CpuCap::NONE));
         let settings = dumped("");
         assert!(settings.ghost_fiemap && !settings.force_irmap && settings.irmap_scan_paths.is_empty());
+        assert!(settings.sync && settings.common.owner_check == OwnerCheck::On);
+        let settings = dumped("--no-sync --no-owner-check");
+        assert!(!settings.sync && settings.common.owner_check == OwnerCheck::Off);
+        assert_eq!(restored("--no-owner-check").common.owner_check, OwnerCheck::Off);
         let settings = dumped("--no-ghost-fiemap --force-irmap --irmap-scan-path /a --irmap-scan-path=b");
         assert!(!settings.ghost_fiemap && settings.force_irmap);
         assert_eq!(settings.irmap_scan_paths, [Path::new("/a"), Path::new("b")]);

@@ -54,7 +54,7 @@ fn to_cache(
 /// Says what there is to say about a dump that is complete.
 pub fn done(settings: &DumpSettings, report: ReportSettings, stats: &DumpStats) -> anyhow::Result<Exit> {
     // Statistics are no part of the snapshot: without them it is complete all the same.
-    if let Err(error) = stats.write(&settings.common.work_dir) {
+    if let Err(error) = stats.write(&settings.common.work_dir, settings.common.owner_check) {
         tracing::warn!("{:#}", anyhow::Error::from(error));
     }
     if report.display_stats {

@@ -100,7 +100,7 @@ pub fn run(words: &[OsString]) -> anyhow::Result<()> {
                 Explored::Mems => What::Mappings,
                 Explored::Rss => What::Pages,
             };
-            let text = explore::explore(&DirStore::open(&dir)?, what)?;
+            let text = explore::explore(&DirStore::look(&dir)?, what)?;
             put(None, |to| to.write_all(text.as_bytes()))
         }
     }

@@ -55,7 +55,7 @@ pub fn done(
     stats: &RestoreStats,
 ) -> anyhow::Result<Exit> {
     const RUNS: Incomplete = Incomplete("the tree is restored and runs");
-    if let Err(error) = stats.write(&settings.common.work_dir) {
+    if let Err(error) = stats.write(&settings.common.work_dir, settings.common.owner_check) {
         tracing::warn!("{:#}", anyhow::Error::from(error));
     }
     if report.display_stats {

@@ -26,7 +26,7 @@ use crate::{
     action::{self, Action, ActionScripts},
     cpuinfo,
     finding::Finding,
-    image::{DirStore, Store},
+    image::{DirStore, DirSync, Store},
     interrupt,
     mem::MemoryDump,
     settings::{DumpSettings, Leave},
@@ -54,8 +54,16 @@ pub struct Unconfirmed;
 
 /// Dumps a tree into a directory.
 pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
-    let store = DirStore::for_dump(&settings.common.images_dir)?;
-    dump_to(&store, settings)
+    let sync = match settings.leave {
+        _ if !settings.sync => DirSync::Never,
+        // Then the images are all there is.
+        Leave::Killed => DirSync::BeforeCommit,
+        Leave::Running | Leave::Stopped => DirSync::AtEnd,
+    };
+    let store = DirStore::for_dump_checked(&settings.common.images_dir, settings.common.owner_check, sync)?;
+    let stats = dump_to(&store, settings)?;
+    store.finish().context("the tree goes on, but its images are not safe")?;
+    Ok(stats)
 }
 
 /// Dumps a tree into `store`, and commits it.

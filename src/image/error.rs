@@ -2,6 +2,12 @@
 
 use std::{io, path::PathBuf};
 
+use crate::ownership::OwnershipError;
+
+fn by(pid: Option<i32>) -> String {
+    pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
+}
+
 /// An image that cannot be written, read or believed. Every variant names the file.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -14,6 +20,19 @@ pub enum ImageError {
         path: PathBuf,
         /// Why not.
         source: io::Error,
+    },
+    /// A file or directory that somebody else may have put there.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// Somebody else is at work in the directory.
+    #[error("images directory {} is in use: {what}{}", path.display(), by(*pid))]
+    Busy {
+        /// The directory.
+        path: PathBuf,
+        /// What they do.
+        what: &'static str,
+        /// Who, if that is known.
+        pid: Option<i32>,
     },
     /// Another kind of file.
     #[error("{}: magic is {got:#010x}, not {want:#010x}", path.display())]

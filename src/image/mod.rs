@@ -14,7 +14,7 @@ pub use error::ImageError;
 pub use extras::HasExtra;
 pub use names::ImageKind;
 pub use store::{
-    DirStore, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink, PagesStream, Store,
+    DirStore, DirSync, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink, PagesStream, Store,
     TypedStore,
 };
 

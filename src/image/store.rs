@@ -1,10 +1,8 @@
 //! Where images are kept: one trait, a directory and memory behind it.
 //!
 //! A dump writes into a store and commits it; until then, and if the store is dropped
-//! before, nothing in it can be restored. In a directory that means: `inventory.img` of an
-//! older snapshot is removed before anything is written, the new inventory is written under
-//! another name and gets its own at commit, and a store dropped without commit removes the
-//! files it made. A restore opens a store and only reads.
+//! before, nothing of it can be restored, and what was in the store before is as it was. A restore opens a store and
+//! only reads.
 
 mod dir;
 mod memory;
@@ -22,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use prost::{Message, Name};
 
-pub use dir::DirStore;
+pub use dir::{DirStore, Sync as DirSync};
 pub use memory::MemStore;
 
 use super::error::ImageError;

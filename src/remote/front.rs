@@ -133,7 +133,7 @@ impl Readiness {
     /// background lets go of terminal and current directory.
     pub fn ready(self, front: &mut Front, settings: &DaemonSettings) -> Result<(), FrontError> {
         if let Some(file) = &settings.pidfile {
-            pidfile::write(&front.work_dir, file, getpid())?;
+            pidfile::write(&front.work_dir, file, getpid(), settings.owner_check)?;
             front.pidfile = Some(front.work_dir.join(file));
         }
         if self.caller.is_some() {

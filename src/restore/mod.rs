@@ -83,7 +83,7 @@ pub struct Restored {
 
 /// Restores a tree from a directory of images.
 pub fn restore(settings: &RestoreSettings) -> Result<Restored> {
-    let store = DirStore::open(&settings.common.images_dir)?;
+    let store = DirStore::open_checked(&settings.common.images_dir, settings.common.owner_check)?;
     restore_from(&store, settings)
 }
 
@@ -116,7 +116,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     tree.files.leftovers()?;
 
     if let Some(path) = &settings.pidfile {
-        crate::pidfile::write(&settings.common.work_dir, path, root)?;
+        crate::pidfile::write(&settings.common.work_dir, path, root, settings.common.owner_check)?;
     }
     action::run(scripts, Action::PostRestore, Some(root))?;
     action::run(scripts, Action::PreResume, Some(root))?;

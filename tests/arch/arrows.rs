@@ -24,6 +24,7 @@ const LAYERS: [&[&str]; 7] = [
         "action",
         "exit",
         "interrupt",
+        "ownership",
         "pidfile",
         "view",
     ],

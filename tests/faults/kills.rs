@@ -131,7 +131,7 @@ pub fn restore(site: &mut Site) -> Result<(), String> {
 }
 
 /// Either nothing of the tree remains, or all of it works.
-fn nothing_or_all(site: &Site) -> Result<(), String> {
+pub fn nothing_or_all(site: &Site) -> Result<(), String> {
     // Those that die with their tracer need a moment for it, and so do those that go on without one.
     let begin = Instant::now();
     loop {

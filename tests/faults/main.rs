@@ -10,6 +10,7 @@
 mod aim;
 mod chain;
 mod damage;
+mod directory;
 mod elsewhere;
 mod kills;
 #[path = "../real/reaper.rs"]
@@ -47,6 +48,13 @@ const TRIALS: &[(&str, target::Kind, Run)] = &[
     ("dump_of_a_task_in_vfork", target::Kind::Stuck, refusals::stuck),
     ("dump_on_full_disk", target::Kind::Busy, refusals::full_disk),
     ("dump_into_read_only_directory", target::Kind::Busy, refusals::read_only),
+    ("dump_into_a_snapshot_killed_at_random", target::Kind::Busy, directory::killed_before_commit),
+    (
+        "snapshot_replaced_killed_at_each_step",
+        target::Kind::Family,
+        directory::killed_at_each_step_of_a_replacement,
+    ),
+    ("one_directory_whatever_happens", target::Kind::Busy, directory::whatever_happens),
     ("fifty_rounds", target::Kind::Busy, refusals::fifty_rounds),
     ("truncated_images", target::Kind::Busy, damage::truncated),
     ("flipped_bits", target::Kind::Busy, damage::flipped),

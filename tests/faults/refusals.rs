@@ -159,11 +159,11 @@ pub fn read_only(site: &mut Site) -> Result<(), String> {
 }
 
 /// In the trial's own mount namespace.
-fn mount(at: &Path, options: &str) -> Result<(), String> {
+pub fn mount(at: &Path, options: &str) -> Result<(), String> {
     done(Command::new("mount").args(["-t", "tmpfs", "-o", options, "faults"]).arg(at))
 }
 
-fn unmount(at: &Path) -> Result<(), String> {
+pub fn unmount(at: &Path) -> Result<(), String> {
     done(Command::new("umount").arg(at))
 }
 

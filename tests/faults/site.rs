@@ -95,6 +95,11 @@ impl Site {
         self.begin_as(Command::new(&self.tool), words, images)
     }
 
+    /// Starts one of several tools that are at work at the same time.
+    pub fn begin_beside(&self, number: usize, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
+        self.begin_named(&format!("tool-{number}"), Command::new(&self.tool), words, images)
+    }
+
     /// Starts the tool in the hands of a stepper, which kills it after the call `at` that it makes from the one on
     /// that makes the file `from`.
     pub fn begin_stepped(
@@ -109,10 +114,20 @@ impl Site {
         self.begin_as(command, words, images)
     }
 
-    fn begin_as(&self, mut command: Command, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
-        let out = self.dir.join("tool.out");
+    fn begin_as(&self, command: Command, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
+        self.begin_named("tool", command, words, images)
+    }
+
+    fn begin_named(
+        &self,
+        name: &str,
+        mut command: Command,
+        words: &[&str],
+        images: &Path,
+    ) -> Result<Tool<'_>, String> {
+        let out = self.dir.join(format!("{name}.out"));
         let file = fs::File::create(&out).map_err(|e| e.to_string())?;
-        let log = self.dir.join("tool.log");
+        let log = self.dir.join(format!("{name}.log"));
         let child = command
             .args(words)
             .arg("-D")

@@ -98,7 +98,7 @@ pub fn end_of_restore(site: &mut Site) -> Result<(), String> {
 }
 
 /// The tree, as soon as it is complete: the root, its echo, and the idle ones.
-fn family() -> Result<Vec<i32>, String> {
+pub fn family() -> Result<Vec<i32>, String> {
     let begin = Instant::now();
     loop {
         let tree = processes();
@@ -113,7 +113,7 @@ fn family() -> Result<Vec<i32>, String> {
 }
 
 /// Whether a tool came to its end before it was killed; and when that was, in words.
-fn stepped(run: Run, at: usize) -> Result<(bool, String), String> {
+pub fn stepped(run: Run, at: usize) -> Result<(bool, String), String> {
     match run.end {
         End::Exited(0) => Ok((false, format!("killed after call {at}"))),
         End::Exited(status) if status == i32::from(ENDED) => Ok((true, "at its end".to_owned())),
@@ -122,7 +122,7 @@ fn stepped(run: Run, at: usize) -> Result<(bool, String), String> {
 }
 
 /// Whether nothing remains of the tree; `false` when all of it works.
-fn nothing_or_all(site: &Site, tree: &[i32]) -> Result<bool, String> {
+pub fn nothing_or_all(site: &Site, tree: &[i32]) -> Result<bool, String> {
     let begin = Instant::now();
     let mut last = String::new();
     loop {

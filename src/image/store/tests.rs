@@ -73,27 +73,6 @@ fn a_directory_gives_back_what_was_written() {
 }
 
 #[test]
-fn an_abandoned_dump_leaves_what_was_not_its_own() {
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["inventory.img", "pstree.img", "core-1.img", "notes"] {
-        fs::write(dir.path().join(name), name).unwrap();
-    }
-    fs::hard_link(dir.path().join("pstree.img"), dir.path().join("kept")).unwrap();
-    let store = DirStore::for_dump(dir.path()).unwrap();
-    assert!(dir.path().join("inventory.img").exists(), "nothing is touched before the first image");
-    store.write_one(ImageKind::Pstree, None, &pb::PstreeEntry::default()).unwrap();
-    assert!(!dir.path().join("inventory.img").exists());
-    store.write_one(ImageKind::Inventory, None, &pb::InventoryEntry::default()).unwrap();
-    store.link_parent(std::path::Path::new("../before")).unwrap();
-    assert!(!dir.path().join("inventory.img").exists(), "no inventory before commit");
-    drop(store);
-    let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    left.sort();
-    assert_eq!(left, ["core-1.img", "kept", "notes"]);
-    assert_eq!(fs::read(dir.path().join("kept")).unwrap(), b"pstree.img");
-}
-
-#[test]
 fn what_is_withdrawn_cannot_be_restored() {
     let dir = tempfile::tempdir().unwrap();
     let store = DirStore::for_dump(dir.path()).unwrap();
