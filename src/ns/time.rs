@@ -180,7 +180,8 @@ fn namespace(task: &str, name: &str) -> Option<(u64, u64)> {
 /// The time namespace of a tree that is dumped.
 #[derive(Debug, Default)]
 pub(crate) struct TimeDump {
-    /// The namespace of the tree, and the first task that was seen in it.
+    /// The namespace of the tree, and the first thread that was seen in it: the leader of its process may be dead, and then
+    /// only its threads have offsets in /proc.
     tree: Option<((u64, u64), i32)>,
     /// Whether a task has been said to be in another one.
     several: bool,
@@ -203,7 +204,7 @@ impl TimeDump {
             return;
         }
         match self.tree {
-            None => self.tree = Some((own, pid)),
+            None => self.tree = Some((own, tid)),
             Some((tree, _)) if tree == own => {}
             // One is enough: all tasks below this one are in it too.
             Some(_) if self.several => {}
@@ -221,12 +222,12 @@ impl TimeDump {
     /// expired by then must not have done so before its time.
     pub(crate) fn clocks(&self) -> Result<(Clocks, Clocks)> {
         let now = Clocks::now()?;
-        let Some((tree, pid)) = self.tree else { return Ok((now, now)) };
+        let Some((tree, tid)) = self.tree else { return Ok((now, now)) };
         if namespace("self", "time") == Some(tree) {
             return Ok((now, now));
         }
         // No thread has another one prepared, so these are those of its own.
-        Ok((now, now.shifted(offsets_of(&pid.to_string())?.minus(own_offsets()?))))
+        Ok((now, now.shifted(offsets_of(&tid.to_string())?.minus(own_offsets()?))))
     }
 }
 
