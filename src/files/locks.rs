@@ -66,7 +66,7 @@ pub(super) fn finish_dump(
 }
 
 /// The process of a task, which may be a thread whose leader has exited.
-fn process_of(tid: i32) -> Result<i32, FileError> {
+pub(super) fn process_of(tid: i32) -> Result<i32, FileError> {
     match std::fs::read(format!("/proc/{tid}/status")) {
         Ok(text) => Ok(status::parse(&text)?.tgid),
         Err(e) => Err(io_error("read the status of a task", &e)),

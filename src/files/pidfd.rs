@@ -95,7 +95,7 @@ impl FileKind for Pidfd {
 }
 
 /// Whether `pid`, a process or a thread, is `root`, or descends from it.
-fn in_tree(pid: i32, root: i32) -> Result<bool, FileError> {
+pub(super) fn in_tree(pid: i32, root: i32) -> Result<bool, FileError> {
     let read = |path: String| match std::fs::read(&path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),

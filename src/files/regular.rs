@@ -8,10 +8,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::{fcntl::OFlag, sys::stat::fstat};
 
 use super::{
-    DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, Stat, build_id, device, external, flags,
+    DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, Stat, build_id, device,
+    external, flags,
     kind::packed_in,
     path::{proc_pid, to_path},
-    remap,
+    procfs, remap,
 };
 use crate::{
     image::pb,
@@ -83,6 +84,15 @@ impl FileKind for Regular {
         Ok(entry)
     }
 
+    fn complete(
+        _cx: &mut DumpCx<'_>,
+        tables: &DumpTables,
+        entry: &mut Self::Entry,
+        _at: Place,
+    ) -> Result<(), FileError> {
+        if entry.ext == Some(true) { Ok(()) } else { procfs::check_holder(entry.id, &entry.name, tables) }
+    }
+
     fn finish_dump(cx: &mut DumpCx<'_>) -> Result<(), FileError> {
         remap::write(cx)
     }
@@ -95,6 +105,10 @@ impl FileKind for Regular {
     }
 
     fn open_late(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
+        let gone = remap::is_of_dead_task(cx, entry.id);
+        if let Some(fd) = procfs::open_late(cx, entry, gone)? {
+            return Ok(fd);
+        }
         open_entry(cx, entry)
     }
 

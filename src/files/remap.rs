@@ -26,7 +26,7 @@ use nix::{
 use super::{
     DumpCx, FdView, FileError, RestoreCx, Stat, ghost,
     path::{DELETED, proc_pid},
-    regular,
+    procfs, regular,
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
@@ -96,15 +96,19 @@ pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<
         ));
     }
     let base = fd.link.strip_suffix(DELETED);
-    if fd.stat.nlink > 0 {
-        if is_at(cx, fd, fd.link)? {
-            return Ok(fd.link.to_vec());
+    let found = if fd.stat.nlink == 0 {
+        None
+    } else if is_at(cx, fd, fd.link)? {
+        Some(fd.link)
+    } else {
+        match base {
+            Some(base) if is_at(cx, fd, base)? => Some(base),
+            _ => None,
         }
-        if let Some(base) = base
-            && is_at(cx, fd, base)?
-        {
-            return Ok(base.to_vec());
-        }
+    };
+    procfs::check(fd, cx.settings.pid.as_raw(), found.is_some())?;
+    if let Some(found) = found {
+        return Ok(found.to_vec());
     }
     if let Some(pid) = dead_task(fd, base.unwrap_or(fd.link)) {
         let pid = pid.cast_unsigned();
@@ -370,6 +374,11 @@ fn made_by(cx: &mut RestoreCx<'_>, remap_id: u32) -> Option<pb::RegFileEntry> {
     };
     let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_ref());
     entries.filter(|reg| reg.flags & ghost::TMPFILE != 0).min_by_key(|reg| reg.id).cloned()
+}
+
+/// Whether the file is one of /proc of a task that is gone.
+pub(super) fn is_of_dead_task(cx: &mut RestoreCx<'_>, file: u32) -> bool {
+    cx.state::<RestoreRemaps>().dead_task_of(file).is_some()
 }
 
 /// The description of an entry, where its file was made with one.

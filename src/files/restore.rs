@@ -236,6 +236,7 @@ impl<'a> FilesRestore<'a> {
                 file.planned = planned.map_err(|e| file.failed(e))? == Planned::Done;
             }
         }
+        procfs::plan_own(&mut self.cx, &table, pid, list);
         self.cx.state::<Locks>().plan(pid, list);
         Ok(())
     }
@@ -294,6 +295,9 @@ impl<'a> FilesRestore<'a> {
 
     /// Fails when something in the images was used by no task.
     pub fn leftovers(&mut self) -> Result<(), FileError> {
+        if let Some(id) = procfs::unopened(&mut self.cx) {
+            return Err(FileError::entry(id, "no task could open this file of /proc"));
+        }
         if let Some(pid) = self.cx.state::<Locks>().left() {
             return Err(FileError::entry(0, format!("no task {pid} takes the file locks that it had")));
         }

@@ -20,7 +20,7 @@ use nix::{
 use super::{FileError, FilesDump, FilesRestore};
 use crate::{
     finding::Finding,
-    image::{MemStore, Store},
+    image::{MemStore, Store, TypedStore},
     proc::fdinfo,
     settings::{DumpSettings, RestoreSettings},
     sys::pidfd,
@@ -64,6 +64,10 @@ impl Cycle {
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
         files.complete(&mut findings)?;
         if findings.is_empty() {
+            let pid = me.cast_unsigned();
+            let task =
+                crate::image::pb::PstreeEntry { pid, ppid: 0, pgid: pid, sid: pid, threads: vec![pid] };
+            self.store.write_all(crate::image::ImageKind::Pstree, None, &[task])?;
             files.write()?;
         }
         if findings.is_empty() {

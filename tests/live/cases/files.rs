@@ -52,6 +52,22 @@ pub const CASES: &[Case] = &[
     Case::new("proc_of_child", proc_of_child),
     Case::new("proc_global", proc_global),
     Case::new("proc_of_dead", proc_of_dead),
+    Case::new("proc_of_thread", proc_of_thread).peer_fails("opens it before the threads are there"),
+    Case::new("proc_memory", proc_memory)
+        .may_differ(&["auxv"])
+        .peer_fails("cannot: opens files of /proc early"),
+    Case::new("proc_memory_of_another_program", proc_memory_of_another_program)
+        .refused("memory that process")
+        .only_plain(),
+    Case::new("proc_of_stranger", proc_of_stranger)
+        .refused("process 1, which is not in the tree")
+        .only_plain(),
+    Case::new("proc_of_thread_of_another", proc_of_thread_of_another)
+        .peer_fails("opens it before the threads are there"),
+    Case::new("proc_of_descriptor_of_another", proc_of_descriptor_of_another)
+        .refused("which another process than that one holds")
+        .only_plain(),
+    Case::new("proc_of_dead_thread", proc_of_dead_thread).refused("of a thread that has ended").only_plain(),
     Case::new("directory_of_dead", directory_of_dead).peer_fails("cannot enter the directory of a dead task"),
     Case::new("sys_file", sys_file),
 ];
@@ -617,4 +633,165 @@ fn sys_file(gate: &Gate) {
     file.seek(SeekFrom::Start(0)).expect("seek");
     check_rest(&file, before.as_bytes());
     assert!(file.as_raw_fd() > 2);
+}
+
+/// Files of a thread, by both of its names, and of a descriptor: there is nothing to be opened before those are made.
+fn proc_of_thread(gate: &Gate) {
+    let (send, receive) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        send.send(sys::gettid()).expect("send");
+        let _ = ended.recv();
+    });
+    let tid = receive.recv().expect("tid");
+    let open = |name: &str, flags: i32| {
+        OpenOptions::new().read(true).write(flags & 1 != 0).custom_flags(flags & !3).open(name).expect(name)
+    };
+    let mut comm = open(&format!("/proc/self/task/{tid}/comm"), 1);
+    let mut status = open(&format!("/proc/{tid}/status"), 0);
+    let dir = open(&format!("/proc/self/task/{tid}"), libc::O_DIRECTORY);
+    let path = open(&format!("/proc/self/task/{tid}/stat"), libc::O_PATH);
+    let file = fs::File::open("/dev/null").expect("open");
+    let info = open(&format!("/proc/self/fdinfo/{}", file.as_raw_fd()), 0);
+    let link = open(&format!("/proc/self/fd/{}", file.as_raw_fd()), libc::O_PATH | libc::O_NOFOLLOW);
+    let copy = comm.try_clone().expect("dup");
+    status.seek(SeekFrom::Start(3)).expect("seek");
+    gate.ready();
+    comm.write_all(b"renamed").expect("write");
+    assert_eq!(fs::read(format!("/proc/self/task/{tid}/comm")).expect("read"), b"renamed\n");
+    assert_eq!(status.stream_position().expect("position"), 3);
+    status.seek(SeekFrom::Start(0)).expect("seek");
+    let mut text = String::new();
+    status.read_to_string(&mut text).expect("read");
+    assert!(text.contains(&format!("\nPid:\t{tid}\n")), "{text}");
+    let name = |file: &fs::File| {
+        fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("readlink").display().to_string()
+    };
+    let pid = getpid();
+    assert_eq!(name(&copy), format!("/proc/{pid}/task/{tid}/comm").as_str());
+    assert_eq!(name(&dir), format!("/proc/{pid}/task/{tid}").as_str());
+    assert_eq!(name(&path), format!("/proc/{pid}/task/{tid}/stat").as_str());
+    assert_eq!(name(&link), format!("/proc/{pid}/fd/{}", file.as_raw_fd()).as_str());
+    let mut bytes = [0; 4];
+    info.read_exact_at(&mut bytes, 0).expect("read");
+    assert_eq!(&bytes, b"pos:");
+    drop(end);
+    thread.join().expect("join");
+}
+
+/// Memory of a member of the tree, and what it looks like.
+fn proc_memory(gate: &Gate) {
+    let memory = sys::anon(4096);
+    memory.set::<u64>(8, 77);
+    let child = fork(|| {
+        memory.set::<u64>(8, 78);
+        gate.mark("child");
+        gate.wait();
+        gate.await_mark("written");
+        assert_eq!(memory.get::<u64>(8), 79);
+    });
+    gate.await_mark("child");
+    let open = |pid: &str, name: &str| {
+        let file = OpenOptions::new().read(true).write(name == "mem").open(format!("/proc/{pid}/{name}"));
+        file.expect("open")
+    };
+    let (own, of_child) = (open("self", "mem"), open(&child.to_string(), "mem"));
+    let others = ["maps", "pagemap", "environ", "auxv", "smaps"].map(|name| open(&child.to_string(), name));
+    gate.ready();
+    let word = |file: &fs::File| {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, memory.at(8) as u64).expect("read memory");
+        u64::from_ne_bytes(word)
+    };
+    assert_eq!((word(&own), word(&of_child)), (77, 78));
+    of_child.write_all_at(&79_u64.to_ne_bytes(), memory.at(8) as u64).expect("write memory");
+    for mut file in others {
+        file.seek(SeekFrom::Start(0)).expect("seek");
+        assert!(file.read(&mut [0; 64]).expect("read") > 0);
+    }
+    gate.mark("written");
+    join(child);
+}
+
+/// A process that has run another program since its memory was opened: another memory has its name now.
+fn proc_memory_of_another_program(gate: &Gate) {
+    let child = sys::fork(|| {
+        gate.await_mark("run");
+        let arguments = [c"sleep".as_ptr(), c"1000".as_ptr(), std::ptr::null()];
+        let environment = [std::ptr::null::<i8>()];
+        let _ = sys!(SYS_execve, c"/bin/sleep".as_ptr(), arguments.as_ptr(), environment.as_ptr());
+        1
+    });
+    let file = fs::File::open(format!("/proc/{child}/mem")).expect("open");
+    gate.mark("run");
+    while !fs::read_link(format!("/proc/{child}/exe")).is_ok_and(|exe| exe.ends_with("sleep")) {
+        sys::nap(std::time::Duration::from_millis(1));
+    }
+    crate::gate::until_state(child, 'S');
+    gate.ready();
+    drop(file);
+    sys::kill(child, libc::SIGKILL);
+    sys::waitpid(child, 0).expect("waitpid");
+}
+
+/// A process that is not of the tree: after a restore its pid may be another's.
+fn proc_of_stranger(gate: &Gate) {
+    let file = fs::File::open("/proc/1/status").expect("open");
+    gate.ready();
+    drop(file);
+}
+
+/// A descriptor of another process: nobody could open it for us in time.
+fn proc_of_descriptor_of_another(gate: &Gate) {
+    let child = fork(|| {
+        gate.mark("child");
+        gate.wait();
+    });
+    gate.await_mark("child");
+    let file = fs::File::open(format!("/proc/{child}/fdinfo/0")).expect("open");
+    gate.ready();
+    drop(file);
+    join(child);
+}
+
+/// The thread of another process, also as the current directory.
+fn proc_of_thread_of_another(gate: &Gate) {
+    let child = fork(|| {
+        let own = gate.clone_for_thread();
+        let thread = std::thread::spawn(move || {
+            fs::write("tid", sys::gettid().to_string()).expect("write");
+            own.mark("thread");
+            own.wait();
+        });
+        thread.join().expect("join");
+    });
+    gate.await_mark("thread");
+    let tid = fs::read_to_string("tid").expect("read");
+    let file = fs::File::open(format!("/proc/{child}/task/{tid}/status")).expect("open");
+    let work = std::env::current_dir().expect("current directory");
+    std::env::set_current_dir(format!("/proc/{child}/task/{tid}")).expect("chdir");
+    gate.ready();
+    let mut bytes = [0; 5];
+    file.read_exact_at(&mut bytes, 0).expect("read");
+    assert_eq!(&bytes, b"Name:");
+    assert!(fs::exists("comm").expect("stat"));
+    std::env::set_current_dir(work).expect("chdir");
+    join(child);
+}
+
+/// The thread has ended, its process has not.
+fn proc_of_dead_thread(gate: &Gate) {
+    let tid = std::sync::Arc::new(std::sync::atomic::AtomicI32::new(0));
+    let own = std::sync::Arc::clone(&tid);
+    let file = std::thread::spawn(move || {
+        own.store(sys::gettid(), std::sync::atomic::Ordering::Release);
+        fs::File::open("/proc/thread-self/comm").expect("open")
+    });
+    let file = file.join().expect("join");
+    let tid = tid.load(std::sync::atomic::Ordering::Acquire);
+    while fs::exists(format!("/proc/self/task/{tid}")).expect("stat") {
+        sys::nap(std::time::Duration::from_millis(1));
+    }
+    gate.ready();
+    drop(file);
 }
