@@ -762,6 +762,7 @@ fn proc_of_thread_of_another(gate: &Gate) {
             fs::write("tid", sys::gettid().to_string()).expect("write");
             own.mark("thread");
             own.wait();
+            own.await_mark("looked");
         });
         thread.join().expect("join");
     });
@@ -776,6 +777,7 @@ fn proc_of_thread_of_another(gate: &Gate) {
     assert_eq!(&bytes, b"Name:");
     assert!(fs::exists("comm").expect("stat"));
     std::env::set_current_dir(work).expect("chdir");
+    gate.mark("looked");
     join(child);
 }
 
