@@ -7,6 +7,8 @@ use crate::{
     finding::Finding,
     image::pb,
     mem,
+    proc::maps::VmaName,
+    sys::Errno,
     task::{self, ProcessInside, ThreadInside},
     tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError, procfs},
 };
@@ -14,6 +16,7 @@ use crate::{
 /// Room in the area for the runner and the process part, and for each thread (frame, list, results).
 const AREA_BASE: usize = 64 << 10;
 const AREA_PER_THREAD: usize = 8 << 10;
+const PAGE: usize = 4096;
 
 /// What a process told.
 #[derive(Debug)]
@@ -52,9 +55,15 @@ pub(super) fn look(
     let agent = process.agent().context("no thread is alive")?;
     let all: Vec<&Thread> = process.threads.iter().collect();
     let frame = agent.xstate.len() * 2;
-    let len = (AREA_BASE + all.len() * (AREA_PER_THREAD + frame)).next_multiple_of(4096);
+    let maps = crate::tracee::read_maps(agent.tid())?;
+    // The page that the kernel shows to everybody is none of the task's areas.
+    let areas = maps.iter().filter(|area| area.name != Some(VmaName::Vsyscall)).map(|area| area.start);
+    let areas: Vec<u64> = areas.collect();
+    let len = AREA_BASE + all.len() * (AREA_PER_THREAD + frame) + mem::room(areas.len()) + 2 * PAGE;
+    let len = len.next_multiple_of(PAGE);
     let timers = task::posix_timer_ids(pid)?;
     let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
+    let untouched = injection.last_page()?;
     let mut jobs = Vec::with_capacity(all.len());
     let mut queries = Vec::with_capacity(all.len());
     let mut process_queries = None;
@@ -62,7 +71,8 @@ pub(super) fn look(
         let mut list = List::new(format!("queries of thread {}", thread.tid()));
         queries.push(task::thread_queries(&mut list));
         if process_queries.is_none() {
-            process_queries = Some((task::process_queries(&mut list, &timers), mem::queries(&mut list)));
+            process_queries =
+                Some((task::process_queries(&mut list, &timers), mem::queries(&mut list, &areas, untouched)));
         }
         jobs.push((*thread, list));
     }
@@ -73,9 +83,18 @@ pub(super) fn look(
     }
     let first = injection.results(placed.first().context("no list")?)?;
     let (of_process, of_memory) = process_queries.context("no queries")?;
-    let (process, memory) = (of_process.read(&first)?, of_memory.read(&first)?);
+    let (process, mut memory) = (of_process.read(&first)?, of_memory.read(&first)?);
     let exit_gadget = injection.own_syscall();
     injection.leave()?;
+    if memory.more_room() > 0 {
+        let len = (AREA_BASE + frame + memory.more_room()).next_multiple_of(PAGE);
+        let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
+        let mut list = List::new(format!("more queries of task {pid}"));
+        let more = memory.more(&mut list);
+        let placed = injection.run(&[(agent, list)])?;
+        memory.read_more(&more, &injection.results(placed.first().context("no list")?)?)?;
+        injection.leave()?;
+    }
     Ok(Some(Inside { process, memory, threads, exit_gadget }))
 }
 
@@ -100,7 +119,12 @@ fn unfit(pid: i32, thread: &Thread) -> Result<Option<(&'static str, &'static str
             "start it without (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
         )));
     }
-    if crate::sys::ptrace::syscall_user_dispatch_mode(thread.tid()).unwrap_or(0) != 0 {
+    let dispatch = match crate::sys::ptrace::syscall_user_dispatch_mode(thread.tid()) {
+        // Linux 6.4 tells it.
+        Err(Errno::EIO | Errno::EINVAL) => 0,
+        told => told.context("PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG")?,
+    };
+    if dispatch != 0 {
         return Ok(Some(("syscall user dispatch", "not supported yet", "")));
     }
     Ok(None)

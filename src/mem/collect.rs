@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -34,7 +35,7 @@ pub struct Task {
     /// PR_GET_DUMPABLE
     pub dumpable: i32,
     /// PR_GET_THP_DISABLE
-    pub thp_disabled: bool,
+    pub thp_disable: u32,
     /// Id of /proc/PID/exe in `files.img`.
     pub exe_file_id: u32,
     /// Areas that crtool itself made in the task.
@@ -134,9 +135,13 @@ pub fn collect(
         vmas,
         dumpable: Some(task.dumpable),
         aios: Vec::new(),
-        thp_disabled: Some(task.thp_disabled),
+        thp_disabled: Some(task.thp_disable != 0),
         pkeys: task.inside.pkeys,
         execute_only_pkey,
+        memory_merge: task.inside.merge.then_some(true),
+        lock_future: task.inside.lock_future,
+        ldt: task.inside.ldt.clone(),
+        thp_except_advised: (task.thp_disable == super::THP_EXCEPT_ADVISED).then_some(true),
     };
     Ok(AddressSpace { tid: task.tid, pid: task.pid, entry, targets, private_pages })
 }
@@ -225,6 +230,10 @@ enum Backing {
 impl Collector<'_> {
     fn area(&mut self, area: &Smap) -> Result<(), MemError> {
         let mut entry = vma::entry(area);
+        let policies = &self.task.inside.policies;
+        if let Ok(at) = policies.binary_search_by_key(&entry.start, |(start, _)| *start) {
+            entry.mempolicy = policies.get(at).map(|(_, policy)| policy.clone());
+        }
         let special = matches!(area.vma.name, Some(VmaName::Vvar | VmaName::VvarVclock | VmaName::Vdso));
         if special && entry.pkey.is_some() {
             self.refuse(area, "vdso", "code of the kernel with a memory protection key", "");
@@ -264,6 +273,12 @@ impl Collector<'_> {
             _ => {}
         }
         if !self.refuse_flags(area) {
+            return Ok(());
+        }
+        if let Some(VmaName::AnonShmem(_)) = &area.vma.name {
+            // The name stands where that of the object would: anonymous shared memory, or a memfd.
+            let link = self.link(area)?;
+            self.file(area, entry, &link)?;
             return Ok(());
         }
         match area.vma.path() {
@@ -478,6 +493,14 @@ impl Collector<'_> {
             reason: reason.to_owned(),
             hint: hint.to_owned(),
         });
+    }
+
+    /// What /proc/PID/map_files says is mapped.
+    fn link(&self, area: &Smap) -> Result<Vec<u8>, MemError> {
+        let file = format!("map_files/{}", area.vma.map_files_name());
+        let link = fs::read_link(format!("/proc/{}/{file}", self.task.tid));
+        let link = link.map_err(|source| MemError::Proc { pid: self.task.pid, file, source })?;
+        Ok(link.into_os_string().into_vec())
     }
 
     /// The mapped file, opened so that nothing happens to it.

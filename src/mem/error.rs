@@ -62,6 +62,14 @@ pub enum MemError {
         /// Why.
         source: Errno,
     },
+    /// A call made inside the task failed.
+    #[error("{what} inside the task")]
+    Call {
+        /// The call.
+        what: &'static str,
+        /// Why.
+        source: Errno,
+    },
     /// The image says something that cannot be.
     #[error("mm-{pid}.img: {what}")]
     BadImage {

@@ -6,6 +6,7 @@
 //! always -1 in an image. `fdflags` says how the file must be opened.
 
 use crate::image::pb;
+use crate::proc::maps::VmaName;
 use crate::proc::smaps::{Smap, VmFlags};
 
 /// An ordinary area; all but [`VSYSCALL`] have it.
@@ -122,6 +123,11 @@ pub fn entry(area: &Smap) -> pb::VmaEntry {
         fdflags: None,
         pkey: area.pkey.filter(|key| *key != 0),
         object_bytes: None,
+        mempolicy: None,
+        anon_name: match &area.vma.name {
+            Some(VmaName::Anon(name) | VmaName::AnonShmem(name)) => Some(name.clone()),
+            _ => None,
+        },
     }
 }
 

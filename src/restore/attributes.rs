@@ -91,7 +91,7 @@ impl Construction<'_> {
                 if !self.forks.share_of(index).vm {
                     let made = self.made.get(index).context("a task that was not made")?;
                     let keys = self.keys.get(&task.pid).context("no protection keys")?;
-                    layout::plan_late(list, mm, made, keys);
+                    layout::plan_late(list, mm, task.pid, made, keys)?;
                 }
                 task::plan_process_early(core, &self.supervisor, list)?;
                 self.plan_threads(index, task, list)?;

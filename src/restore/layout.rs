@@ -507,7 +507,13 @@ fn plan_free(list: &mut List, fd: i32, range: &Range<u64>) {
 }
 
 /// What has to wait until no puppet is made from this one any more.
-pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made, keys: &pkeys::Plan) {
+pub(super) fn plan_late(
+    list: &mut List,
+    mm: &pb::MmEntry,
+    pid: i32,
+    made: &Made,
+    keys: &pkeys::Plan,
+) -> Result<()> {
     keys.begin(list);
     for vma in &mm.vmas {
         let len = vma.end - vma.start;
@@ -552,6 +558,7 @@ pub(super) fn plan_late(list: &mut List, mm: &pb::MmEntry, made: &Made, keys: &p
         }
     }
     keys.finish(list, &mm.vmas);
+    Ok(crate::mem::plan_last(mm, pid, list)?)
 }
 
 /// Unmaps everything but the area and what is kept.

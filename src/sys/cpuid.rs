@@ -21,3 +21,20 @@ pub fn xcr0() -> u64 {
     }
     u64::from(high) << 32 | u64::from(low)
 }
+
+/// Whether the kernel can make the cpuid instruction fault (ARCH_SET_CPUID).
+pub fn can_fault() -> bool {
+    const ARCH_SET_CPUID: i32 = 0x1012;
+    // SAFETY: this says that the instruction does not fault, which is so.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_CPUID, 1u64) == 0 }
+}
+
+/// Features of the xsave area that programs may use, some of them when they ask (ARCH_GET_XCOMP_SUPP, Linux 5.16); 0 for a
+/// kernel that knows no permissions.
+pub fn xcomp_supported() -> u64 {
+    const ARCH_GET_XCOMP_SUPP: i32 = 0x1021;
+    let mut mask = 0u64;
+    // SAFETY: `mask` is live.
+    let done = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &raw mut mask) == 0 };
+    if done { mask } else { 0 }
+}

@@ -70,6 +70,8 @@ pub mod op {
     pub const STORE: i64 = -6;
     /// Go on at the slot's `next`.
     pub const NEXT: i64 = -7;
+    /// Use an AMX tile, so that the kernel makes room for tiles in what it keeps of the thread: their registers cannot be set before.
+    pub const TILES: i64 = -8;
 }
 
 /// How the result of a call is judged.
@@ -182,8 +184,26 @@ global_asm!(
     "mov [rdi], rax",
     "jmp 14b",
     "36:",
+    "cmp rax, {NEXT}",
+    "jne 37f",
     "mov rbx, [rbp + {next}]",
     "jmp 10b",
+    // ldtilecfg [39], tilezero tmm0, tilerelease; not every assembler knows them.
+    "37:",
+    ".byte 0xc4, 0xe2, 0x78, 0x49, 0x05",
+    ".long 39f - 38f",
+    "38:",
+    ".byte 0xc4, 0xe2, 0x7b, 0x49, 0xc0",
+    ".byte 0xc4, 0xe2, 0x78, 0x49, 0xc0",
+    "jmp 14b",
+    // A tile of one row of four bytes: palette, start row, 14 reserved; bytes of 16 rows, rows of 16 tiles.
+    "39:",
+    ".byte 1, 0",
+    ".zero 14",
+    ".short 4",
+    ".zero 30",
+    ".byte 1",
+    ".zero 15",
     // A bare system call instruction, for calls whose return must be caught from outside.
     ".globl crtool_runner_syscall",
     "crtool_runner_syscall:",
@@ -215,6 +235,7 @@ global_asm!(
     TRAP = const op::TRAP,
     COPY = const op::COPY,
     STORE = const op::STORE,
+    NEXT = const op::NEXT,
     EINTR = const libc::EINTR,
     SYS_RT_SIGRETURN = const libc::SYS_rt_sigreturn,
     SYS_FUTEX = const libc::SYS_futex,

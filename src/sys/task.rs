@@ -34,6 +34,13 @@ pub fn nice(tid: pid_t) -> Result<i32> {
     Ok(20 - i32::try_from(value).unwrap_or(20))
 }
 
+/// ioprio_get(IOPRIO_WHO_PROCESS, tid); 0 is the calling thread.
+pub fn ioprio(tid: pid_t) -> Result<u32> {
+    // SAFETY: no pointers.
+    let value = ret(unsafe { libc::syscall(libc::SYS_ioprio_get, 1, tid) })?;
+    Ok(u32::try_from(value).unwrap_or(0))
+}
+
 /// kill(2).
 pub fn kill(pid: pid_t, signal: i32) -> Result<()> {
     // SAFETY: no pointers.

@@ -1,6 +1,6 @@
 //! What can go wrong with a task's state.
 
-use crate::{proc::ParseError, sys::Errno, tracee::TraceError};
+use crate::{mem::MemError, proc::ParseError, sys::Errno, tracee::TraceError};
 
 /// An error of this layer.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,9 @@ pub enum TaskError {
     /// The clocks cannot be read.
     #[error("read of the clocks")]
     Clocks(#[source] Errno),
+    /// Something about memory.
+    #[error(transparent)]
+    Memory(#[from] MemError),
     /// The image says something that cannot be.
     #[error("core image: {what}")]
     Image {

@@ -1,10 +1,12 @@
 //! What only the task itself can tell: one list of pure reads for each thread, one for the process.
 //!
-//! Every call is `Want::Any`: what a kernel lacks reads as "not in use", what must be there is an error
-//! when the results are read.
+//! Every call is `Want::Any`: a call that the kernel or the processor does not have (ENOSYS, EINVAL, ENODEV) reads as "not in
+//! use", every other failure is an error when the results are read.
 
 use crate::{
-    sys::{Errno, pod},
+    image::pb,
+    mem::policy,
+    sys::{Errno, pod, prctl::TIMER_CREATE_RESTORE_IDS},
     tracee::{CallId, Data, List, Results, Want},
 };
 
@@ -13,7 +15,6 @@ use super::{
     sigaction::{KernelSigaction, SIGNALS},
 };
 
-const PR_GET_IO_FLUSHER: i32 = 58;
 const PR_SCHED_CORE: i32 = 62;
 const PR_SCHED_CORE_GET: u64 = 0;
 const PR_GET_MDWE: i32 = 66;
@@ -25,6 +26,9 @@ const PR_GET_TIMERSLACK: i32 = 30;
 const PR_GET_TSC: i32 = 25;
 const PR_GET_SECUREBITS: i32 = 27;
 const ARCH_GET_CPUID: u64 = 0x1011;
+const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
+const ARCH_GET_XCOMP_GUEST_PERM: u64 = 0x1024;
+const PR_TIMER_CREATE_RESTORE_IDS_GET: u64 = 2;
 const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
 /// `struct user_desc`, and the first of the three descriptors a thread has in the GDT.
 const USER_DESC_LEN: usize = 16;
@@ -44,27 +48,22 @@ pub struct ThreadInside {
     pub securebits: u32,
     /// `struct user_desc` of the three entries of the GDT: entry, base, limit, flags.
     pub tls: [[u32; 4]; 3],
-    /// Things that images cannot carry, as numbers; [`super::refuse`] judges them.
-    pub odd: Odd,
-}
-
-/// State of a thread that is in no image; `None` where the kernel does not have it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Odd {
-    /// PR_GET_TIMERSLACK.
+    /// PR_GET_TIMERSLACK; here and below `None` where the kernel does not have it.
     pub timer_slack_ns: Option<u64>,
     /// PR_GET_TSC: 1 when reading the time stamp counter is allowed.
     pub tsc: Option<u32>,
     /// PR_MCE_KILL_GET: 2 is the default.
-    pub mce_kill: Option<u64>,
-    /// PR_GET_IO_FLUSHER.
-    pub io_flusher: Option<u64>,
+    pub mce_kill: Option<u32>,
     /// PR_GET_SPECULATION_CTRL: store bypass, indirect branch, L1D flush.
-    pub speculation: [Option<u64>; 3],
+    pub speculation: [Option<u32>; 3],
     /// Cookie of core scheduling.
     pub core_cookie: Option<u64>,
     /// ARCH_GET_CPUID: 0 when the cpuid instruction faults.
-    pub cpuid: Option<u64>,
+    pub cpuid: Option<u32>,
+    /// personality(2).
+    pub personality: u32,
+    /// get_mempolicy(2).
+    pub mempolicy: Option<pb::MempolicyEntry>,
 }
 
 /// What the process told.
@@ -88,10 +87,14 @@ pub struct ProcessInside {
     pub child_subreaper: bool,
     /// PR_GET_DUMPABLE: 0, 1 or 2.
     pub dumpable: u32,
-    /// Whether it has a local descriptor table.
-    pub has_ldt: bool,
     /// PR_GET_MDWE: memory-deny-write-execute bits.
     pub mdwe: u64,
+    /// ARCH_GET_XCOMP_PERM.
+    pub xcomp_perm: Option<u64>,
+    /// ARCH_GET_XCOMP_GUEST_PERM.
+    pub xcomp_guest_perm: Option<u64>,
+    /// Whether PR_TIMER_CREATE_RESTORE_IDS is on.
+    pub timer_restore_ids: bool,
 }
 
 /// Where the results of [`thread_queries`] will be.
@@ -105,10 +108,11 @@ pub struct ThreadQueries {
     timer_slack: CallId,
     tsc: (CallId, Data),
     mce_kill: CallId,
-    io_flusher: CallId,
     speculation: [CallId; 3],
     core_cookie: (CallId, Data),
     cpuid: CallId,
+    personality: CallId,
+    mempolicy: policy::Question,
 }
 
 /// Where the results of [`process_queries`] will be.
@@ -123,8 +127,10 @@ pub struct ProcessQueries {
     membarrier: CallId,
     child_subreaper: (CallId, Data),
     dumpable: CallId,
-    ldt: CallId,
     mdwe: CallId,
+    xcomp_perm: (CallId, Data),
+    xcomp_guest_perm: (CallId, Data),
+    timer_restore_ids: CallId,
 }
 
 fn prctl(list: &mut List, name: &'static str, option: i32, arg2: u64) -> CallId {
@@ -134,6 +140,12 @@ fn prctl(list: &mut List, name: &'static str, option: i32, arg2: u64) -> CallId 
 fn prctl_into(list: &mut List, name: &'static str, option: i32, len: usize) -> (CallId, Data) {
     let data = list.space(len);
     (list.call(name, libc::SYS_prctl, &[option.into(), data.into()], Want::Any), data)
+}
+
+fn xcomp(list: &mut List, request: u64) -> (CallId, Data) {
+    let data = list.space(8);
+    let args = [request.into(), data.into()];
+    (list.call("ARCH_GET_XCOMP_PERM", libc::SYS_arch_prctl, &args, Want::Any), data)
 }
 
 /// Adds what every thread is asked.
@@ -162,11 +174,12 @@ pub fn thread_queries(list: &mut List) -> ThreadQueries {
         timer_slack: prctl(list, "PR_GET_TIMERSLACK", PR_GET_TIMERSLACK, 0),
         tsc: prctl_into(list, "PR_GET_TSC", PR_GET_TSC, 4),
         mce_kill: prctl(list, "PR_MCE_KILL_GET", PR_MCE_KILL_GET, 0),
-        io_flusher: prctl(list, "PR_GET_IO_FLUSHER", PR_GET_IO_FLUSHER, 0),
         speculation: [0, 1, 2]
             .map(|what| prctl(list, "PR_GET_SPECULATION_CTRL", PR_GET_SPECULATION_CTRL, what)),
         core_cookie: (core_cookie, cookie),
         cpuid: list.call("ARCH_GET_CPUID", libc::SYS_arch_prctl, &[ARCH_GET_CPUID.into()], Want::Any),
+        personality: list.call("personality", libc::SYS_personality, &[u32::MAX.into()], Want::Any),
+        mempolicy: policy::ask(list, None),
     }
 }
 
@@ -201,10 +214,6 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
     });
     let membarrier =
         list.call("membarrier", libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS.into()], Want::Any);
-    // Reads 8 bytes if there is a table, else none.
-    let ldt = list.space(8);
-    let ldt =
-        list.call("modify_ldt", libc::SYS_modify_ldt, &[0u64.into(), ldt.into(), 8u64.into()], Want::Any);
     ProcessQueries {
         sigactions,
         itimers,
@@ -215,8 +224,15 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
         membarrier,
         child_subreaper: prctl_into(list, "PR_GET_CHILD_SUBREAPER", libc::PR_GET_CHILD_SUBREAPER, 4),
         dumpable: prctl(list, "PR_GET_DUMPABLE", libc::PR_GET_DUMPABLE, 0),
-        ldt,
         mdwe: prctl(list, "PR_GET_MDWE", PR_GET_MDWE, 0),
+        xcomp_perm: xcomp(list, ARCH_GET_XCOMP_PERM),
+        xcomp_guest_perm: xcomp(list, ARCH_GET_XCOMP_GUEST_PERM),
+        timer_restore_ids: prctl(
+            list,
+            "PR_TIMER_CREATE_RESTORE_IDS_GET",
+            TIMER_CREATE_RESTORE_IDS,
+            PR_TIMER_CREATE_RESTORE_IDS_GET,
+        ),
     }
 }
 
@@ -224,10 +240,13 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
 struct Told<'a>(&'a Results);
 
 impl Told<'_> {
-    /// What a call returned; `None` when it failed.
-    fn maybe(&self, call: CallId) -> Result<Option<u64>> {
-        let value = self.0.value(call).map_err(TaskError::Results)?;
-        Ok(u64::try_from(value).ok())
+    /// What a call returned; `None` where the kernel or the processor does not have what it asks for.
+    fn maybe(&self, call: CallId, what: &'static str) -> Result<Option<u64>> {
+        match self.must(call, what) {
+            Ok(value) => Ok(Some(value)),
+            Err(TaskError::Inside { source: Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     fn must(&self, call: CallId, what: &'static str) -> Result<u64> {
@@ -248,8 +267,8 @@ impl Told<'_> {
         self.data(data)
     }
 
-    fn maybe_data<T: pod::Pod>(&self, (call, data): (CallId, Data)) -> Result<Option<T>> {
-        self.maybe(call)?.map(|_| self.data(data)).transpose()
+    fn maybe_data<T: pod::Pod>(&self, (call, data): (CallId, Data), what: &'static str) -> Result<Option<T>> {
+        self.maybe(call, what)?.map(|_| self.data(data)).transpose()
     }
 }
 
@@ -264,7 +283,11 @@ impl ThreadQueries {
         let [sp, flags, size]: [u64; 3] = results.must_data(self.altstack, "sigaltstack")?;
         let mut tls = [[0; 4]; 3];
         for (to, from) in tls.iter_mut().zip(self.tls) {
-            *to = results.maybe_data(from)?.unwrap_or_default();
+            *to = results.maybe_data(from, "get_thread_area")?.unwrap_or_default();
+        }
+        let mut speculation = [None; 3];
+        for (to, from) in speculation.iter_mut().zip(self.speculation) {
+            *to = results.maybe(from, "PR_GET_SPECULATION_CTRL")?.map(narrow);
         }
         Ok(ThreadInside {
             altstack: (sp, narrow(flags & 0xffff_ffff), size),
@@ -272,19 +295,14 @@ impl ThreadQueries {
             tid_address: results.must_data(self.tid_address, "PR_GET_TID_ADDRESS")?,
             securebits: narrow(results.must(self.securebits, "PR_GET_SECUREBITS")?),
             tls,
-            odd: Odd {
-                timer_slack_ns: results.maybe(self.timer_slack)?,
-                tsc: results.maybe_data(self.tsc)?,
-                mce_kill: results.maybe(self.mce_kill)?,
-                io_flusher: results.maybe(self.io_flusher)?,
-                speculation: [
-                    results.maybe(self.speculation[0])?,
-                    results.maybe(self.speculation[1])?,
-                    results.maybe(self.speculation[2])?,
-                ],
-                core_cookie: results.maybe_data(self.core_cookie)?,
-                cpuid: results.maybe(self.cpuid)?,
-            },
+            timer_slack_ns: results.maybe(self.timer_slack, "PR_GET_TIMERSLACK")?,
+            tsc: results.maybe_data(self.tsc, "PR_GET_TSC")?,
+            mce_kill: results.maybe(self.mce_kill, "PR_MCE_KILL_GET")?.map(narrow),
+            speculation,
+            core_cookie: results.maybe_data(self.core_cookie, "PR_SCHED_CORE_GET")?,
+            cpuid: results.maybe(self.cpuid, "ARCH_GET_CPUID")?.map(narrow),
+            personality: narrow(results.must(self.personality, "personality")?),
+            mempolicy: self.mempolicy.read(results.0).map_err(TaskError::Memory)?,
         })
     }
 }
@@ -313,13 +331,15 @@ impl ProcessQueries {
             posix_timers: posix_timers.collect::<Result<_>>()?,
             clocks,
             brk: results.must(self.brk, "brk")?,
-            thp_disable: narrow(results.maybe(self.thp_disable)?.unwrap_or(0)),
-            membarrier: narrow(results.maybe(self.membarrier)?.unwrap_or(0)),
+            thp_disable: narrow(results.maybe(self.thp_disable, "PR_GET_THP_DISABLE")?.unwrap_or(0)),
+            membarrier: narrow(results.maybe(self.membarrier, "membarrier")?.unwrap_or(0)),
             child_subreaper: subreaper != 0,
             dumpable: narrow(results.must(self.dumpable, "PR_GET_DUMPABLE")?),
-            // modify_ldt returns an int in a long: a negative one looks huge.
-            has_ldt: results.maybe(self.ldt)? == Some(8),
-            mdwe: results.maybe(self.mdwe)?.unwrap_or(0),
+            mdwe: results.maybe(self.mdwe, "PR_GET_MDWE")?.unwrap_or(0),
+            xcomp_perm: results.maybe_data(self.xcomp_perm, "ARCH_GET_XCOMP_PERM")?,
+            xcomp_guest_perm: results.maybe_data(self.xcomp_guest_perm, "ARCH_GET_XCOMP_GUEST_PERM")?,
+            timer_restore_ids: results.maybe(self.timer_restore_ids, "PR_TIMER_CREATE_RESTORE_IDS_GET")?
+                == Some(1),
         })
     }
 }

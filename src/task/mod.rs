@@ -7,14 +7,22 @@
 //! the threads, then [`plan_thread`] in each thread's own list. The leader's comes after the clones, since
 //! timers may name threads. What only ptrace can set is in [`final_state`].
 
+mod affinity;
+mod autogroup;
 mod comm;
+mod coredump_filter;
 mod creds;
 mod dumpable;
 mod error;
 mod inside;
+mod io_flusher;
+mod ioprio;
 mod itimer;
 mod loginuid;
+mod mce_kill;
+mod mdwe;
 mod membarrier;
+mod mempolicy;
 mod oom;
 mod pdeath;
 mod pending;
@@ -28,6 +36,7 @@ mod sched;
 pub mod seccomp;
 pub mod sigaction;
 mod sigaltstack;
+mod speculation;
 mod state;
 mod subreaper;
 mod supervisor;
@@ -35,12 +44,15 @@ mod supervisor;
 mod tests;
 mod thp;
 mod tid_address;
+mod timer_slack;
 mod tls;
+mod tsc;
+mod xcomp;
 
 pub use dumpable::dumpable_to_set;
 pub use error::{Result, TaskError};
 pub use inside::{
-    Odd, ProcessInside, ProcessQueries, ThreadInside, ThreadQueries, process_queries, thread_queries,
+    ProcessInside, ProcessQueries, ThreadInside, ThreadQueries, process_queries, thread_queries,
 };
 pub use pending::{PendingStop, pending_signals, pending_stop, signal_of};
 pub use posix_timer::ids as posix_timer_ids;
@@ -90,6 +102,8 @@ pub struct ProcessCx {
     pub sigmask: u64,
     /// The signal that stopped it, if job control had.
     pub stop_signal: Option<i32>,
+    /// Whether it is the leader of its session.
+    pub leads_session: bool,
     /// What it told from inside.
     pub inside: ProcessInside,
 }
@@ -169,6 +183,7 @@ static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "registers", dump: state::dump, plan: nothing },
     ThreadPart { name: "refuse", dump: refuse::dump_thread, plan: nothing },
     ThreadPart { name: "comm", dump: comm::dump_thread, plan: comm::plan },
+    ThreadPart { name: "xcomp", dump: xcomp::dump_thread, plan: xcomp::plan_thread },
     ThreadPart { name: "tls", dump: tls::dump, plan: tls::plan },
     ThreadPart { name: "tid_address", dump: tid_address::dump, plan: tid_address::plan },
     ThreadPart { name: "robust_list", dump: robust_list::dump, plan: robust_list::plan },
@@ -177,7 +192,16 @@ static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "pending", dump: pending::dump_thread, plan: pending::plan },
     ThreadPart { name: "itimer", dump: leader_only, plan: itimer::plan },
     ThreadPart { name: "posix_timer", dump: leader_only, plan: posix_timer::plan },
+    ThreadPart { name: "personality", dump: personality::dump_thread, plan: personality::plan_thread },
+    ThreadPart { name: "mempolicy", dump: mempolicy::dump, plan: mempolicy::plan },
+    ThreadPart { name: "affinity", dump: affinity::dump, plan: affinity::plan },
     ThreadPart { name: "sched", dump: sched::dump, plan: sched::plan },
+    ThreadPart { name: "ioprio", dump: ioprio::dump, plan: ioprio::plan },
+    ThreadPart { name: "timer_slack", dump: timer_slack::dump, plan: timer_slack::plan },
+    ThreadPart { name: "mce_kill", dump: mce_kill::dump, plan: mce_kill::plan },
+    ThreadPart { name: "io_flusher", dump: io_flusher::dump, plan: io_flusher::plan },
+    ThreadPart { name: "tsc", dump: tsc::dump, plan: tsc::plan },
+    ThreadPart { name: "speculation", dump: speculation::dump, plan: speculation::plan },
     ThreadPart { name: "creds", dump: creds::dump, plan: creds::plan },
     ThreadPart { name: "seccomp", dump: seccomp::dump_mode, plan: seccomp::plan },
     ThreadPart { name: "creds, the last step", dump: creds::nothing_more, plan: creds::plan_last },
@@ -191,10 +215,18 @@ static PROCESS: &[ProcessPart] = &[
     ProcessPart { name: "personality", dump: personality::dump, when: When::Early, plan: personality::plan },
     ProcessPart { name: "loginuid", dump: loginuid::dump, when: When::Early, plan: loginuid::plan },
     ProcessPart { name: "oom", dump: oom::dump, when: When::Early, plan: oom::plan },
-    ProcessPart { name: "thp", dump: thp::dump, when: When::Normal, plan: no_plan },
+    ProcessPart {
+        name: "coredump_filter",
+        dump: coredump_filter::dump,
+        when: When::Early,
+        plan: coredump_filter::plan,
+    },
+    ProcessPart { name: "autogroup", dump: autogroup::dump, when: When::Early, plan: autogroup::plan },
+    ProcessPart { name: "xcomp", dump: xcomp::dump, when: When::Early, plan: xcomp::plan },
     ProcessPart { name: "subreaper", dump: subreaper::dump, when: When::Normal, plan: subreaper::plan },
     ProcessPart { name: "membarrier", dump: membarrier::dump, when: When::Normal, plan: membarrier::plan },
     ProcessPart { name: "sigaction", dump: sigaction::dump, when: When::Normal, plan: sigaction::plan },
+    ProcessPart { name: "mdwe", dump: mdwe::dump, when: When::Normal, plan: mdwe::plan },
     ProcessPart { name: "rlimit", dump: rlimit::dump, when: When::Normal, plan: rlimit::plan },
     ProcessPart { name: "itimer", dump: itimer::dump, when: When::Leader, plan: no_plan },
     ProcessPart { name: "posix_timer", dump: posix_timer::dump, when: When::Leader, plan: no_plan },

@@ -1,6 +1,9 @@
 //! personality(2): address space layout, and how old programs are humoured.
+//!
+//! Each thread has its own. The format has one for a process, that of the leader, which its threads inherit; those that differ
+//! say so in a field of ours.
 
-use super::{ProcessCx, Result, Supervisor, error::parse_proc};
+use super::{ProcessCx, Result, Supervisor, ThreadParts, ThreadPlan, ThreadView, error::parse_proc};
 use crate::{
     finding::Finding,
     image::pb,
@@ -11,6 +14,25 @@ pub(super) fn dump(cx: &ProcessCx, entry: &mut pb::TaskCoreEntry, _: &mut Vec<Fi
     let path = format!("/proc/{}/personality", cx.pid);
     let value = parse_proc(cx.pid, path, |bytes| crate::proc::number::hex("personality", bytes))?;
     entry.personality = u32::try_from(value).unwrap_or(0);
+    Ok(())
+}
+
+pub(super) fn dump_thread(
+    view: &ThreadView<'_>,
+    parts: &mut ThreadParts,
+    _: &mut Vec<Finding>,
+) -> Result<()> {
+    if view.cx.tid != view.cx.pid {
+        parts.core.personality = Some(view.cx.inside.personality);
+    }
+    Ok(())
+}
+
+pub(super) fn plan_thread(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
+    if let Some(value) = plan.thread()?.personality {
+        // 0xffffffff would only ask; no task can have it.
+        list.call("personality", libc::SYS_personality, &[value.into()], Want::Ok);
+    }
     Ok(())
 }
 

@@ -45,6 +45,7 @@ pub(super) fn dump(cx: &ProcessCx, entry: &mut pb::TaskCoreEntry, findings: &mut
     if all.len() != cx.inside.posix_timers.len() {
         return Err(TaskError::image("timers changed while the process was stopped"));
     }
+    entry.timer_restore_ids = cx.inside.timer_restore_ids.then_some(true);
     let timers = entry.timers.get_or_insert_default();
     for (timer, (times, overrun)) in all.iter().zip(&cx.inside.posix_timers) {
         if let Some(reason) = obstacle(timer, cx.threads) {
@@ -142,8 +143,10 @@ fn due(timer: &pb::PosixTimerEntry, supervisor: &Supervisor) -> Result<(i32, Dur
 
 /// By the leader, once all threads are there.
 pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
-    let Some(timers) = plan.process().and_then(|tc| tc.timers.as_ref()) else { return Ok(()) };
-    if timers.posix.is_empty() {
+    let Some(tc) = plan.process() else { return Ok(()) };
+    let Some(timers) = &tc.timers else { return Ok(()) };
+    let stays = tc.timer_restore_ids() && plan.supervisor.timer_ids;
+    if timers.posix.is_empty() && !stays {
         return Ok(());
     }
     let mut all: Vec<_> = timers.posix.iter().collect();
@@ -166,7 +169,7 @@ pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
         }
         create(list, timer)?;
     }
-    if chosen {
+    if chosen && !stays {
         mode(list, 0);
     }
     for timer in &all {

@@ -72,7 +72,12 @@ impl Dump {
                 }
                 Err(e) => return Err(TaskError::request("PTRACE_SECCOMP_GET_FILTER", tid, e)),
             };
-            let flags = ptrace::seccomp_filter_flags(tid, index).unwrap_or(0);
+            let flags = match ptrace::seccomp_filter_flags(tid, index) {
+                Ok(flags) => flags,
+                // Linux 4.16 tells them.
+                Err(Errno::EIO | Errno::EINVAL) => 0,
+                Err(e) => return Err(TaskError::request("PTRACE_SECCOMP_GET_METADATA", tid, e)),
+            };
             let filter = insns.iter().flat_map(|insn| pod::bytes_of(insn).to_vec()).collect();
             chain.push((filter, u32::try_from(flags).unwrap_or(0)));
         }

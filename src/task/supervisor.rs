@@ -9,7 +9,7 @@ use crate::{
         limits::{self, Limit},
         status,
     },
-    sys::prctl,
+    sys::{cpuid, prctl, task},
     tracee::{List, Want},
 };
 
@@ -39,6 +39,40 @@ pub struct Supervisor {
     /// The clocks of the tree that is restored, if they have gone on where they stood; else timers begin with what was
     /// left of them.
     pub(crate) clocks: Option<Running>,
+    /// Whether sessions have autogroups.
+    pub autogroup: bool,
+    /// What its threads have.
+    pub own: Own,
+}
+
+/// Attributes of the thread that makes the first task, which inherits them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Own {
+    /// ioprio_get(2).
+    pub ioprio: u32,
+    /// Timer slack.
+    pub timer_slack_ns: u64,
+    /// PR_GET_SPECULATION_CTRL of store bypass, indirect branch, L1D flush.
+    pub speculation: [Option<u32>; 3],
+    /// Whether the cpuid instruction can be made to fault.
+    pub cpuid_can_fault: bool,
+    /// Features of the xsave area that programs may use here, some of them when they ask (ARCH_GET_XCOMP_SUPP).
+    pub xcomp_supported: u64,
+}
+
+impl Own {
+    fn probe() -> Result<Self> {
+        let slack = "/proc/self/timerslack_ns".to_owned();
+        let state =
+            |which| prctl::get(prctl::GET_SPECULATION_CTRL, which).ok().and_then(|s| u32::try_from(s).ok());
+        Ok(Self {
+            ioprio: task::ioprio(0).map_err(|e| TaskError::request("ioprio_get", 0, e))?,
+            timer_slack_ns: parse_proc(0, slack, |b| crate::proc::number::dec("timerslack_ns", b))?,
+            speculation: [0, 1, 2].map(state),
+            cpuid_can_fault: cpuid::can_fault(),
+            xcomp_supported: cpuid::xcomp_supported(),
+        })
+    }
 }
 
 impl Default for Supervisor {
@@ -55,6 +89,8 @@ impl Default for Supervisor {
             timer_ids: false,
             no_new_privs: false,
             clocks: None,
+            autogroup: false,
+            own: Own::default(),
         }
     }
 }
@@ -80,6 +116,8 @@ impl Supervisor {
             timer_ids: prctl::get(prctl::TIMER_CREATE_RESTORE_IDS, 2).is_ok(),
             no_new_privs: status.no_new_privs.unwrap_or(false),
             clocks: None,
+            autogroup: std::fs::read("/proc/self/autogroup").is_ok_and(|text| !text.is_empty()),
+            own: Own::probe()?,
         })
     }
 }

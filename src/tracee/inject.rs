@@ -283,6 +283,12 @@ impl<'t> Injection<'t> {
         self.area.as_mut().ok_or(TraceError::Area(Errno::EBADF))
     }
 
+    /// The last page of the area: if room was asked for that no list takes, one that nobody touches.
+    pub(crate) fn last_page(&self) -> Result<RemoteAddr, TraceError> {
+        let area = self.area.as_ref().ok_or(TraceError::Area(Errno::EBADF))?;
+        Ok(area.start().plus((area.len() as u64).saturating_sub(PAGE)))
+    }
+
     /// What a list that [`Self::run`] has run returned. They are the target's own words about itself.
     pub fn results(&self, placed: &Placed) -> Result<Results, TraceError> {
         self.area.as_ref().ok_or(TraceError::Area(Errno::EBADF))?.results(placed)

@@ -125,6 +125,8 @@ pub enum Op {
     Store(RemoteAddr, u64),
     /// Go on with the slot's `next` list.
     Next,
+    /// Use an AMX tile, for which the process must have the permission, so that registers of tiles can be set from outside.
+    Tiles,
 }
 
 /// Offset of an argument in its entry.
@@ -344,6 +346,7 @@ impl List {
             Op::Trap => ("trap", op::TRAP, 0, 0),
             Op::Store(word, value) => ("store", op::STORE, word.0, value),
             Op::Next => ("next list", op::NEXT, 0, 0),
+            Op::Tiles => ("use of a tile", op::TILES, 0, 0),
         };
         let zero = Arg::Val(0);
         self.push(name.into(), code, [Arg::Val(a), Arg::Val(b), zero, zero, zero, zero], 0, 0, 0);

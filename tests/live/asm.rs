@@ -118,6 +118,32 @@ live_spin_xmm:
     .endr
     ret
 
+    .globl live_spin_tiles
+    # rdi = flag, rsi = configuration of 64 bytes, rdx = tiles in[8][1024], rcx = tiles out[8][1024], r8 = configuration out
+live_spin_tiles:
+    # ldtilecfg [rsi]
+    .byte 0xc4, 0xe2, 0x78, 0x49, 0x06
+    mov eax, 64
+    # tileloadd tmmN, [rdx + rax]; add rdx, 1024
+    .irp n,0,1,2,3,4,5,6,7
+    .byte 0xc4, 0xe2, 0x7b, 0x4b, 0x04 + 8*\n, 0x02
+    add rdx, 1024
+    .endr
+2:
+    mov r9, [rdi]
+    test r9, r9
+    jz 2b
+    # tilestored [rcx + rax], tmmN; add rcx, 1024
+    .irp n,0,1,2,3,4,5,6,7
+    .byte 0xc4, 0xe2, 0x7a, 0x4b, 0x04 + 8*\n, 0x01
+    add rcx, 1024
+    .endr
+    # sttilecfg [r8]
+    .byte 0xc4, 0xc2, 0x79, 0x49, 0x00
+    # tilerelease
+    .byte 0xc4, 0xe2, 0x78, 0x49, 0xc0
+    ret
+
     .globl live_spin_x87
     # rdi = flag, rsi = doubles in[8], rdx = doubles out[8], rcx = u32 out[2]: mxcsr, control word
 live_spin_x87:
@@ -156,6 +182,7 @@ unsafe extern "C" {
     safe fn live_spin_zmm(flag: *const u64, from: *const u8, to: *mut u8, k: *const u64, k_to: *mut u64);
     safe fn live_spin_ymm(flag: *const u64, from: *const u8, to: *mut u8);
     safe fn live_spin_xmm(flag: *const u64, from: *const u8, to: *mut u8);
+    safe fn live_spin_tiles(flag: *const u64, cfg: *const u8, from: *const u8, to: *mut u8, cfg_to: *mut u8);
     safe fn live_spin_x87(flag: *const u64, from: *const f64, to: *mut f64, words: *mut u32);
 }
 
@@ -216,6 +243,23 @@ pub fn spin_vectors(
         }
     }
     (out, masks_out)
+}
+
+/// The eight AMX tiles and their configuration after spinning; the process has the permission.
+pub fn spin_tiles(
+    flag: &std::sync::atomic::AtomicU64,
+    bytes: &[u8; 8192],
+    config: &[u8; 64],
+) -> (Vec<u8>, [u8; 64]) {
+    let (mut out, mut config_out) = (vec![0; 8192], [0; 64]);
+    live_spin_tiles(
+        flag.as_ptr(),
+        config.as_ptr(),
+        bytes.as_ptr(),
+        out.as_mut_ptr(),
+        config_out.as_mut_ptr(),
+    );
+    (out, config_out)
 }
 
 /// The x87 stack, mxcsr and control word after spinning.

@@ -121,6 +121,13 @@ impl Gate {
         sys::exit_now(i32::from(SKIPPED));
     }
 
+    /// Says something that is shown if the trial fails.
+    pub fn note(&self, text: &str) {
+        use std::io::Write;
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.control.join("log"));
+        writeln!(log.expect("open the log"), "{text}").expect("write to the log");
+    }
+
     /// Leaves a mark for other tasks of the tree.
     pub fn mark(&self, name: &str) {
         sys::mkdir(&c_path(&self.control.join(name)));

@@ -8,7 +8,8 @@
 //! Environment: `LIVE_TOOL` takes another tool than crtool (with CRIU the suite checks itself:
 //! every target must survive it, or say why not); `LIVE_PEER` is the CRIU for interop modes;
 //! `LIVE_MODES` is a comma-separated list of modes to run (without it, and without a filter, each case goes from host
-//! to host in one of the three remote modes, in turn: all take several minutes more); `LIVE_KEEP` keeps the directories.
+//! to host in one of the three remote modes, in turn: all take several minutes more); `LIVE_KEEP` keeps the directories;
+//! `LIVE_SEED` is the seed of cases with random values.
 
 // A test binary exports nothing; `pub` here means "for the other modules".
 #![allow(unreachable_pub)]

@@ -198,6 +198,9 @@ impl Trial {
         if let Some(clocks) = self.case.source_clocks {
             sys::in_time_namespace(&mut command, clocks)?;
         }
+        if let Some(seed) = std::env::var_os("LIVE_SEED") {
+            command.env("LIVE_SEED", seed);
+        }
         if self.case.on_terminal {
             // We are its session leader, as a shell would be; the master stays open with us.
             sys::setsid();

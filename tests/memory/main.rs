@@ -73,7 +73,7 @@ fn task(pid: i32) -> Task {
         tid: pid,
         brk: 0,
         dumpable: 1,
-        thp_disabled: false,
+        thp_disable: 0,
         exe_file_id: 1,
         ours: Vec::new(),
         inside: Inside::default(),

@@ -15,7 +15,7 @@ pub const HEADER_END: usize = 576;
 /// Where the kernel notes in the fxsave part which features it gives.
 const SW_XCR0: usize = 464;
 /// Features that a process must ask for before it may use them: AMX tile data.
-const DYNAMIC: u64 = 1 << 18;
+pub const DYNAMIC: u64 = 1 << 18;
 
 /// One part of the area, by the number of its feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,9 +115,12 @@ pub fn name(feature: u32) -> &'static str {
 /// Features that the image format has a place for.
 const IN_IMAGE: u64 = 0x2ff;
 
+/// Features that go into fields of our own: AMX configuration and tiles, APX.
+const IN_PARTS: u64 = 7 << 17;
+
 /// The first feature in use in this area that images cannot carry.
 pub fn not_in_image(area: &[u8]) -> Option<u32> {
-    let odd = in_use(area) & !IN_IMAGE;
+    let odd = in_use(area) & !(IN_IMAGE | IN_PARTS);
     (odd != 0).then(|| odd.trailing_zeros())
 }
 
@@ -164,6 +167,14 @@ pub fn to_entry(area: &[u8]) -> pb::UserX86FpregsEntry {
             hi16_zmm: words64(area, 7),
             pkru: part32(area, 9),
             cet: None,
+            parts: (0..64u32)
+                .filter(|feature| (in_use(area) & IN_PARTS) >> feature & 1 == 1)
+                .filter_map(|feature| {
+                    let part = part(feature)?;
+                    let data = area.get(part.at..part.at + part.len)?.to_vec();
+                    Some(pb::UserX86XsavePartEntry { feature, data })
+                })
+                .collect(),
         }),
     }
 }
@@ -256,7 +267,19 @@ pub fn from_entry(entry: &pb::UserX86FpregsEntry) -> Result<Vec<u8>, XsaveError>
     if x.xstate_bv & !IN_IMAGE != 0 {
         return Err(XsaveError::Lacks((x.xstate_bv & !IN_IMAGE).trailing_zeros()));
     }
-    let bv = put_pkru(&mut area, x.xstate_bv, &x.pkru)?;
+    let mut bv = put_pkru(&mut area, x.xstate_bv, &x.pkru)?;
+    for entry in &x.parts {
+        let feature = entry.feature;
+        if feature > 63 || IN_PARTS >> feature & 1 == 0 {
+            return Err(XsaveError::Lacks(feature));
+        }
+        let part = part(feature).ok_or(XsaveError::Lacks(feature))?;
+        if entry.data.len() != part.len {
+            return Err(XsaveError::Length { what: name(feature), got: entry.data.len(), want: part.len });
+        }
+        put_words(&mut area, part.at, entry.data.iter().map(|byte| [*byte]));
+        bv |= 1 << feature;
+    }
     put_words(&mut area, FXSAVE_LEN, [bv.to_ne_bytes()].into_iter());
     put_part(&mut area, bv, 2, "ymmh_space", x.ymmh_space.iter().map(|w| w.to_ne_bytes()))?;
     put_part(&mut area, bv, 3, "bndreg_state", x.bndreg_state.iter().map(|w| w.to_ne_bytes()))?;
@@ -295,7 +318,7 @@ mod tests {
         #[test]
         fn every_register_comes_back(bytes in proptest::collection::vec(any::<u8>(), 997..2000), bits: u64) {
             let have = parts().iter().fold(3, |have, p| have | 1u64 << p.feature);
-            let area = area(&bytes, bits & have & IN_IMAGE);
+            let area = area(&bytes, bits & have & (IN_IMAGE | IN_PARTS));
             prop_assert_eq!(from_entry(&to_entry(&area)).unwrap(), area);
         }
 
@@ -325,7 +348,9 @@ mod tests {
         let mut amx = area(&[0], 3);
         assert_eq!(not_in_image(&amx), None);
         amx[FXSAVE_LEN + 2] = 2;
-        assert_eq!(not_in_image(&amx), Some(17));
+        assert_eq!(not_in_image(&amx), None);
+        amx[FXSAVE_LEN + 2] = 0x10;
+        assert_eq!(not_in_image(&amx), Some(20));
     }
 
     #[test]

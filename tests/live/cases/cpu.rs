@@ -14,6 +14,9 @@ pub const CASES: &[Case] = &[
     Case::new("vector_registers", vector_registers).disturbed(),
     Case::new("sse_registers", sse_registers),
     Case::new("x87_and_mxcsr", x87_and_mxcsr).disturbed(),
+    Case::new("tiles", tiles).peer_fails("refuses or loses AMX").disturbed(),
+    Case::new("tiles_of_threads", tiles_of_threads).peer_fails("refuses or loses AMX"),
+    Case::new("tiles_permitted", tiles_permitted).peer_fails("loses the permission"),
     Case::new("gs_base", gs_base),
     Case::new("tls_descriptors", tls_descriptors),
     Case::new("rseq", rseq),
@@ -109,6 +112,82 @@ fn x87_and_mxcsr(gate: &Gate) {
     let (found, words) = spinning(gate, move |flag| asm::spin_x87(flag, &values));
     assert_eq!(found.map(f64::to_bits), values.map(f64::to_bits), "x87 stack");
     assert_eq!(words, asm::X87_WORDS, "mxcsr and x87 control word");
+}
+
+const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+const TILE_DATA: usize = 18;
+
+fn may_use_tiles(gate: &Gate) {
+    if sys!(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA).is_err() {
+        gate.skip("this processor or kernel has no AMX");
+    }
+}
+
+/// Palette 1, eight tiles of 16 rows of 64 bytes.
+fn tile_config() -> [u8; 64] {
+    let mut config = [0; 64];
+    config[0] = 1;
+    for tile in 0..8 {
+        config[16 + 2 * tile] = 64;
+        config[48 + tile] = 16;
+    }
+    config
+}
+
+fn tile_bytes(seed: u64) -> [u8; 8192] {
+    std::array::from_fn(|n| (sys::pattern(seed, n) >> 13) as u8)
+}
+
+fn tiles(gate: &Gate) {
+    may_use_tiles(gate);
+    let found = spinning(gate, |flag| asm::spin_tiles(flag, &tile_bytes(1), &tile_config()));
+    assert!(found.0 == tile_bytes(1), "tiles");
+    assert_eq!(found.1, tile_config(), "their configuration");
+}
+
+/// Some threads have tiles in use, others may use them and do not.
+fn tiles_of_threads(gate: &Gate) {
+    may_use_tiles(gate);
+    let flag: &'static AtomicU64 = Box::leak(Box::default());
+    let threads: Vec<_> = (0..4_u64)
+        .map(|n| {
+            let control = gate.clone_for_thread();
+            std::thread::spawn(move || {
+                control.mark(&format!("tiles{n}"));
+                if n % 2 == 1 {
+                    control.wait();
+                }
+                let found = asm::spin_tiles(flag, &tile_bytes(n), &tile_config());
+                assert!(found == (tile_bytes(n).to_vec(), tile_config()), "tiles of thread {n}");
+            })
+        })
+        .collect();
+    for n in 0..4 {
+        gate.await_mark(&format!("tiles{n}"));
+    }
+    sys::nap(Duration::from_millis(5));
+    let child = fork(|| {
+        gate.mark("child");
+        gate.wait();
+        let found = asm::spin_tiles(&AtomicU64::new(1), &tile_bytes(9), &tile_config());
+        assert!(found.0 == tile_bytes(9), "tiles of a child");
+    });
+    gate.await_mark("child");
+    gate.ready();
+    flag.store(1, Ordering::Relaxed);
+    for thread in threads {
+        thread.join().expect("thread");
+    }
+    join(child);
+}
+
+/// The permission is there, and no tile is in use.
+fn tiles_permitted(gate: &Gate) {
+    may_use_tiles(gate);
+    asm::spin_tiles(&AtomicU64::new(1), &tile_bytes(1), &tile_config());
+    gate.ready();
+    let found = asm::spin_tiles(&AtomicU64::new(1), &tile_bytes(2), &tile_config());
+    assert!(found.0 == tile_bytes(2), "tiles");
 }
 
 /// The gs base belongs to the program on x86-64; each thread has its own.

@@ -1,6 +1,7 @@
 //! The rows of the suite, by topic.
 
 mod attacks;
+mod attributes;
 mod blocked;
 mod clocks;
 mod cpu;
@@ -31,6 +32,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
     let topics: &'static [&'static [Case]] = &[
         tree::CASES,
         cpu::CASES,
+        attributes::CASES,
         blocked::CASES,
         signals::CASES,
         timers::CASES,
