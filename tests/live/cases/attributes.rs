@@ -37,6 +37,7 @@ pub const CASES: &[Case] = &[
     case("attribute_memory_merge", |gate| of_process(gate, "memory merge")),
     case("attribute_huge_pages", |gate| of_process(gate, "huge pages")),
     case("attribute_lock_future", |gate| of_process(gate, "lock future")),
+    case("attribute_write_xor_execute", |gate| of_process(gate, "write xor execute")),
     case("attribute_descriptor_table", |gate| of_process(gate, "descriptor table")),
     case("attribute_tile_permission", |gate| of_process(gate, "tile permission")),
     case("attribute_timer_ids", |gate| of_process(gate, "timer ids")),
@@ -686,7 +687,7 @@ fn random_attributes(gate: &Gate) {
         let mut random = Random(of_child);
         // Of its own, with an autogroup.
         sys::setsid();
-        let of_process = Told::set(seed, "the child", PROCESS, &mut random, &["write xor execute"]);
+        let of_process = Told::set(seed, "the child", PROCESS, &mut random, &[]);
         let of_thread = Told::set(seed, "the child's thread", THREAD, &mut random, &[]);
         gate.mark("child");
         gate.wait();
@@ -694,7 +695,7 @@ fn random_attributes(gate: &Gate) {
         of_thread.check();
     });
     gate.await_mark("child");
-    let of_process = Told::set(seed, "the process", PROCESS, &mut random, &["write xor execute"]);
+    let of_process = Told::set(seed, "the process", PROCESS, &mut random, &[]);
     let threads: Vec<_> = ["one", "two", "three"]
         .into_iter()
         .map(|name| {
