@@ -13,10 +13,11 @@ use std::os::unix::ffi::OsStringExt;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::statfs::fstatfs;
 
 use super::scan::{Target, Wanted};
 use super::shared::FileKey;
-use super::{Inside, MemError, SharedMemory, pkeys, vma};
+use super::{Inside, MemError, SharedMemory, aio, pkeys, vma};
 use crate::finding::Finding;
 use crate::image::pb;
 use crate::proc::maps::VmaName;
@@ -102,7 +103,8 @@ pub fn collect(
     if let Some(end) = words.chunks(2).position(|pair| pair.first() == Some(&libc::AT_NULL)) {
         words.truncate(2 * end);
     }
-    let mut collector = Collector { task, files, shared, findings, vmas: Vec::new(), targets: Vec::new() };
+    let (vmas, targets, aios) = (Vec::new(), Vec::new(), Vec::new());
+    let mut collector = Collector { task, files, shared, findings, vmas, targets, aios };
     let mut smaps = Smaps::open(task)?;
     while let Some(areas) = smaps.next_areas()? {
         for area in &areas {
@@ -112,7 +114,7 @@ pub fn collect(
         }
     }
     let execute_only_pkey = collector.execute_only_pkey();
-    let Collector { vmas, targets, .. } = collector;
+    let Collector { vmas, targets, aios, .. } = collector;
     let private_pages = targets
         .iter()
         .filter(|target| matches!(target.wanted, Wanted::Own { .. }))
@@ -134,7 +136,7 @@ pub fn collect(
         mm_saved_auxv: words,
         vmas,
         dumpable: Some(task.dumpable),
-        aios: Vec::new(),
+        aios,
         thp_disabled: Some(task.thp_disable != 0),
         pkeys: task.inside.pkeys,
         execute_only_pkey,
@@ -210,6 +212,7 @@ struct Collector<'a> {
     findings: &'a mut Vec<Finding>,
     vmas: Vec<pb::VmaEntry>,
     targets: Vec<Target>,
+    aios: Vec<pb::AioRingEntry>,
 }
 
 /// Kinds of file-backed areas.
@@ -219,6 +222,8 @@ enum Backing {
     Memfd,
     /// MAP_SHARED | MAP_ANONYMOUS
     AnonShared,
+    /// The ring of an asynchronous I/O context.
+    AioRing,
     /// MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, which has a nameless file behind it.
     AnonPrivateHuge,
     Refused {
@@ -317,6 +322,24 @@ impl Collector<'_> {
                 self.refuse(area, &String::from_utf8_lossy(path), reason, hint);
                 return Ok(());
             }
+            Backing::AioRing => {
+                let path = String::from_utf8_lossy(path);
+                if self.aios.is_empty() && !aio::settle() {
+                    let reason =
+                        "requests of asynchronous I/O may be under way: a block device does not come to rest";
+                    self.refuse(area, &path, reason, "try again when it is less busy");
+                    return Ok(());
+                }
+                let Some(ring) = aio::dump(self.task.tid, entry.start, entry.end)? else {
+                    self.refuse(area, &path, "a part of a ring of asynchronous I/O", "");
+                    return Ok(());
+                };
+                // As CRIU has it: nothing but this.
+                entry.status = vma::AIORING;
+                entry.pgoff = 0;
+                self.targets.push(Target { start: entry.start, end: entry.end, wanted: Wanted::All });
+                self.aios.push(ring);
+            }
             Backing::AnonPrivateHuge => {
                 entry.status |= vma::ANON_PRIVATE;
                 entry.flags |= libc::MAP_ANONYMOUS.cast_unsigned();
@@ -402,8 +425,8 @@ impl Collector<'_> {
                     "detach it (shmdt), or use POSIX shared memory",
                 );
             }
-            if path == b"/[aio] (deleted)" {
-                return refused("the ring of an asynchronous I/O context", "end it with io_destroy");
+            if path == b"/[aio] (deleted)" && self.is_on(area, aio::FS_MAGIC)? {
+                return Ok(Backing::AioRing);
             }
         }
         if path == b"anon_inode:[io_uring]" {
@@ -501,6 +524,12 @@ impl Collector<'_> {
         let link = fs::read_link(format!("/proc/{}/{file}", self.task.tid));
         let link = link.map_err(|source| MemError::Proc { pid: self.task.pid, file, source })?;
         Ok(link.into_os_string().into_vec())
+    }
+
+    /// Whether the area's file is on a file system of the kernel's own.
+    fn is_on(&self, area: &Smap, magic: i64) -> Result<bool, MemError> {
+        let file = self.open(area)?;
+        Ok(fstatfs(&file).is_ok_and(|fs| fs.filesystem_type().0 == magic))
     }
 
     /// The mapped file, opened so that nothing happens to it.

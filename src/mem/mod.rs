@@ -9,6 +9,7 @@
 //! files, untouched memory, the zero page and, in private anonymous memory, pages of zeros are
 //! left out. Guard regions become areas of their own behind the others.
 
+pub mod aio;
 mod anon_name;
 mod collect;
 mod dump;

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     files::Descriptors,
     image::pb,
-    mem::pkeys,
+    mem::{aio, pkeys},
     pages::{Pages, Piece},
     sys::pod::{self, Pod},
     tracee::{List, Op, Want},
@@ -164,6 +164,14 @@ pub(super) fn plan(
             }
             continue;
         }
+        if vma.status & status::AIORING != 0 {
+            let write = (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned();
+            if vma.prot != write {
+                made.opened.push(vma.start);
+            }
+            load.extend(space.pages.within(vma.start, vma.end));
+            continue;
+        }
         if let (true, Some(h)) = (inherited, &parent) {
             made.opened.push(vma.start);
             let differing = cow::compare(h.pages, space.pages, vma.start, vma.end)?;
@@ -192,6 +200,11 @@ pub(super) fn plan(
     }
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
     taken.push(space.area);
+    let rings = aio::Rings::read(space.pid, space.mm, space.pages)?;
+    if !rings.is_empty() {
+        let file = descriptors.fetch(list, space.exe_fd);
+        rings.plan(list, space.pid, file);
+    }
     let others = made.uffd.begin(list, space.pages, taken, descriptors)?;
     if !others.is_empty() {
         load.extend(others);
@@ -199,6 +212,7 @@ pub(super) fn plan(
     }
     plan_fill(list, space.pages, &load, &made.uffd, descriptors, spawner)?;
     made.uffd.end(list);
+    rings.plan_ids(list, space.pid);
     descriptors.close_all(list);
     if !vdso_due {
         plan_vdso_entries(list, &space.vdso, space.pid);
@@ -300,7 +314,7 @@ fn plan_vma(
 ) -> Result<()> {
     let what = vma.status;
     ensure!(
-        what & (status::SYSVIPC | status::SOCKET | status::AIORING) == 0,
+        what & (status::SYSVIPC | status::SOCKET) == 0,
         "mapping {:#x}-{:#x} of kind {what:#x} is not supported yet",
         vma.start,
         vma.end

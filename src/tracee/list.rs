@@ -66,6 +66,8 @@ pub enum Arg {
     Data(Data),
     /// What an earlier call of this list returned.
     Result(CallId),
+    /// The word that is at this place when the list gets here: what an earlier call has written there.
+    Word(Data),
 }
 
 impl From<u64> for Arg {
@@ -250,7 +252,7 @@ impl List {
                 Arg::Result(_) if op == op::COPY => Some(Base::List),
                 Arg::Val(_) if op == op::COPY && index == 1 => Some(Base::List),
                 Arg::Data(_) => Some(Base::Data),
-                Arg::Val(_) | Arg::Result(_) => None,
+                Arg::Val(_) | Arg::Result(_) | Arg::Word(_) => None,
             };
             values[index] = match arg {
                 Arg::Val(value) => value,
@@ -259,7 +261,7 @@ impl List {
                     (call.0 * size_of::<Entry>() + offset_of!(Entry, result)) as u64
                 }
                 // Overwritten by the copy step before it.
-                Arg::Result(_) => 0,
+                Arg::Result(_) | Arg::Word(_) => 0,
             };
             self.moved.extend(base.map(|base| Moved { entry: self.entries.len(), arg: index, base }));
         }
@@ -291,14 +293,19 @@ impl List {
         CallId(self.entries.len() - 1)
     }
 
-    /// Before a call that uses results come steps that copy them into its arguments.
+    /// Before a call that uses results, or what others have written, come steps that copy them into its arguments.
     fn hand_on_results(&mut self, args: &[Arg; 6]) {
-        let copies = args.iter().filter(|a| matches!(a, Arg::Result(_))).count();
+        let copies = args.iter().filter(|a| matches!(a, Arg::Result(_) | Arg::Word(_))).count();
         let target = self.entries.len() + copies;
         for (index, arg) in args.iter().enumerate() {
-            if let Arg::Result(from) = arg {
+            let from = match arg {
+                Arg::Result(_) => Some(*arg),
+                Arg::Word(at) => Some(Arg::Data(*at)),
+                Arg::Val(_) | Arg::Data(_) => None,
+            };
+            if let Some(from) = from {
                 let args = [
-                    Arg::Result(*from),
+                    from,
                     Arg::Val((target * size_of::<Entry>() + arg_offset(index)) as u64),
                     Arg::Val(0),
                     Arg::Val(0),

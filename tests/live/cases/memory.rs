@@ -41,7 +41,6 @@ pub const CASES: &[Case] = &[
     Case::new("lowest_and_highest", lowest_and_highest),
     Case::new("moved", moved),
     Case::new("holes", holes),
-    Case::new("aio_ring", aio_ring).refused("aio"),
     Case::new("secret_memory", secret_memory).refused("secretmem"),
 ];
 
@@ -580,15 +579,6 @@ fn holes(gate: &Gate) {
             assert_eq!(got, want, "page {n}");
         }
     }
-}
-
-fn aio_ring(gate: &Gate) {
-    let mut context = 0_u64;
-    if sys!(SYS_io_setup, 16, &raw mut context).is_err() {
-        gate.skip("no AIO");
-    }
-    gate.ready();
-    sys!(SYS_io_destroy, context).expect("io_destroy");
 }
 
 fn secret_memory(gate: &Gate) {

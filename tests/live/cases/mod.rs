@@ -1,5 +1,6 @@
 //! The rows of the suite, by topic.
 
+mod aio;
 mod attacks;
 mod attributes;
 mod blocked;
@@ -54,6 +55,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         locks::CASES,
         refused::CASES,
         attacks::CASES,
+        aio::CASES,
     ];
     topics.iter().copied().flatten()
 }
