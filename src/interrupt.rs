@@ -13,7 +13,7 @@ use nix::{
     errno::Errno,
     sys::{
         signal::{SigSet, Signal},
-        signalfd::{SfdFlags, SignalFd},
+        signalfd::{SfdFlags, SignalFd, siginfo},
     },
 };
 
@@ -41,8 +41,14 @@ pub fn watch() -> Result<&'static SignalFd, Errno> {
 
 /// An error once a signal has come; costs one read.
 pub fn check() -> Result<(), Interrupted> {
+    check_those(|_| true)
+}
+
+/// As [`check`], passing over signals that are not `meant` for us.
+pub(crate) fn check_those(meant: impl Fn(&siginfo) -> bool) -> Result<(), Interrupted> {
     let Some(fd) = WATCH.get() else { return Ok(()) };
     if let Ok(Some(info)) = fd.read_signal()
+        && meant(&info)
         && let Ok(number) = i32::try_from(info.ssi_signo)
     {
         SEEN.store(number, Ordering::Relaxed);

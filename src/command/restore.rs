@@ -1,5 +1,7 @@
 //! `crtool restore`.
 
+mod job;
+
 use std::{
     os::{
         fd::{AsFd, BorrowedFd},
@@ -23,7 +25,6 @@ use crate::{
     remote::client::RemoteSnapshot,
     restore::Restored,
     settings::{RemoteSettings, ReportSettings, RestoreSettings},
-    stats::RestoreStats,
     sys,
 };
 
@@ -38,7 +39,7 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
             .map_err(unprivileged)
             .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
     };
-    done(settings, report, restored.root, &restored.stats)
+    done(settings, report, restored)
 }
 
 /// Restores from the cache of this host; what fails leaves the snapshot there.
@@ -48,18 +49,14 @@ fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Re
 }
 
 /// What remains when the tree with root `root` runs.
-pub fn done(
-    settings: &RestoreSettings,
-    report: ReportSettings,
-    root: Pid,
-    stats: &RestoreStats,
-) -> anyhow::Result<Exit> {
+pub fn done(settings: &RestoreSettings, report: ReportSettings, restored: Restored) -> anyhow::Result<Exit> {
+    let Restored { root, stats, job } = restored;
     const RUNS: Incomplete = Incomplete("the tree is restored and runs");
     if let Err(error) = stats.write(&settings.common.work_dir, settings.common.owner_check) {
         tracing::warn!("{:#}", anyhow::Error::from(error));
     }
     if report.display_stats {
-        report::display(stats);
+        report::display(&stats);
     }
     report::ready(report.status_fd).context(RUNS)?;
     tracing::info!("Restore finished successfully. Tasks resumed.");
@@ -74,7 +71,11 @@ pub fn done(
     let pidfd = sys::pidfd::open(root.as_raw(), 0)
         .with_context(|| format!("wait for restored root {root}"))
         .context(RUNS)?;
-    wait(root, pidfd.as_fd()).with_context(|| format!("wait for restored root {root}"))
+    let ended = match job {
+        None => wait(root, pidfd.as_fd()),
+        Some(terminal) => job::wait(root, pidfd.as_fd(), terminal),
+    };
+    ended.with_context(|| format!("wait for restored root {root}"))
 }
 
 /// Waits for the end of a child, or for a signal that tells us to stop waiting.
@@ -95,7 +96,12 @@ fn wait(root: Pid, pidfd: BorrowedFd<'_>) -> anyhow::Result<Exit> {
             return Ok(Exit::Tree(death(interrupted.signal)));
         }
     }
-    match waitpid(root, None)? {
+    end(waitpid(root, None)?)
+}
+
+/// The answer for a root that has ended.
+fn end(status: WaitStatus) -> anyhow::Result<Exit> {
+    match status {
         WaitStatus::Exited(_, status) => {
             // The kernel keeps eight bits of it.
             Ok(Exit::Tree(u8::try_from(status & 0xff).unwrap_or(1)))
@@ -113,6 +119,7 @@ fn death(signal: nix::sys::signal::Signal) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats::RestoreStats;
 
     #[expect(clippy::zombie_processes, reason = "what is tested waits for it")]
     fn waited(script: &str) -> Exit {
@@ -121,7 +128,8 @@ mod tests {
         let mut settings = RestoreSettings::new(std::path::Path::new("."));
         let dir = tempfile::tempdir().unwrap();
         settings.common.work_dir = dir.path().to_owned();
-        done(&settings, ReportSettings::default(), pid, &RestoreStats::default()).unwrap()
+        let restored = Restored { root: pid, stats: RestoreStats::default(), job: None };
+        done(&settings, ReportSettings::default(), restored).unwrap()
     }
 
     #[test]

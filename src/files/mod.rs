@@ -54,6 +54,7 @@ pub(crate) use install::{Descriptors, FIRST_SHARED, SUPERVISOR};
 pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
 pub use restore::FilesRestore;
+pub(crate) use tty::{JobGroups, JobTerminal};
 
 /// What a descriptor can be. The first row that owns it decides, so special rows come before general ones. What cannot
 /// be saved has its rows in `refused.rs`.

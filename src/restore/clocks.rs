@@ -45,7 +45,11 @@ impl TreeClocks {
         match TimeNamespace::make() {
             Ok(namespace) => Ok(Self { made: Some((frozen, namespace)), early }),
             Err(error) => {
-                time::host_clocks_suffice(frozen).with_context(|| format!("{:#}", anyhow!(error)))?;
+                let error = format!("{:#}", anyhow!(error));
+                time::host_clocks_suffice(frozen).with_context(|| error.clone())?;
+                tracing::warn!(
+                    "the tree gets the clocks of this machine, which are ahead of its own: {error}"
+                );
                 Ok(none)
             }
         }

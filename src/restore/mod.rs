@@ -10,7 +10,7 @@
 //! 4. [`moves`] brings them into their groups and to their parents, and lets helpers and zombies end.
 //! 5. [`attributes`] gives them descriptors, attributes and threads; [`clocks`] lets theirs go on.
 //! 6. [`final_state`] sets what nobody may touch afterwards: pending signals, `dumpable`, registers; and takes the area away.
-//! 7. [`release`] lets all go at once, and looks whether they live.
+//! 7. [`release`] lets all go at once, and looks whether they live; [`job`] gives a shell job its terminal before.
 //!
 //! Until 7 a failure kills and reaps everything ([`puppets`]).
 
@@ -20,6 +20,7 @@ mod cow;
 mod create;
 mod final_state;
 mod images;
+mod job;
 mod layout;
 mod moves;
 mod page_threads;
@@ -48,7 +49,7 @@ use crate::{
     action::{self, Action},
     cpuinfo,
     exit::Incomplete,
-    files::FilesRestore,
+    files::{FilesRestore, JobTerminal},
     image::{DirStore, Outcome, Store},
     interrupt,
     proc::stat,
@@ -79,6 +80,8 @@ pub struct Restored {
     pub root: Pid,
     /// What it took.
     pub stats: RestoreStats,
+    /// The terminal of a shell job, which the job has now; for whoever stays with the tree.
+    pub(crate) job: Option<JobTerminal>,
 }
 
 /// Restores a tree from a directory of images.
@@ -123,6 +126,10 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     interrupt::check()?;
     let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
     store.report(Outcome::Starting(running.as_fd()))?;
+    let mut job = job::terminal(&images, settings, &mut tree.files)?;
+    if let Some(job) = &mut job {
+        job.hand_over()?;
+    }
     tree.commit()?;
     let let_go = tree.let_go(settings.leave_stopped);
     if let Err(error) = store.report(Outcome::Running(root.as_raw())) {
@@ -136,7 +143,10 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
         tracing::warn!("{:#}", anyhow!(error));
     }
     let_go.context(Incomplete("the tree is restored"))?;
-    Ok(Restored { root, stats })
+    if let Some(job) = &job {
+        job.tell_size();
+    }
+    Ok(Restored { root, stats, job })
 }
 
 /// At `-v4`, what a puppet is going to do, one line a step.

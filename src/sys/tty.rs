@@ -161,6 +161,11 @@ pub fn foreground(fd: BorrowedFd<'_>) -> Result<i32> {
     get_int(fd, libc::TIOCGPGRP)
 }
 
+/// TIOCSPGRP.
+pub fn set_foreground(fd: BorrowedFd<'_>, group: i32) -> Result<()> {
+    set(fd, libc::TIOCSPGRP, &group)
+}
+
 /// TIOCGDEV: the device number of the terminal itself, also for a descriptor of /dev/tty (`makedev` encoding).
 pub fn device(fd: BorrowedFd<'_>) -> Result<u64> {
     let mut value = 0u32;

@@ -2,10 +2,11 @@
 //!
 //! Saved: descriptions (`tty.img` members of `files.img`), settings once per end (`tty-info.img`), what waits to be read
 //! (`tty-data.img`), session and foreground group. A pty whose master is in the tree is made again under its number, or, if
-//! that is taken by now, under another. One whose master is outside is the terminal of the caller's shell (`--shell-job`), or
+//! that is taken by now, under another. One whose master is outside is the terminal of the caller's shell (`--shell-job`, see `job.rs`), or
 //! named (`--external tty[RDEV:DEV]`, `--inherit-fd`). Its session's leader takes it as controlling terminal in its own list.
 
 mod content;
+mod job;
 mod pair;
 mod settings;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+pub(crate) use self::job::{JobGroups, JobTerminal};
 use super::{
     Descriptors, DumpCx, DumpTables, FdView, FileError, FileKind, FilesRestore, Opened, Place, RestoreCx,
     flags, kind::packed_in, pipe_data::io_error, regular,

@@ -8,7 +8,7 @@ use std::{
 use nix::{
     fcntl::{OFlag, open as open_path},
     sys::stat::{Mode, fchmod, fstat},
-    unistd::{Gid, Uid, fchown, getpgrp, isatty},
+    unistd::{Gid, Uid, fchown, isatty},
 };
 
 use super::{
@@ -48,8 +48,8 @@ pub(super) struct Restored {
     /// Owner and mode of slaves, by info.
     modes: HashMap<u32, u32>,
     made: BTreeMap<u32, Made>,
-    /// The caller's terminal, to be set up as it was.
-    job: Option<(OwnedFd, pb::TtyInfoEntry)>,
+    /// What the caller's terminal stands for.
+    job: Option<pb::TtyInfoEntry>,
 }
 
 fn state<'c>(cx: &'c mut RestoreCx<'_>) -> Result<&'c mut Restored, FileError> {
@@ -117,7 +117,7 @@ pub(super) fn open(cx: &mut RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<O
         }
         let fd = own_terminal(kind, entry)?;
         if state.job.is_none() {
-            state.job = Some((fd.try_clone().map_err(|e| io_error("duplicate a terminal", &e))?, info));
+            state.job = Some(info);
         }
         return Ok(fd);
     };
@@ -288,6 +288,11 @@ pub(super) fn plan_foreground(
     }
 }
 
+/// What a shell job knew of its terminal.
+pub(super) fn job_info(cx: &mut RestoreCx<'_>) -> Result<Option<pb::TtyInfoEntry>, FileError> {
+    Ok(state(cx)?.job.clone())
+}
+
 /// What would have been in the way before: locks, modes; then our own descriptors go.
 pub(super) fn finish(cx: &mut RestoreCx<'_>) -> Result<(), FileError> {
     let state = cx.state::<Restored>();
@@ -303,14 +308,6 @@ pub(super) fn finish(cx: &mut RestoreCx<'_>) -> Result<(), FileError> {
             tty::set_exclusive(end.as_fd(), true).map_err(FileError::sys("make a terminal exclusive"))?;
         }
         tty::set_pty_locked(made.keep.as_fd(), master.locked).map_err(FileError::sys("lock a pty"))?;
-    }
-    if let Some((fd, info)) = state.job.take()
-        && let Some(termios) = &info.termios
-        // From the background this would stop us.
-        && tty::foreground(fd.as_fd()).is_ok_and(|group| group == getpgrp().as_raw())
-    {
-        tty::set_termios(fd.as_fd(), &settings::termios(termios))
-            .map_err(FileError::sys("set our own terminal up"))?;
     }
     Ok(())
 }

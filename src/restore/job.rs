@@ -1,0 +1,30 @@
+//! The terminal of a job that is restored in the foreground of a shell.
+
+use anyhow::{Context, Result};
+use nix::unistd::getpgrp;
+
+use super::images::Images;
+use crate::{
+    files::{FilesRestore, JobGroups, JobTerminal},
+    settings::RestoreSettings,
+};
+
+/// The terminal, for a caller who stays with the tree: the shell takes it back as soon as crtool ends. `None` for a tree with
+/// a session of its own.
+pub(super) fn terminal(
+    images: &Images,
+    settings: &RestoreSettings,
+    files: &mut FilesRestore<'_>,
+) -> Result<Option<JobTerminal>> {
+    let root = images.tasks.first().context("no task")?;
+    if settings.detached || settings.exec_cmd.is_some() || root.sid == root.pid {
+        return Ok(None);
+    }
+    let ours = getpgrp().as_raw();
+    let now = |group: i32| {
+        if group == root.sid || group == root.pgid && root.pgid != root.pid { ours } else { group }
+    };
+    let alive = images.tasks.iter().filter(|task| !task.is_zombie());
+    let all = alive.map(|task| (task.pgid, now(task.pgid))).collect();
+    files.job_terminal(&JobGroups { root: now(root.pgid), all }).context("terminal of the job")
+}
