@@ -1,7 +1,7 @@
 //! Ctrl-C and friends, taken at safe points only.
 //!
-//! A command that must not be cut off in the middle calls [`watch`] first: from then on SIGINT, SIGTERM
-//! and SIGHUP wait. Between its steps it calls [`check`]; an error there goes up through the guards, which put
+//! A command that must not be cut off in the middle calls [`watch`] first: from then on SIGINT, SIGTERM,
+//! SIGHUP and SIGXCPU (a limit of processor time) wait. Between its steps it calls [`check`]; an error there goes up through the guards, which put
 //! everything back. A library user who never calls `watch` keeps the signals as they were.
 
 use std::sync::{
@@ -33,7 +33,8 @@ pub fn watch() -> Result<&'static SignalFd, Errno> {
     if let Some(fd) = WATCH.get() {
         return Ok(fd);
     }
-    let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect::<SigSet>();
+    let signals =
+        [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGXCPU].into_iter().collect::<SigSet>();
     signals.thread_block()?;
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     Ok(WATCH.get_or_init(|| fd))

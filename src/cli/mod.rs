@@ -30,11 +30,29 @@ use crate::{
     exit::{self, Exit},
     log,
     settings::DumpSettings,
+    sys,
 };
+
+/// Of the binary: says when memory is out.
+pub use crate::sys::own::Allocator;
+
+/// The stack that is enough for anything here, and the one with which it is not worth to begin.
+const STACK: u64 = 8 << 20;
+const LEAST_STACK: u64 = 1 << 20;
 
 /// Entry point of the binary.
 pub fn main() -> ExitCode {
     let start = Instant::now();
+    // Without them the process would end by a signal where it should say why it fails; it works all the same.
+    let _ = sys::own::survive();
+    if let Ok(stack @ ..LEAST_STACK) = sys::own::at_least(libc::RLIMIT_STACK, STACK) {
+        log::failure(&format!(
+            "the limit of the stack (ulimit -s) is {} KiB, and crtool needs {}",
+            stack >> 10,
+            LEAST_STACK >> 10
+        ));
+        return Exit::Failure.into();
+    }
     let mut words: Vec<OsString> = env::args_os().collect();
     let name = if words.is_empty() { OsString::new() } else { words.remove(0) };
     // A link called `crit` is CRIU's image tool.

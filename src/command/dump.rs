@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use super::{report, unprivileged};
+use super::{explained, report};
 use crate::{
     dump::Unconfirmed,
     exit::{Exit, Incomplete},
@@ -22,7 +22,7 @@ pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Ex
     let (stats, waited) = dumped
         .map_err(|error| match error.downcast_ref::<Unconfirmed>() {
             Some(_) => error.context(Incomplete("the images are complete")),
-            None => unprivileged(error),
+            None => explained(error),
         })
         .with_context(|| format!("dump of pid {}", settings.pid))?;
     let exit = done(settings, report, &stats)?;

@@ -18,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{report, unprivileged};
+use super::{explained, report};
 use crate::{
     exit::{Exit, Incomplete},
     interrupt,
@@ -33,10 +33,10 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
     interrupt::watch().context("hold back of signals")?;
     let restored = match &settings.remote {
         None => crate::restore::restore(settings)
-            .map_err(unprivileged)
+            .map_err(explained)
             .with_context(|| format!("restore from {}", settings.common.images_dir.display()))?,
         Some(remote) => from_cache(settings, remote)
-            .map_err(unprivileged)
+            .map_err(explained)
             .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
     };
     done(settings, report, restored)

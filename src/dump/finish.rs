@@ -9,9 +9,9 @@ use super::{
     tree::{State, Tree},
 };
 use crate::{
-    exit::Incomplete,
+    exit::{Exit, Incomplete},
     settings::Leave,
-    sys::{Errno, ptrace, task, wait},
+    sys::{Errno, own, ptrace, task, wait},
     tracee::{KillGuard, Thread, procfs},
 };
 
@@ -76,6 +76,7 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
             Err(e) => tracing::warn!("thread {tid} would outlive crtool if it were killed now: {e}"),
         }
     }
+    own::set_out_of_memory_status(Exit::Incomplete.status());
     let mut failed = None;
     for pid in &pids {
         match task::kill(*pid, libc::SIGKILL) {

@@ -187,8 +187,13 @@ pub fn copy<S: Source>(
             PagesSink::Stream(_) => MOST_THREADS,
         };
         std::thread::scope(|scope| {
-            let others: Vec<_> =
-                (1..threads).map(|_| scope.spawn(|| copy.work(&mut Buffer::default(), u64::MAX))).collect();
+            // Where no more threads may be made (a pids cgroup, a limit of memory), those that there are do it all.
+            let others: Vec<_> = (1..threads)
+                .map_while(|_| {
+                    let work = || copy.work(&mut Buffer::default(), u64::MAX);
+                    std::thread::Builder::new().spawn_scoped(scope, work).ok()
+                })
+                .collect();
             let mut result = copy.work(&mut buffer, u64::MAX).map(drop);
             for other in others {
                 let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

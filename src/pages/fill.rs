@@ -67,7 +67,10 @@ pub fn fill(object: Object<'_>, pages: &Pages) -> Result<(), PagesError> {
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(work);
+            // Where no more threads may be made (a pids cgroup, a limit of memory), those that there are do it all.
+            if std::thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                break;
+            }
         }
         work();
     });

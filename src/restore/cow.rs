@@ -121,11 +121,20 @@ fn compare_all(theirs: &Pages, ours: &Pages, both: &[(Piece, Piece)]) -> Result<
     std::thread::scope(|scope| {
         let parts: Vec<_> = chunks
             .chunks(share)
-            .map(|part| scope.spawn(move || compare_chunks(theirs, ours, part)))
+            .map(|part| {
+                let work = move || compare_chunks(theirs, ours, part);
+                (part, std::thread::Builder::new().spawn_scoped(scope, work))
+            })
             .collect();
         let mut all = Vec::new();
-        for part in parts {
-            all.extend(part.join().map_err(|_| anyhow::anyhow!("comparison of pages panicked"))??);
+        for (part, thread) in parts {
+            all.extend(match thread {
+                Ok(thread) => {
+                    thread.join().map_err(|_| anyhow::anyhow!("comparison of pages panicked"))??
+                }
+                // No more threads may be made (a pids cgroup, a limit of memory): then it is done here.
+                Err(_) => compare_chunks(theirs, ours, part)?,
+            });
         }
         Ok(all)
     })

@@ -48,7 +48,7 @@ use self::{
 use crate::{
     action::{self, Action},
     cpuinfo,
-    exit::Incomplete,
+    exit::{Exit, Incomplete},
     files::{FilesRestore, JobTerminal},
     image::{DirStore, Outcome, Store},
     interrupt,
@@ -131,6 +131,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
         job.hand_over()?;
     }
     tree.commit()?;
+    crate::sys::own::set_out_of_memory_status(Exit::Incomplete.status());
     let let_go = tree.let_go(settings.leave_stopped);
     if let Err(error) = store.report(Outcome::Running(root.as_raw())) {
         tracing::warn!("the tree runs, but that could not be reported: {:#}", anyhow!(error));

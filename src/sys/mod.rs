@@ -18,6 +18,7 @@ pub mod inode;
 pub mod kcmp;
 pub mod lease;
 pub mod mapping;
+pub mod own;
 pub mod pagemap;
 pub mod passing;
 pub mod pidfd;

@@ -55,6 +55,7 @@ const TRIALS: &[(&str, target::Kind, Run)] = &[
         directory::killed_at_each_step_of_a_replacement,
     ),
     ("one_directory_whatever_happens", target::Kind::Busy, directory::whatever_happens),
+    ("crtool_under_limits", target::Kind::Busy, refusals::limits),
     ("fifty_rounds", target::Kind::Busy, refusals::fifty_rounds),
     ("truncated_images", target::Kind::Busy, damage::truncated),
     ("flipped_bits", target::Kind::Busy, damage::flipped),

@@ -176,6 +176,62 @@ fn done(command: &mut Command) -> Result<(), String> {
     }
 }
 
+/// crtool itself is short of something: it works, or it says in one line what is missing and all is as before.
+pub fn limits(site: &mut Site) -> Result<(), String> {
+    let before = site.picture()?;
+    let pid = site.pid.to_string();
+    let dump = ["dump", "-R", "-t", pid.as_str()];
+    // What it says, or nothing where it works.
+    for (limits, wanted) in [
+        ("--fsize=20000", "the size of files (ulimit -f)"),
+        ("--fsize=2000", "the size of files (ulimit -f)"),
+        ("--nofile=8", "Too many open files"),
+        ("--stack=65536", "the limit of the stack (ulimit -s) is 64 KiB, and crtool needs 1024"),
+        ("--as=24000000", "out of memory"),
+        ("--data=2500000", "out of memory"),
+        ("--stack=1048576", ""),
+        ("--nproc=1", ""),
+        ("--memlock=0", ""),
+        ("--core=0", ""),
+        ("--sigpending=0", ""),
+        ("--msgqueue=0", ""),
+        ("--rss=1", ""),
+        ("--rttime=1", ""),
+    ] {
+        let images = site.fresh("images")?;
+        let run = site.run_limited(limits, &dump, &images)?;
+        let lines: Vec<&str> = run.said.lines().filter(|line| !line.contains("Warn ")).collect();
+        let checked = match run.end {
+            End::Exited(0) if lines.is_empty() => Ok(()),
+            // How much memory it takes is not the same for all builds; that it says so, is.
+            _ if wanted.is_empty() => Err(format!("{:?}: {}", run.end, run.said)),
+            End::Exited(1) if lines.len() == 1 && run.said.contains(wanted) => no_images(&images),
+            _ => Err(format!("not one line with {wanted:?}: {:?}: {}", run.end, run.said)),
+        };
+        checked.and_then(|()| site.works()).map_err(|text| format!("{limits}: {text}"))?;
+    }
+    let group = Path::new("/sys/fs/cgroup/pids").join(format!("crtool-faults-{}", std::process::id()));
+    if fs::create_dir(&group).is_ok() {
+        let grouped = tasks(site, &group, &dump);
+        let _ = fs::remove_dir(&group);
+        grouped?;
+    }
+    site.same(&before)?;
+    site.finish()
+}
+
+/// No more tasks may be made than the tool itself, or one or two more.
+fn tasks(site: &Site, group: &Path, dump: &[&str]) -> Result<(), String> {
+    for most in ["1", "2", "3"] {
+        fs::write(group.join("pids.max"), most).map_err(|e| e.to_string())?;
+        let images = site.fresh("images")?;
+        site.run_grouped(group, dump, &images)?.succeeded(&format!("dump with pids.max {most}"))?;
+        let run = site.run_grouped(group, &["restore", "-d"], &images)?;
+        run.failed_cleanly()?;
+    }
+    Ok(())
+}
+
 /// Dump and restore, again and again: nothing piles up.
 pub fn fifty_rounds(site: &mut Site) -> Result<(), String> {
     let before = site.picture()?;

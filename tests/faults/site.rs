@@ -95,6 +95,20 @@ impl Site {
         self.begin_as(Command::new(&self.tool), words, images)
     }
 
+    /// Runs the tool to its end under limits as prlimit(1) takes them.
+    pub fn run_limited(&self, limits: &str, words: &[&str], images: &Path) -> Result<Run, String> {
+        let mut command = Command::new("prlimit");
+        command.arg(limits).arg(&self.tool);
+        self.begin_as(command, words, images)?.end()
+    }
+
+    /// Runs the tool to its end in a control group.
+    pub fn run_grouped(&self, group: &Path, words: &[&str], images: &Path) -> Result<Run, String> {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ >\"$0\"/cgroup.procs && exec \"$@\""]).arg(group).arg(&self.tool);
+        self.begin_as(command, words, images)?.end()
+    }
+
     /// Starts one of several tools that are at work at the same time.
     pub fn begin_beside(&self, number: usize, words: &[&str], images: &Path) -> Result<Tool<'_>, String> {
         self.begin_named(&format!("tool-{number}"), Command::new(&self.tool), words, images)
