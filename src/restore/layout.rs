@@ -224,7 +224,7 @@ pub(super) fn plan(
 fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<Piece>) {
     let at = match plan {
         vdso::Plan::None => return,
-        vdso::Plan::Same(at) | vdso::Plan::Foreign { at, .. } => *at,
+        vdso::Plan::Same { at, .. } | vdso::Plan::Foreign { at, .. } => *at,
     };
     list.call(
         format!("arch_prctl(ARCH_MAP_VDSO_64) at {at:#x}"),
@@ -232,6 +232,12 @@ fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<P
         &[ARCH_MAP_VDSO_64.into(), at.into()],
         Want::Ok,
     );
+    if let vdso::Plan::Same { unmapped, .. } = plan {
+        for (start, end) in unmapped {
+            let args = [(*start).into(), (end - start).into()];
+            list.call("munmap of a part of the vdso", libc::SYS_munmap, &args, Want::Zero);
+        }
+    }
     if let vdso::Plan::Foreign { start, end, .. } = plan {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;

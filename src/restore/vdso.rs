@@ -26,8 +26,8 @@ const VDSO_MAX: u64 = 64 << 10;
 pub(super) enum Plan {
     /// The task has none.
     None,
-    /// The kernel's own at this address, data pages first.
-    Same(u64),
+    /// The kernel's own at this address, data pages first, without what the task has unmapped of it.
+    Same { at: u64, unmapped: Vec<(u64, u64)> },
     /// Old code at its place, with these bytes over it; the kernel's own at `at`.
     Foreign { start: u64, end: u64, at: u64, patches: Vec<(u64, Vec<u8>)> },
 }
@@ -58,11 +58,28 @@ impl Own {
             .context("read of our own vdso")?;
         Ok(Some(Self { data_len: code.start - first, code: bytes }))
     }
+
+    /// It lies at `at`; what the images have no area for there is gone.
+    fn same(&self, mm: &pb::MmEntry, at: u64) -> Plan {
+        let end = at + self.data_len + self.code.len() as u64;
+        let mut unmapped = Vec::new();
+        let mut from = at;
+        for vma in mm.vmas.iter().filter(|v| v.status & (status::VVAR | status::VDSO) != 0) {
+            if from < vma.start && vma.start < end {
+                unmapped.push((from, vma.start));
+            }
+            from = from.max(vma.end);
+        }
+        if from < end {
+            unmapped.push((from, end));
+        }
+        Plan::Same { at, unmapped }
+    }
 }
 
 /// Compares the vdso of an image with ours. `pids` is an address with room for ours.
 pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, pids: u64) -> Result<Plan> {
-    let Some(vdso) = mm.vmas.iter().find(|v| v.status & status::VDSO != 0) else { return Ok(Plan::None) };
+    let Some(vdso) = mm.vmas.iter().find(|v| v.status & status::VDSO != 0) else { return data(mm, own) };
     let Some(own) = own else { bail!("the task has a vdso, this kernel offers none (vdso=0)") };
     let first = mm.vmas.iter().filter(|v| v.status & status::VVAR != 0).map(|v| v.start).min();
     let first = first.unwrap_or(vdso.start);
@@ -75,13 +92,24 @@ pub(super) fn plan(mm: &pb::MmEntry, pages: &Pages, own: Option<&Own>, pids: u64
             len == own.code.len() as u64 && vdso.start - first == own.data_len,
             "the vdso of the images is not in them, and has another size than this kernel's"
         );
-        return Ok(Plan::Same(first));
+        return Ok(own.same(mm, first));
     };
     if old == own.code && vdso.start - first == own.data_len {
-        return Ok(Plan::Same(first));
+        return Ok(own.same(mm, first));
     }
     let patches = patches(&old, vdso.start, &own.code, pids + own.data_len)?;
     Ok(Plan::Foreign { start: vdso.start, end: vdso.end, at: pids, patches })
+}
+
+/// A task without a vdso: it never had one, or has unmapped it, and the data pages beside it or not.
+fn data(mm: &pb::MmEntry, own: Option<&Own>) -> Result<Plan> {
+    let Some(data) = mm.vmas.iter().find(|v| v.status & status::VVAR != 0) else { return Ok(Plan::None) };
+    let Some(own) = own else { bail!("the task has data pages of a vdso, this kernel offers none (vdso=0)") };
+    ensure!(
+        data.end - data.start <= own.data_len,
+        "the task has more data pages of a vdso than this kernel, and no vdso to use them"
+    );
+    Ok(own.same(mm, data.start))
 }
 
 /// The bytes of an area, if all its pages are in the image.

@@ -1,7 +1,7 @@
 //! Memory of one task, without files: contents, protections, advice, layout.
 
 use crate::case::Case;
-use crate::gate::{Gate, fork, join};
+use crate::gate::{Gate, fork, join, until_in_call};
 use crate::sys::{self, Mapped};
 
 pub const CASES: &[Case] = &[
@@ -34,6 +34,7 @@ pub const CASES: &[Case] = &[
     Case::new("arguments_rewritten", arguments_rewritten),
     Case::new("vdso", vdso),
     Case::new("vdso_of_threads", vdso_of_threads),
+    Case::new("vdso_unmapped", vdso_unmapped).peer_fails("loses the data pages too"),
     Case::new("mappings_20000", mappings_20000),
     Case::new("reservation_100_gib", reservation_100_gib),
     Case::new("sparse_pages", sparse_pages),
@@ -440,6 +441,60 @@ fn vdso_of_threads(gate: &Gate) {
     for thread in threads {
         thread.join().expect("thread");
     }
+}
+
+/// The areas of the vdso of a task.
+fn vdso_areas(pid: i32) -> Vec<String> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
+    maps.lines()
+        .filter(|line| line.contains("[v") && !line.contains("[vsyscall]"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Children that have unmapped some of it; what is left stays, and nothing comes back.
+fn vdso_unmapped(gate: &Gate) {
+    let whole = vdso_areas(sys::getpid());
+    assert!(whole.iter().any(|line| line.ends_with("[vdso]")), "{whole:?}");
+    let gone: &[&[&str]] = &[&["[vdso]"], &["[vdso]", "[vvar]", "[vvar_vclock]"], &["[vvar_vclock]"]];
+    let children: Vec<_> = gone
+        .iter()
+        .map(|gone| {
+            let ranges: Vec<(usize, usize)> = whole
+                .iter()
+                .filter(|line| gone.iter().any(|name| line.ends_with(name)))
+                .map(|line| {
+                    let (start, rest) = line.split_once('-').expect("a range");
+                    let end = rest.split(' ').next().expect("its end");
+                    let number = |text| usize::from_str_radix(text, 16).expect("an address");
+                    (number(start), number(end))
+                })
+                .collect();
+            // From then on it makes system calls only.
+            let pid = only_calls(ranges);
+            until_in_call(pid, pid, libc::SYS_pause);
+            let left = vdso_areas(pid);
+            assert!(left.len() < whole.len() || gone == &["[vvar_vclock]"], "{left:?}");
+            (pid, left)
+        })
+        .collect();
+    gate.ready();
+    for (pid, left) in children {
+        assert_eq!(vdso_areas(pid), left);
+        sys::kill(pid, libc::SIGKILL);
+        assert_eq!(sys::waitpid(pid, 0), Ok((pid, libc::SIGKILL)));
+    }
+}
+
+fn only_calls(unmapped: Vec<(usize, usize)>) -> i32 {
+    sys::fork(|| {
+        for (start, end) in &unmapped {
+            sys!(SYS_munmap, *start, end - start).expect("munmap");
+        }
+        loop {
+            let _ = sys!(SYS_pause);
+        }
+    })
 }
 
 fn mappings_20000(gate: &Gate) {
