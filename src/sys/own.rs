@@ -21,25 +21,29 @@ pub struct Allocator;
 
 // SAFETY: every block comes from `System` and goes back to it, with the layout it was made for.
 unsafe impl GlobalAlloc for Allocator {
-    // SAFETY: as for the trait, whose conditions are passed on.
+    /// # Safety
+    /// As the trait says.
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller keeps to the conditions of `System`, which are the trait's.
         had(unsafe { System.alloc(layout) }, layout.size())
     }
 
-    // SAFETY: as for the trait, whose conditions are passed on.
+    /// # Safety
+    /// As the trait says.
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         // SAFETY: `block` came from `System` with this layout.
         unsafe { System.dealloc(block, layout) }
     }
 
-    // SAFETY: as for the trait, whose conditions are passed on.
+    /// # Safety
+    /// As the trait says.
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller keeps to the conditions of `System`, which are the trait's.
         had(unsafe { System.alloc_zeroed(layout) }, layout.size())
     }
 
-    // SAFETY: as for the trait, whose conditions are passed on.
+    /// # Safety
+    /// As the trait says.
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // SAFETY: `block` came from `System` with this layout.
         had(unsafe { System.realloc(block, layout, size) }, size)
