@@ -266,6 +266,11 @@ impl View {
     }
 }
 
+/// The link of a descriptor in /proc: leads to its object, whatever names that has. Not for more than that.
+pub(crate) fn magic_link(object: BorrowedFd<'_>) -> CString {
+    CString::new(format!("/proc/self/fd/{}", object.as_raw_fd())).unwrap_or_default()
+}
+
 /// A new description of what `object` stands for, which may be an O_PATH descriptor (but not of a symbolic link).
 pub(crate) fn reopen(object: BorrowedFd<'_>, flags: OFlag) -> Result<OwnedFd, Errno> {
     // The magic link must be followed, whatever the flags say of the file's own name.

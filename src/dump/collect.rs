@@ -20,7 +20,7 @@ use super::{
     tree::{Check, Process, State},
 };
 use crate::{
-    files::FilesDump,
+    files::{FileUse, FilesDump},
     finding::Finding,
     image::{Store, pb},
     mem::{self, AddressSpace, MappedFile, SharedMemory, VmaFiles},
@@ -304,7 +304,10 @@ impl<'s> Collected<'s> {
             task::settle_timers(&mut task.cores, task.timers_read, clocks);
         }
         self.clocks = Some(clocks);
-        self.files.complete(&mut self.findings).context("open files")
+        self.files.complete(&mut self.findings).context("open files")?;
+        let uses: HashSet<_> =
+            self.tasks.iter().filter_map(|task| task.space.as_ref()).flat_map(uses_of).collect();
+        self.files.would_restore(&uses, &mut self.findings).context("whether open files can be restored")
     }
 
     /// All that stands in the way of a dump, each said once.
@@ -314,6 +317,17 @@ impl<'s> Collected<'s> {
         findings.retain(|finding| seen.insert(finding.to_string()));
         findings
     }
+}
+
+/// The program of an address space, and the files whose code it has mapped.
+fn uses_of(space: &AddressSpace) -> impl Iterator<Item = (u32, FileUse)> + '_ {
+    let code = |vma: &&pb::VmaEntry| {
+        vma.status & (mem::vma::FILE_PRIVATE | mem::vma::FILE_SHARED) != 0
+            && vma.prot & libc::PROT_EXEC.cast_unsigned() != 0
+    };
+    let mapped = space.entry.vmas.iter().filter(code).filter_map(|vma| u32::try_from(vma.shmid).ok());
+    let program = (space.entry.exe_file_id, FileUse::Program);
+    std::iter::once(program).chain(mapped.map(|id| (id, FileUse::Code)))
 }
 
 fn pstree_entry(process: &Process) -> pb::PstreeEntry {

@@ -2,32 +2,43 @@
 
 use std::{
     cell::OnceCell,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    rc::Rc,
 };
 
 use nix::{
     dir::Dir,
     fcntl::{OFlag, open, openat, readlinkat},
-    sys::stat::{Mode, fstat},
+    sys::{
+        resource::{Resource, getrlimit},
+        stat::{Mode, fstat},
+    },
 };
 
 use super::{
-    DumpCx, DumpTable, DumpTables, DumpedFd, FdView, FileError, KINDS, Place, Stat,
+    DumpCx, DumpTable, DumpTables, DumpedFd, FdView, FileError, FileUse, KINDS, Place, RestoreCx, Stat,
     fd_view::Source,
+    fifo, install,
     kind::Kind,
-    locks,
+    locks, memfd,
     path::bytes_of,
+    pipe,
     refused::{self, Refusal},
-    remap::Remaps,
+    regular,
+    remap::{self, Remaps},
+    restore,
 };
 use crate::{
     finding::Finding,
     image::{ImageKind, Store, TypedStore, pb},
     proc::{fdinfo, fdinfo::Fdinfo, status},
-    settings::DumpSettings,
+    settings::{DumpSettings, RestoreSettings},
     sys::{Errno, kcmp},
 };
+
+/// What a restore needs for itself, about, besides the files of the tree.
+const OWN_DESCRIPTORS: u64 = 32;
 
 /// What two descriptors of one description have in common, read cheaply.
 type Key = (u64, u64, u32, i64);
@@ -57,6 +68,8 @@ pub struct FilesDump<'a> {
     places: HashMap<u32, Place>,
     known: HashMap<Key, Vec<Known>>,
     objects: HashMap<ObjectKey, Option<u32>>,
+    /// Where a file was met first, for messages: the task, and what it is there.
+    met: HashMap<u32, (i32, String)>,
 }
 
 impl<'a> FilesDump<'a> {
@@ -77,6 +90,7 @@ impl<'a> FilesDump<'a> {
             places: HashMap::new(),
             known: HashMap::new(),
             objects: HashMap::new(),
+            met: HashMap::new(),
         }
     }
 
@@ -200,12 +214,7 @@ impl<'a> FilesDump<'a> {
     /// Dumps what `view` shows.
     fn take(&mut self, view: &FdView<'_>, findings: &mut Vec<Finding>) -> Result<Option<u32>, FileError> {
         let mut finding = |reason: String, hint: String| {
-            let what = if view.fd >= 0 {
-                format!("fd {} ({})", view.fd, view.link_text())
-            } else {
-                view.link_text()
-            };
-            findings.push(Finding { pid: view.pid, what, reason, hint });
+            findings.push(Finding { pid: view.pid, what: what_of(view), reason, hint });
         };
         let refused = |rows: &'static [Refusal]| rows.iter().find(|row| row.owns(view));
         if let Some(row) = refused(refused::FIRST) {
@@ -220,6 +229,7 @@ impl<'a> FilesDump<'a> {
             return Ok(None);
         };
         let id = self.cx.next_id();
+        self.met.insert(id, (view.pid, what_of(view)));
         let made = (kind.dump)(&mut self.cx, view, id);
         let extra = std::mem::take(&mut self.cx.extra);
         match made {
@@ -341,6 +351,83 @@ impl<'a> FilesDump<'a> {
         locks::finish_dump(&mut self.cx, &self.tables, findings)
     }
 
+    /// What a restore on this host would refuse, when all entries are complete: its own checks run on what is going to be
+    /// written. `uses` says how files are used besides being open.
+    pub(crate) fn would_restore(
+        &mut self,
+        uses: &HashSet<(u32, FileUse)>,
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), FileError> {
+        let settings = RestoreSettings {
+            common: self.cx.settings.common.clone(),
+            ..RestoreSettings::new(&self.cx.settings.common.images_dir)
+        };
+        let store = self.cx.store;
+        let mut cx = RestoreCx::new(store, &settings);
+        cx.entries = self.entries.iter().map(|entry| (entry.id, Rc::new(entry.clone()))).collect();
+        remap::hand_over(&mut self.cx, &mut cx);
+        memfd::hand_over(&mut self.cx, &mut cx);
+        pipe::hand_over(&mut self.cx, &mut cx);
+        fifo::hand_over(&mut self.cx, &mut cx);
+        let mut found = |id: u32, result: Result<(), FileError>| {
+            let (reason, hint) = match result {
+                Ok(()) => return,
+                Err(FileError::Unsupported { reason, hint }) => (reason.into_owned(), hint.into_owned()),
+                Err(error) => {
+                    let mut reason = "it could not be restored here: ".to_owned() + &error.to_string();
+                    let mut source = std::error::Error::source(&error);
+                    while let Some(cause) = source {
+                        reason = reason + ": " + &cause.to_string();
+                        source = cause.source();
+                    }
+                    (reason, String::new())
+                }
+            };
+            let (pid, what) = self.met.get(&id).cloned().unwrap_or_default();
+            findings.push(Finding { pid, what, reason, hint });
+        };
+        let parts = restore::parts(&cx.entries);
+        for entry in self.entries.iter().filter(|entry| self.met.contains_key(&entry.id)) {
+            if let Some(kind) = kind_of(entry).filter(|_| !parts.contains(&entry.id)) {
+                found(entry.id, (kind.would_open)(&mut cx, entry));
+            }
+        }
+        for (id, usage) in uses {
+            found(*id, regular::would_serve(&mut cx, *id, *usage));
+        }
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard);
+        self.check_limits(limit, findings);
+        Ok(())
+    }
+
+    /// Descriptors that a restore with this limit of open files cannot have, or not give to a task.
+    pub(super) fn check_limits(&self, limit: u64, findings: &mut Vec<Finding>) {
+        let mut finding = |pid, what: &str, error: FileError| {
+            if let FileError::Unsupported { reason, hint } = error {
+                findings.push(Finding {
+                    pid,
+                    what: what.into(),
+                    reason: reason.into_owned(),
+                    hint: hint.into_owned(),
+                });
+            }
+        };
+        if self.entries.len() as u64 + OWN_DESCRIPTORS > limit {
+            let pid = self.tables.0.first().map_or(0, |table| table.pid);
+            finding(pid, "open files", restore::too_many(self.entries.len()));
+        }
+        let limit = i32::try_from(limit).unwrap_or(i32::MAX);
+        for table in &self.tables.0 {
+            let wanted = table.fds.iter().zip(0..);
+            let wanted = wanted
+                .map(|(fd, number)| (fd.fd, install::Origin { fd: number, cloexec: fd.cloexec }))
+                .collect();
+            if let Err(error) = install::plan(&wanted, limit).map_err(|_| restore::no_room(&wanted, limit)) {
+                finding(table.pid, "descriptors", error);
+            }
+        }
+    }
+
     /// What `files.img` will hold; all of it once it is complete.
     pub fn entries(&self) -> &[pb::FileEntry] {
         &self.entries
@@ -375,6 +462,11 @@ impl<'a> FilesDump<'a> {
     pub fn commit(mut self) {
         self.cx.state::<Remaps>().keep();
     }
+}
+
+/// A descriptor, or what is mapped or used otherwise, for messages.
+fn what_of(view: &FdView<'_>) -> String {
+    if view.fd >= 0 { format!("fd {} ({})", view.fd, view.link_text()) } else { view.link_text() }
 }
 
 /// The row that an entry of an image belongs to.

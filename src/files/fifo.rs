@@ -22,7 +22,7 @@ use nix::{
 use super::{
     DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, fown,
     kind::packed_in,
-    pipe_data::{self, Content, DataWriter},
+    pipe_data::{self, Content, DataWriter, Need},
     regular,
 };
 use crate::{
@@ -50,6 +50,8 @@ struct Dumped {
 
 #[derive(Debug, Default)]
 struct Restored {
+    /// Before there are images: what contents need.
+    needs: BTreeMap<u32, Need>,
     contents: Option<BTreeMap<u32, Content>>,
     /// Descriptions that were opened, by entry, until it takes them.
     opened: HashMap<u32, OwnedFd>,
@@ -99,6 +101,12 @@ impl FileKind for Fifo {
         fd.map(Opened::Now).ok_or_else(|| FileError::entry(entry.id, "it is there twice"))
     }
 
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        let need = cx.state::<Restored>().needs.get(&entry.pipe_id).copied();
+        need.map_or(Ok(()), Need::try_out)?;
+        regular::would_find(cx, entry.regf_id.unwrap_or(entry.id))
+    }
+
     fn before_resume(
         cx: &mut RestoreCx<'_>,
         entry: &Self::Entry,
@@ -115,6 +123,11 @@ impl FileKind for Fifo {
     }
 
     packed_in!(fifo);
+}
+
+/// Tells a restore that is only tried what the dump has met.
+pub(super) fn hand_over(from: &mut DumpCx<'_>, to: &mut RestoreCx<'_>) {
+    to.state::<Restored>().needs = from.state::<Dumped>().image.needs();
 }
 
 impl Dumped {

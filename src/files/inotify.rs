@@ -37,6 +37,10 @@ const HIGHEST_WD: u32 = 1 << 24;
 #[derive(Debug)]
 pub(super) struct Inotify;
 
+/// Instances that were made to see whether it can be done.
+#[derive(Debug, Default)]
+struct Tried(Vec<OwnedFd>);
+
 impl FileKind for Inotify {
     type Entry = pb::InotifyFileEntry;
     const NAME: &'static str = "inotify";
@@ -59,8 +63,7 @@ impl FileKind for Inotify {
     }
 
     fn open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError> {
-        let fd = event::inotify(libc::IN_CLOEXEC | libc::IN_NONBLOCK)
-            .map_err(FileError::sys("make an inotify"))?;
+        let fd = make()?;
         let mut watches: Vec<_> = entry.wd.iter().collect();
         watches.sort_by_key(|watch| watch.wd);
         for watch in watches {
@@ -69,6 +72,14 @@ impl FileKind for Inotify {
         // Files opened from here on would be told of too: what restoring causes is dropped in before_resume.
         flags::apply(&fd, entry.flags)?;
         Ok(Opened::Now(fd))
+    }
+
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        // Each counts against a limit of the user's, so all are there together.
+        let instance = make()?;
+        cx.state::<Tried>().0.push(instance);
+        let view = cx.view()?;
+        entry.wd.iter().try_for_each(|watch| find_watched(&view, entry.id, watch).map(drop))
     }
 
     fn before_resume(
@@ -204,14 +215,31 @@ fn is_watched(stat: &FileStat, watch: &InotifyWatch) -> bool {
     stat.st_ino == watch.ino && same_dev
 }
 
-/// Adds one watch under its number.
-fn add(view: &View, fd: &OwnedFd, id: u32, watch: &pb::InotifyWdEntry) -> Result<(), FileError> {
-    let path = watch.f_handle.path.as_deref().unwrap_or_default();
+/// An inotify without watches.
+fn make() -> Result<OwnedFd, FileError> {
+    match event::inotify(libc::IN_CLOEXEC | libc::IN_NONBLOCK) {
+        Err(Errno::EMFILE) => Err(FileError::unsupported(
+            "so many inotify instances are more than one user may have",
+            "raise /proc/sys/fs/inotify/max_user_instances",
+        )),
+        made => made.map_err(FileError::sys("make an inotify")),
+    }
+}
+
+/// What is watched, found again and checked.
+fn find_watched(view: &View, id: u32, watch: &pb::InotifyWdEntry) -> Result<OwnedFd, FileError> {
     if watch.wd == 0 || watch.wd > HIGHEST_WD {
         return Err(FileError::entry(id, format!("{:#x} is no usable watch number", watch.wd)));
     }
+    let path = watch.f_handle.path.as_deref().unwrap_or_default();
     // A path that led to the file at dump is no symbolic link, unless the link itself was watched.
-    let object = view.find(path, Last::Itself).map_err(FileError::name("find the watched", path))?;
+    view.find(path, Last::Itself).map_err(FileError::name("find the watched", path))
+}
+
+/// Adds one watch under its number.
+fn add(view: &View, fd: &OwnedFd, id: u32, watch: &pb::InotifyWdEntry) -> Result<(), FileError> {
+    let path = watch.f_handle.path.as_deref().unwrap_or_default();
+    let object = find_watched(view, id, watch)?;
     let stat = fstat(&object).map_err(FileError::path("find the watched", path))?;
     if stat.st_ino != watch.i_ino {
         tracing::warn!("{}: another file than the one that was watched", String::from_utf8_lossy(path));

@@ -6,6 +6,8 @@
 //! order, the first wins), then `dump`. When all tables of the tree are read: `complete` for every entry, then `finish_dump`
 //! once per kind.
 //!
+//! Then `would_open` for every entry: what its restore would refuse here is known before the tree is killed.
+//!
 //! At restore: `open` for every entry of `files.img`, in the supervisor, before any task exists (but not for paths that
 //! belong to a fifo or terminal, or stand for a link remap). When all tasks exist: `open_late` for those that asked for it.
 //! While the list of a task is made: `plan`, for the tables that hold the file, until one of them has done it. Just before the tasks run: `before_resume`.
@@ -65,6 +67,10 @@ pub trait FileKind {
     /// Makes the description again, in the supervisor. Descriptors are close-on-exec; status flags (O_NONBLOCK, O_APPEND,
     /// ...) are set by the kind, the owner (fown) and the descriptor's own flags are not.
     fn open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError>;
+
+    /// What `open` would refuse here and now: its own checks, with nothing opened, made or changed that anybody could notice. A
+    /// dump asks it for every entry before it commits, with the messages that it is going to write.
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError>;
 
     /// As `open`, for an entry whose `open` said [`Opened::Late`]: all tasks of the tree exist, under their pids, stopped.
     fn open_late(_cx: &mut RestoreCx<'_>, _entry: &Self::Entry) -> Result<OwnedFd, FileError> {
@@ -276,6 +282,7 @@ pub(super) struct Kind {
     pub(super) complete: fn(&mut DumpCx<'_>, &DumpTables, &mut pb::FileEntry, Place) -> Result<(), FileError>,
     pub(super) finish_dump: fn(&mut DumpCx<'_>) -> Result<(), FileError>,
     pub(super) open: fn(&mut RestoreCx<'_>, &pb::FileEntry) -> Result<Opened, FileError>,
+    pub(super) would_open: fn(&mut RestoreCx<'_>, &pb::FileEntry) -> Result<(), FileError>,
     pub(super) open_late: fn(&mut RestoreCx<'_>, &pb::FileEntry) -> Result<OwnedFd, FileError>,
     pub(super) plan:
         fn(&mut RestoreCx<'_>, &pb::FileEntry, &RestoreTable, i32, &mut List) -> Result<Planned, FileError>,
@@ -304,6 +311,7 @@ pub(super) const fn kind<K: FileKind>() -> Kind {
         },
         finish_dump: K::finish_dump,
         open: |cx, file| K::open(cx, member::<K>(file)?),
+        would_open: |cx, file| K::would_open(cx, member::<K>(file)?),
         open_late: |cx, file| K::open_late(cx, member::<K>(file)?),
         plan: |cx, file, table, fd, list| K::plan(cx, member::<K>(file)?, table, fd, list),
         before_resume: |cx, file, fd| K::before_resume(cx, member::<K>(file)?, fd),

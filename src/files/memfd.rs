@@ -174,6 +174,15 @@ impl FileKind for Memfd {
         Ok(Opened::Now(fd))
     }
 
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        let inodes = cx.state::<Restored>().entries.as_ref();
+        let Some(inode) = inodes.and_then(|inodes| inodes.get(&u64::from(entry.inode_id))) else {
+            return Ok(());
+        };
+        // An empty one, which nobody else can see.
+        make_empty(inode).map(drop)
+    }
+
     fn before_resume(
         cx: &mut RestoreCx<'_>,
         _entry: &Self::Entry,
@@ -264,17 +273,31 @@ fn read(store: &dyn Store) -> Result<BTreeMap<u64, pb::MemfdInodeEntry>, FileErr
     Ok(entries.into_iter().map(|entry| (entry.inode_id, entry)).collect())
 }
 
-/// Makes a memory file with its content, not sealed yet.
-fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileError> {
-    let bad = |what: String| FileError::entry(u32::try_from(inode.inode_id).unwrap_or(u32::MAX), what);
-    let name = CString::new(&inode.name[..]).map_err(|_| bad("its name holds a NUL byte".into()))?;
+/// Tells a restore that is only tried what the dump has met.
+pub(super) fn hand_over(from: &mut DumpCx<'_>, to: &mut RestoreCx<'_>) {
+    let entries = from.state::<Dumped>().entries.iter();
+    to.state::<Restored>().entries = Some(entries.map(|entry| (entry.inode_id, entry.clone())).collect());
+}
+
+fn bad(inode: &pb::MemfdInodeEntry, what: String) -> FileError {
+    FileError::entry(u32::try_from(inode.inode_id).unwrap_or(u32::MAX), what)
+}
+
+/// Makes a memory file, without content.
+fn make_empty(inode: &pb::MemfdInodeEntry) -> Result<OwnedFd, FileError> {
+    let name = CString::new(&inode.name[..]).map_err(|_| bad(inode, "its name holds a NUL byte".into()))?;
     let huge = inode.hugetlb_flag.unwrap_or(0);
     let allowed = libc::MFD_HUGETLB | libc::MFD_HUGE_MASK << libc::MFD_HUGE_SHIFT;
     if huge & !allowed != 0 {
-        return Err(bad(format!("unknown flags {huge:#x}")));
+        return Err(bad(inode, format!("unknown flags {huge:#x}")));
     }
-    let file = create(&name, inode, huge)?;
-    let size = i64::try_from(inode.size).map_err(|_| bad("its size is no file size".into()))?;
+    create(&name, inode, huge)
+}
+
+/// Makes a memory file with its content, not sealed yet.
+fn make(store: &dyn Store, inode: &pb::MemfdInodeEntry) -> Result<Made, FileError> {
+    let file = make_empty(inode)?;
+    let size = i64::try_from(inode.size).map_err(|_| bad(inode, "its size is no file size".into()))?;
     ftruncate(&file, size).map_err(FileError::sys("set the size of a memory file"))?;
     let file = File::from(file);
     fill(store, inode, &file)?;

@@ -53,6 +53,7 @@ pub use fd_view::{FdView, Stat};
 pub(crate) use install::{Descriptors, FIRST_SHARED, SUPERVISOR};
 pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
+pub(crate) use regular::FileUse;
 pub use restore::FilesRestore;
 pub(crate) use tty::{JobGroups, JobTerminal};
 

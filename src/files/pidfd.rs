@@ -82,6 +82,11 @@ impl FileKind for Pidfd {
         sys::fd::dup_above(fd.as_fd(), 0).map(Opened::Now).map_err(FileError::sys("duplicate a descriptor"))
     }
 
+    fn would_open(_: &mut RestoreCx<'_>, _: &Self::Entry) -> Result<(), FileError> {
+        // The dump has seen that it stands for a task of the tree, or for one that is gone.
+        Ok(())
+    }
+
     fn open_late(_: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
         sys::pidfd::open(entry.nspid, entry.flags)
             .map_err(FileError::sys("open a pidfd of a task of the tree"))

@@ -18,7 +18,7 @@ use nix::{
 use super::{
     DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, external, flags,
     kind::packed_in,
-    pipe_data::{self, Content, DataWriter},
+    pipe_data::{self, Content, DataWriter, Need},
 };
 use crate::{
     image::{ImageKind, Store, pb},
@@ -64,6 +64,8 @@ struct Made {
 
 #[derive(Debug, Default)]
 struct Restored {
+    /// Before there are images: what contents need.
+    needs: BTreeMap<u32, Need>,
     contents: Option<BTreeMap<u32, Content>>,
     pipes: HashMap<u32, Made>,
 }
@@ -170,6 +172,11 @@ impl FileKind for Pipe {
         Ok(Opened::Now(fd))
     }
 
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        let need = cx.state::<Restored>().needs.get(&entry.pipe_id).copied();
+        need.map_or(Ok(()), Need::try_out)
+    }
+
     fn before_resume(
         cx: &mut RestoreCx<'_>,
         _entry: &Self::Entry,
@@ -185,6 +192,11 @@ impl FileKind for Pipe {
     }
 
     packed_in!(pipe);
+}
+
+/// Tells a restore that is only tried what the dump has met.
+pub(super) fn hand_over(from: &mut DumpCx<'_>, to: &mut RestoreCx<'_>) {
+    to.state::<Restored>().needs = from.state::<Dumped>().image.needs();
 }
 
 impl Dumped {

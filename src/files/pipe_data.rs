@@ -24,7 +24,51 @@ const CAPACITY: u32 = 1 << 31;
 
 /// Writes one of the two images, which is made with its first entry.
 #[derive(Debug, Default)]
-pub(super) struct DataWriter(Option<ImageWriter>);
+pub(super) struct DataWriter {
+    image: Option<ImageWriter>,
+    /// Of each pipe, what its content needs.
+    needs: BTreeMap<u32, Need>,
+}
+
+/// What a pipe must have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Need {
+    capacity: Option<u32>,
+    /// Bytes that its content takes up.
+    room: usize,
+}
+
+impl Need {
+    /// Whether a pipe can be made so here: tried with one of ours.
+    pub(super) fn try_out(self) -> Result<(), FileError> {
+        let (_read, write) = pipe::pipe2(libc::O_CLOEXEC).map_err(FileError::sys("make a pipe"))?;
+        self.resize(&write)
+    }
+
+    /// Sets the capacity. Where that is not allowed it goes on, if the content still fits.
+    fn resize(self, end: &OwnedFd) -> Result<(), FileError> {
+        let Some(want) = self.capacity else { return Ok(()) };
+        let now = pipe::capacity(end.as_fd()).map_err(FileError::sys("read the capacity of a pipe"))?;
+        if want == now {
+            return Ok(());
+        }
+        if want > CAPACITY {
+            return Err(FileError::sys("set the capacity of a pipe")(Errno::EINVAL));
+        }
+        match pipe::set_capacity(end.as_fd(), want) {
+            Ok(_) => Ok(()),
+            Err(Errno::EPERM) if self.room <= now as usize => {
+                tracing::warn!("a pipe keeps {now} bytes of capacity, not {want}: no CAP_SYS_RESOURCE");
+                Ok(())
+            }
+            Err(Errno::EPERM) => Err(FileError::unsupported(
+                format!("a pipe of {want} bytes with {} in it cannot be made here", self.room),
+                "CAP_SYS_RESOURCE or a larger /proc/sys/fs/pipe-max-size allows it",
+            )),
+            Err(e) => Err(FileError::sys("set the capacity of a pipe (F_SETPIPE_SZ)")(e)),
+        }
+    }
+}
 
 impl DataWriter {
     /// Saves the pipe that `end` belongs to. `readable`: `end` can be read from; else there is only a capacity.
@@ -41,7 +85,9 @@ impl DataWriter {
         if pieces.is_empty() {
             pieces.push(Vec::new());
         }
-        let image = match &mut self.0 {
+        let room = room_of(&pieces);
+        self.needs.insert(pipe_id, Need { capacity: Some(capacity), room });
+        let image = match &mut self.image {
             Some(image) => image,
             none => none.insert(store.create(kind, None)?),
         };
@@ -56,11 +102,23 @@ impl DataWriter {
 
     /// The image is complete.
     pub(super) fn finish(&mut self) -> Result<(), FileError> {
-        if let Some(image) = self.0.take() {
+        if let Some(image) = self.image.take() {
             image.finish()?;
         }
         Ok(())
     }
+
+    /// What each pipe that was saved needs.
+    pub(super) fn needs(&self) -> BTreeMap<u32, Need> {
+        self.needs.clone()
+    }
+}
+
+/// Bytes that pieces take up: a packet takes a whole slot, whatever its size.
+fn room_of(pieces: &[Vec<u8>]) -> usize {
+    let bytes = pieces.iter().map(Vec::len).sum::<usize>();
+    let slots = pieces.iter().filter(|piece| !piece.is_empty()).count();
+    bytes.max(slots.saturating_mul(PACKET))
 }
 
 /// The content of a pipe, in as many pieces as reads of any size would give: one, or one per packet.
@@ -141,10 +199,6 @@ impl Content {
         Self { capacity: None, pieces }
     }
 
-    fn len(&self) -> usize {
-        self.pieces.iter().map(Vec::len).sum()
-    }
-
     /// Gives the pipe its capacity and content. `packets`: its writers are in packet mode.
     pub(super) fn fill(&self, write: &OwnedFd, packets: bool) -> Result<(), FileError> {
         self.resize(write)?;
@@ -170,25 +224,9 @@ impl Content {
         flags::apply(write, 0)
     }
 
-    /// Sets the capacity. Where that is not allowed it goes on, if the content still fits.
+    /// Sets the capacity.
     pub(super) fn resize(&self, end: &OwnedFd) -> Result<(), FileError> {
-        let Some(want) = self.capacity else { return Ok(()) };
-        let now = pipe::capacity(end.as_fd()).map_err(FileError::sys("read the capacity of a pipe"))?;
-        if want == now {
-            return Ok(());
-        }
-        if want > CAPACITY {
-            return Err(FileError::sys("set the capacity of a pipe")(Errno::EINVAL));
-        }
-        match pipe::set_capacity(end.as_fd(), want) {
-            Ok(_) => Ok(()),
-            // A packet takes a whole slot, whatever its size.
-            Err(Errno::EPERM) if self.len().max(self.pieces.len().saturating_mul(PACKET)) <= now as usize => {
-                tracing::warn!("a pipe keeps {now} bytes of capacity, not {want}: no CAP_SYS_RESOURCE");
-                Ok(())
-            }
-            Err(e) => Err(FileError::sys("set the capacity of a pipe (F_SETPIPE_SZ)")(e)),
-        }
+        Need { capacity: self.capacity, room: room_of(&self.pieces) }.resize(end)
     }
 
     /// Whether a pipe that others may have kept alive holds this already: exactly this, or nothing.
@@ -207,4 +245,25 @@ impl Content {
 
 pub(super) fn io_error(action: &'static str, error: &std::io::Error) -> FileError {
     FileError::sys(action)(Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_made_is_known_before() {
+        let need = |capacity, room| Need { capacity: Some(capacity), room }.try_out();
+        need(1 << 16, 1 << 16).unwrap();
+        need(1 << 17, 0).unwrap();
+        assert!(need(CAPACITY + 1, 0).is_err());
+        let most = 1u32 << 30;
+        let allowed =
+            pipe::pipe2(libc::O_CLOEXEC).and_then(|(_, write)| pipe::set_capacity(write.as_fd(), most));
+        if allowed == Err(Errno::EPERM) {
+            need(most, 1 << 16).unwrap();
+            let error = need(most, (1 << 16) + 1).unwrap_err();
+            assert!(error.to_string().contains("pipe-max-size"), "{error}");
+        }
+    }
 }

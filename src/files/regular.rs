@@ -3,9 +3,19 @@
 //! Saved: path, flags, position, and what tells at restore that the file is still the same (mode, size, build id). The
 //! content stays where it is; only a file whose name is gone travels or is linked back, see `remap.rs`.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    ffi::CString,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
-use nix::{fcntl::OFlag, sys::stat::fstat};
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags, OFlag},
+    sys::{
+        stat::fstat,
+        statvfs::{FsFlags, fstatvfs},
+    },
+    unistd::{AccessFlags, faccessat},
+};
 
 use super::{
     DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, Stat, build_id, device,
@@ -17,7 +27,7 @@ use super::{
 use crate::{
     image::pb,
     settings::FileValidation,
-    sys::Errno,
+    sys::{Errno, inode},
     view::{self, Last, ViewError},
 };
 
@@ -104,6 +114,14 @@ impl FileKind for Regular {
         open_entry(cx, entry).map(Opened::Now)
     }
 
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        if entry.ext == Some(true) || proc_pid(&entry.name).is_some() {
+            // Given when the tree is restored; or checked already, as a file of a task of the tree.
+            return Ok(());
+        }
+        if remap::is_remapped(cx, entry.id) { remap::would_make(cx, entry) } else { check_access(entry) }
+    }
+
     fn open_late(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
         let gone = remap::is_of_dead_task(cx, entry.id);
         if let Some(fd) = procfs::open_late(cx, entry, gone)? {
@@ -165,6 +183,76 @@ pub(super) fn find(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<Owned
     .map_err(FileError::name("open", &entry.name))?;
     validate(cx, &object, entry)?;
     Ok(object)
+}
+
+/// Whether the object of an entry would be found, or could be made again.
+pub(super) fn would_find(cx: &mut RestoreCx<'_>, id: u32) -> Result<(), FileError> {
+    let entry = cx.regular_entry(id)?;
+    if remap::is_remapped(cx, id) { remap::would_make(cx, &entry) } else { find(cx, &entry).map(drop) }
+}
+
+/// Whether the file can be opened with the entry's flags by its name, which the dump has just seen to lead to it. Permissions
+/// may have changed since the task has opened it, and file systems and files may have become read-only.
+fn check_access(entry: &pb::RegFileEntry) -> Result<(), FileError> {
+    let flags = entry.flags.cast_signed();
+    if flags & libc::O_PATH != 0 {
+        return Ok(());
+    }
+    let wanted = match flags & libc::O_ACCMODE {
+        libc::O_RDONLY => AccessFlags::R_OK,
+        libc::O_WRONLY => AccessFlags::W_OK,
+        _ => AccessFlags::R_OK | AccessFlags::W_OK,
+    };
+    let path =
+        CString::new(&entry.name[..]).map_err(|_| FileError::entry(entry.id, "its path holds a NUL byte"))?;
+    faccessat(AT_FDCWD, &*path, wanted, AtFlags::AT_EACCESS)
+        .map_err(FileError::path("open it again with the access it had:", &entry.name))?;
+    let append_only = wanted.contains(AccessFlags::W_OK)
+        && flags & libc::O_APPEND == 0
+        && inode::is_append_only(&path).unwrap_or(false);
+    if append_only {
+        return Err(FileError::unsupported(
+            "it has become append-only (chattr +a), and is open for writing anywhere",
+            "chattr -a",
+        ));
+    }
+    Ok(())
+}
+
+/// How a file is used besides being open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum FileUse {
+    /// It is the program that a task runs.
+    Program,
+    /// It is mapped so that it can be executed.
+    Code,
+}
+
+/// Whether the kernel would take the file for that (PR_SET_MM_MAP, mmap).
+pub(super) fn would_serve(cx: &mut RestoreCx<'_>, id: u32, usage: FileUse) -> Result<(), FileError> {
+    let Some(entry) = cx.entries.get(&id).and_then(|file| file.reg.clone()) else { return Ok(()) };
+    if entry.ext == Some(true) {
+        return Ok(());
+    }
+    if usage == FileUse::Program && entry.mode() & 0o111 == 0 {
+        return Err(FileError::unsupported(
+            "the program that it runs may not be executed any more: the kernel would not take it at restore",
+            "chmod +x",
+        ));
+    }
+    let object = match remap::is_remapped(cx, id) {
+        true => cx.view()?.nearest(&entry.name).map(|(dir, ..)| dir),
+        false => cx.view()?.find(&entry.name, Last::Target),
+    };
+    let object = object.map_err(FileError::name("find", &entry.name))?;
+    let fs = fstatvfs(&object).map_err(FileError::path("look at the file system of", &entry.name))?;
+    if fs.flags().contains(FsFlags::ST_NOEXEC) {
+        return Err(FileError::unsupported(
+            format!("{} is on a file system mounted noexec", String::from_utf8_lossy(&entry.name)),
+            "mount it without noexec",
+        ));
+    }
+    Ok(())
 }
 
 /// O_NOFOLLOW is a flag that F_GETFL shows, and only opening by name gives it. `None` where it was not set, or the name

@@ -20,7 +20,7 @@ use nix::{
         stat::{fstat, fstatat, lstat},
         statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
     },
-    unistd::{UnlinkatFlags, linkat, unlinkat},
+    unistd::{AccessFlags, UnlinkatFlags, faccessat, linkat, unlinkat},
 };
 
 use super::{
@@ -34,7 +34,7 @@ use crate::{
         Errno, handle,
         passing::{self, Failed, Origin, Step},
     },
-    view::{Last, split},
+    view::{Last, magic_link, split},
 };
 
 /// How the names of hard links begin that a dump makes, as CRIU's.
@@ -374,6 +374,30 @@ fn made_by(cx: &mut RestoreCx<'_>, remap_id: u32) -> Option<pb::RegFileEntry> {
     };
     let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_ref());
     entries.filter(|reg| reg.flags & ghost::TMPFILE != 0).min_by_key(|reg| reg.id).cloned()
+}
+
+/// Tells a restore that is only tried what the dump has met.
+pub(super) fn hand_over(from: &mut DumpCx<'_>, to: &mut RestoreCx<'_>) {
+    let entries = from.state::<Remaps>().entries.iter();
+    let by_file = entries.map(|entry| (entry.orig_id, (entry.remap_type(), entry.remap_id))).collect();
+    to.state::<RestoreRemaps>().by_file = by_file;
+}
+
+/// Whether the file is not to be had by its name.
+pub(super) fn is_remapped(cx: &mut RestoreCx<'_>, file: u32) -> bool {
+    cx.state::<RestoreRemaps>().by_file.contains_key(&file)
+}
+
+/// Whether a file without its name could be made again, or linked back: the directory must take it.
+pub(super) fn would_make(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<(), FileError> {
+    match cx.state::<RestoreRemaps>().by_file.get(&entry.id) {
+        None | Some((pb::RemapType::Procfs, _)) => return Ok(()),
+        Some((pb::RemapType::Ghost | pb::RemapType::Linked, _)) => {}
+    }
+    let (dir, ..) = cx.view()?.nearest(&entry.name).map_err(FileError::name("make", &entry.name))?;
+    let access = AccessFlags::W_OK | AccessFlags::X_OK;
+    faccessat(AT_FDCWD, &*magic_link(dir.as_fd()), access, AtFlags::AT_EACCESS)
+        .map_err(FileError::path("make, for a moment, a file in the place of the deleted", &entry.name))
 }
 
 /// Whether the file is one of /proc of a task that is gone.

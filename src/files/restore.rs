@@ -117,9 +117,8 @@ impl<'a> FilesRestore<'a> {
 
     /// Opens everything that needs no task of the tree. Before the first clone.
     pub fn open_early(&mut self) -> Result<(), FileError> {
-        let mut parts: HashSet<u32> = self.cx.state::<RestoreRemaps>().link_ids().collect();
-        parts.extend(self.files.values().filter_map(|file| file.entry.fifo.as_ref()?.regf_id));
-        parts.extend(self.files.values().filter_map(|file| file.entry.tty.as_ref()?.regf_id));
+        let mut parts = parts(&self.cx.entries);
+        parts.extend(self.cx.state::<RestoreRemaps>().link_ids());
         for id in &self.order {
             if parts.contains(id) {
                 // Opened by the one that it is a part of.
@@ -130,11 +129,7 @@ impl<'a> FilesRestore<'a> {
             match (file.kind.open)(&mut self.cx, &file.entry) {
                 Ok(Opened::Now(fd)) => file.fd = Some(fd),
                 Ok(Opened::Late) => file.late = true,
-                Err(e) if is_emfile(&e) => {
-                    let hint = "raise the limit: ulimit -n, or LimitNOFILE=";
-                    let reason = format!("all {} files of the tree must be open at once", self.order.len());
-                    return Err(FileError::unsupported(reason, hint));
-                }
+                Err(e) if is_emfile(&e) => return Err(too_many(self.order.len())),
                 Err(e) => return Err(file.failed(e)),
             }
         }
@@ -221,13 +216,7 @@ impl<'a> FilesRestore<'a> {
         }
         let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
             .map_or(i32::MAX, |(soft, _)| i32::try_from(soft).unwrap_or(i32::MAX));
-        let steps = install::plan(&wanted, limit).map_err(|_| {
-            let highest = table.fds.keys().next_back().copied().unwrap_or(0);
-            FileError::unsupported(
-                format!("descriptor {highest} does not fit below our limit of {limit} open files"),
-                "raise it: ulimit -n, or LimitNOFILE=",
-            )
-        })?;
+        let steps = install::plan(&wanted, limit).map_err(|_| no_room(&wanted, limit))?;
         install::add(&steps, list);
         for (&number, fd) in &table.fds {
             let Some(file) = self.files.get_mut(&fd.id) else { continue };
@@ -322,6 +311,30 @@ impl<'a> FilesRestore<'a> {
     pub fn commit(mut self) {
         self.cx.state::<RestoreRemaps>().commit();
     }
+}
+
+/// Files that only stand for the path of another one.
+pub(super) fn parts(entries: &HashMap<u32, Rc<pb::FileEntry>>) -> HashSet<u32> {
+    let fifos = entries.values().filter_map(|file| file.fifo.as_ref()?.regf_id);
+    let terminals = entries.values().filter_map(|file| file.tty.as_ref()?.regf_id);
+    fifos.chain(terminals).collect()
+}
+
+/// Why so many files cannot be open.
+pub(super) fn too_many(files: usize) -> FileError {
+    FileError::unsupported(
+        format!("all {files} files of the tree must be open at once"),
+        "raise the limit: ulimit -n, or LimitNOFILE=",
+    )
+}
+
+/// Why a table cannot be made.
+pub(super) fn no_room(wanted: &BTreeMap<i32, install::Origin>, limit: i32) -> FileError {
+    let highest = wanted.keys().next_back().copied().unwrap_or(0);
+    FileError::unsupported(
+        format!("descriptor {highest} does not fit below our limit of {limit} open files"),
+        "raise it: ulimit -n, or LimitNOFILE=",
+    )
 }
 
 fn read_table(

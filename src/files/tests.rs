@@ -1,7 +1,7 @@
 //! Descriptors of the test process, dumped and opened again, through the whole of [`FilesDump`] and [`FilesRestore`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs,
     io::{Read, Seek, Write},
     os::{
@@ -32,6 +32,8 @@ pub(super) struct Cycle {
     pub(super) store: MemStore,
     pub(super) dump: DumpSettings,
     pub(super) restore: RestoreSettings,
+    /// Open files that a restore is supposed to have at most.
+    pub(super) limit: Option<u64>,
 }
 
 impl Cycle {
@@ -40,6 +42,7 @@ impl Cycle {
             store: MemStore::default(),
             dump: DumpSettings::new(Pid::this(), Path::new(".")),
             restore: RestoreSettings::new(Path::new(".")),
+            limit: None,
         }
     }
 
@@ -63,6 +66,8 @@ impl Cycle {
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
         files.complete(&mut findings)?;
+        files.would_restore(&HashSet::new(), &mut findings)?;
+        self.limit.map(|limit| files.check_limits(limit, &mut findings));
         if findings.is_empty() {
             let pid = me.cast_unsigned();
             let task =
@@ -567,4 +572,58 @@ fn another_build_of_a_program_is_refused() {
     assert!(by_size.restore().is_err());
     by_size.restore.skip_file_rwx_check = true;
     by_size.restore().unwrap();
+}
+
+/// What a restore would refuse here is a finding of the dump.
+fn refused_at_dump(cycle: &Cycle, fds: &[&OwnedFd], words: &str) {
+    let findings = cycle.dump(fds).unwrap();
+    assert!(!findings.is_empty() && findings.iter().all(|f| f.to_string().contains(words)), "{findings:?}");
+}
+
+#[test]
+fn files_that_can_no_longer_be_opened() {
+    use crate::sys::inode;
+    let dir = tempfile::tempdir().unwrap();
+    let open_with = |name: &str, flags: i32| open_as(dir.path().join(name), flags | libc::O_CREAT);
+    let (writer, appender) = (open_with("f", libc::O_RDWR), open_with("g", libc::O_WRONLY | libc::O_APPEND));
+    let other = open_with("g", libc::O_WRONLY);
+    let reader = open_with("f", libc::O_RDONLY);
+    let path = open_with("f", libc::O_PATH);
+    let cycle = Cycle::new();
+    assert_eq!(cycle.dump(&[&writer, &appender, &other, &reader]).unwrap(), []);
+    let flags = inode::flags(writer.as_fd()).unwrap();
+    if inode::set_flags(writer.as_fd(), flags | inode::IMMUTABLE).is_err() {
+        eprintln!("skipped: no attributes here");
+        return;
+    }
+    inode::set_flags(appender.as_fd(), flags | inode::APPEND).unwrap();
+    refused_at_dump(&cycle, &[&writer, &reader, &path], "open it again with the access it had");
+    refused_at_dump(&cycle, &[&other, &appender], "it has become append-only");
+    assert_eq!(cycle.dump(&[&reader, &appender]).unwrap(), []);
+    for fd in [&writer, &appender] {
+        inode::set_flags(fd.as_fd(), flags).unwrap();
+    }
+    // A deleted file whose directory takes no new ones.
+    fs::remove_file(dir.path().join("f")).unwrap();
+    let own = OwnedFd::from(fs::File::open(dir.path()).unwrap());
+    let flags = inode::flags(own.as_fd()).unwrap();
+    inode::set_flags(own.as_fd(), flags | inode::IMMUTABLE).unwrap();
+    let findings = cycle.dump(&[&reader]);
+    inode::set_flags(own.as_fd(), flags).unwrap();
+    assert!(findings.unwrap()[0].to_string().contains("in the place of the deleted"));
+    assert_eq!(cycle.dump(&[&reader]).unwrap(), []);
+}
+
+#[test]
+fn descriptors_beyond_the_limit() {
+    let files: Vec<OwnedFd> = (0..40).map(|_| open_as("/dev/null", libc::O_RDONLY)).collect();
+    let all: Vec<&OwnedFd> = files.iter().collect();
+    let mut cycle = Cycle::new();
+    cycle.limit = Some(10_000);
+    assert_eq!(cycle.dump(&all).unwrap(), []);
+    cycle.limit = Some(70);
+    refused_at_dump(&cycle, &all, "must be open at once");
+    let high = crate::sys::fd::dup_above(files[0].as_fd(), 900).unwrap();
+    cycle.limit = Some(900);
+    refused_at_dump(&cycle, &[&high], "does not fit below our limit of 900");
 }

@@ -1,6 +1,10 @@
 //! What a file system tells of an inode beyond stat: attribute flags (lsattr), and where its data lies (FIEMAP).
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::{
+    ffi::CStr,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 use super::{Result, ret_int};
 
@@ -29,6 +33,16 @@ pub fn set_flags(fd: BorrowedFd<'_>, flags: u32) -> Result<()> {
     // SAFETY: the kernel reads one int.
     ret_int(unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_SETFLAGS, &raw const flags) })?;
     Ok(())
+}
+
+/// Whether what a path leads to may be appended to only, or not be changed at all (statx), without opening it.
+pub fn is_append_only(path: &CStr) -> Result<bool> {
+    let mut told = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is terminated, and the kernel fills the structure.
+    ret_int(unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, 0, told.as_mut_ptr()) })?;
+    // SAFETY: plain integers, zeroed and then filled.
+    let told = unsafe { told.assume_init() };
+    Ok(told.stx_attributes & libc::STATX_ATTR_APPEND as u64 != 0)
 }
 
 /// A stretch of a file that is allocated.

@@ -144,6 +144,10 @@ impl FileKind for Tty {
         Ok(Opened::Now(fd))
     }
 
+    fn would_open(cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<(), FileError> {
+        pair::would_open(cx, entry)
+    }
+
     fn before_resume(
         cx: &mut RestoreCx<'_>,
         _entry: &Self::Entry,

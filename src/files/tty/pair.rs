@@ -149,7 +149,17 @@ fn hung_up(view: &View, entry: &pb::TtyFileEntry) -> Result<OwnedFd, FileError> 
     tty::open_peer(master.as_fd(), flags).map_err(FileError::sys("open the slave of a pty"))
 }
 
-fn open_master(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
+/// Whether there is what ptys are made by. Terminals of others are given when the tree is restored.
+pub(super) fn would_open(cx: &RestoreCx<'_>, entry: &pb::TtyFileEntry) -> Result<(), FileError> {
+    let path = match entry.regf_id {
+        Some(id) => cx.regular_entry(id)?.name,
+        None => return Ok(()),
+    };
+    if path.ends_with(b"ptmx") { find_master(&*cx.view()?, &path).map(drop) } else { Ok(()) }
+}
+
+/// The multiplexer of ptys at `path`, not opened.
+fn find_master(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
     let node = view.find(path, Last::Target).map_err(FileError::name("open", path))?;
     let stat = fstat(&node).map_err(FileError::path("stat", path))?;
     if stat.st_mode & libc::S_IFMT != libc::S_IFCHR
@@ -160,6 +170,11 @@ fn open_master(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
             what: "is no multiplexer of ptys".into(),
         });
     }
+    Ok(node)
+}
+
+fn open_master(view: &View, path: &[u8]) -> Result<OwnedFd, FileError> {
+    let node = find_master(view, path)?;
     view::reopen(node.as_fd(), OFlag::O_RDWR).map_err(FileError::path("open", path))
 }
 

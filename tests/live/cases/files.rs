@@ -32,6 +32,10 @@ pub const CASES: &[Case] = &[
         .between(forbid)
         .restore_refused("position")
         .only_plain(),
+    Case::new("program_not_executable", program_not_executable).refused("may not be executed any more"),
+    Case::new("file_made_immutable", file_made_immutable)
+        .refused("open it again with the access it had")
+        .only_plain(),
     Case::new("ghost_file", ghost_file).disturbed().fifty(),
     Case::new("ghost_shared", ghost_shared),
     Case::new("ghost_empty", ghost_empty),
@@ -112,6 +116,33 @@ fn remove(site: &Site<'_>) {
 /// CRIU takes a file with another mode for another file, and so do we.
 fn forbid(site: &Site<'_>) {
     fs::set_permissions(site.dir.join("position"), fs::Permissions::from_mode(0o000)).expect("chmod");
+}
+
+/// The kernel would not take its program file at restore: said before the tree is killed.
+fn program_not_executable(gate: &Gate) {
+    fs::copy("/bin/sleep", "program").expect("copy");
+    fs::set_permissions("program", fs::Permissions::from_mode(0o755)).expect("chmod");
+    let mut child = std::process::Command::new("./program").arg("1000").spawn().expect("run");
+    fs::set_permissions("program", fs::Permissions::from_mode(0o644)).expect("chmod");
+    gate.ready();
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+}
+
+/// Open for writing, and not to be opened so again.
+fn file_made_immutable(gate: &Gate) {
+    const GET: u64 = 0x8008_6601;
+    const SET: u64 = 0x4008_6602;
+    const IMMUTABLE: i32 = 0x10;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open("immutable").expect("create");
+    let mut flags = 0_i32;
+    let told = sys!(SYS_ioctl, file.as_raw_fd(), GET, &raw mut flags);
+    let fixed = flags | IMMUTABLE;
+    if told.is_err() || sys!(SYS_ioctl, file.as_raw_fd(), SET, &raw const fixed).is_err() {
+        gate.skip("no attributes on this file system");
+    }
+    gate.ready();
+    sys!(SYS_ioctl, file.as_raw_fd(), SET, &raw const flags).expect("FS_IOC_SETFLAGS");
 }
 
 /// Every mode and flag that fcntl shows; the harness compares fdinfo, too.
