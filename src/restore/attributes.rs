@@ -73,7 +73,7 @@ impl Construction<'_> {
                 self.plan_stage(*stage, index, task, &mut list)
                     .with_context(|| format!("task {}", task.pid))?;
             }
-            list.op(Op::Trap);
+            list.op(Op::Stop);
             list.op(Op::Next);
             log_list(&list);
             self.puppets.next_list(task.pid, &list)?;
@@ -122,11 +122,11 @@ impl Construction<'_> {
         for (tid, core) in task.tids.iter().zip(&task.cores).skip(1) {
             let mut own = List::new(format!("restore of thread {tid}"));
             task::plan_thread(&self.thread_plan(task, *tid, core), &mut own)?;
-            own.op(Op::Trap);
+            own.op(Op::Stop);
             own.op(Op::Next);
             let slot = self.puppets.add_slot(area)?;
             let label = format!("thread {tid} of task {}", task.pid);
-            self.puppets.expect_thread(*tid, label, (area, slot), &own)?;
+            self.puppets.expect_thread((*tid, task.pid), label, (area, slot), &own)?;
             let args = CloneArgs { flags: THREAD_FLAGS | CLONE_PTRACE, ..CloneArgs::default() };
             list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
         }

@@ -11,10 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use nix::{
-    sys::signal::{SigSet, SigmaskHow, sigprocmask},
-    unistd::Pid,
-};
+use nix::unistd::Pid;
 
 use super::{
     CLONE_PTRACE, Images, Task,
@@ -204,13 +201,14 @@ impl<'i> Construction<'i> {
 
     /// Numbers for the descriptors that process `index` has while it is made.
     pub(super) fn descriptors_of(&self, index: usize) -> Descriptors {
+        if self.shares_table(index) { Descriptors::sharing(self.next_shared) } else { Descriptors::alone() }
+    }
+
+    /// Whether process `index` is made with a descriptor table that others have too.
+    fn shares_table(&self, index: usize) -> bool {
         let makes = |step: &Step| matches!(step, Step::Make { share, .. } if share.files);
         let with_children = self.forks.processes.get(index).is_some_and(|p| p.steps.iter().any(makes));
-        if with_children || self.forks.share_of(index).files {
-            Descriptors::sharing(self.next_shared)
-        } else {
-            Descriptors::alone()
-        }
+        with_children || self.forks.share_of(index).files
     }
 
     /// The first list of one process.
@@ -234,6 +232,11 @@ impl<'i> Construction<'i> {
         if first {
             plan_first(&mut list, &self.gate, self.pidfd.as_raw_fd());
             self.clocks.plan_first(&mut list);
+        } else if process.maker.is_some_and(|maker| self.shares_table(maker))
+            && !self.forks.share_of(index).files
+        {
+            // The copy of a table holds what others who share it had at that moment.
+            plan_shed(&mut list);
         }
         let shares_memory = self.forks.share_of(index).vm;
         match task.and_then(|t| t.mm.as_ref()) {
@@ -260,7 +263,7 @@ impl<'i> Construction<'i> {
             }
         }
         self.next_shared = self.next_shared.max(descriptors.end());
-        list.op(Op::Trap);
+        list.op(Op::Stop);
         list.op(Op::Next);
         log_list(&list);
         let copy_of = match process.maker {
@@ -311,6 +314,9 @@ impl<'i> Construction<'i> {
             Step::Unshare { files, fs } => {
                 let flags = if files { libc::CLONE_FILES } else { 0 } | if fs { libc::CLONE_FS } else { 0 };
                 list.call("unshare", libc::SYS_unshare, &[flags.into()], Want::Zero);
+                if files {
+                    plan_shed(list);
+                }
             }
             Step::Make { child, sibling, share } => {
                 let mut flags = CLONE_PTRACE;
@@ -353,11 +359,7 @@ impl<'i> Construction<'i> {
                 set_tid_size: 1,
                 ..CloneArgs::default()
             };
-            let mut old = SigSet::empty();
-            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))?;
-            let made = clone_into(&args, runner.0, list.0, slot.0);
-            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None)?;
-            match made {
+            match clone_into(&args, runner.0, list.0, slot.0) {
                 Ok(pid) => break pid,
                 Err(Errno::EEXIST) if self.puppets.pids.gave(wanted) => {
                     let other = self.puppets.pids.pick()?;
@@ -406,6 +408,12 @@ fn pages_of(store: &dyn Store, task: &Task) -> Result<Pages> {
     pages.with_context(|| format!("{} is missing", store.path_of(&name).display()))
 }
 
+/// Closes all descriptors but that of the supervisor.
+fn plan_shed(list: &mut List) {
+    let others = [(SUPERVISOR + 1).into(), u32::MAX.into()];
+    list.call("close_range", libc::SYS_close_range, &others, Want::Zero);
+}
+
 /// What the first process does before anything else: hold until it is traced, shed what it has from us.
 fn plan_first(list: &mut List, gate: &Gate, pidfd: i32) {
     list.call(
@@ -429,8 +437,7 @@ fn plan_first(list: &mut List, gate: &Gate, pidfd: i32) {
             Want::Equal(u64::from(SUPERVISOR.cast_unsigned())),
         );
     }
-    let others = [(SUPERVISOR + 1).into(), u32::MAX.into()];
-    list.call("close_range", libc::SYS_close_range, &others, Want::Zero);
+    plan_shed(list);
     if let Some((at, len, signature)) = rseq::own() {
         list.call(
             "rseq(unregister)",

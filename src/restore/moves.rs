@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use super::{create::Construction, images::State};
 use crate::{
     process_tree::Move,
-    tracee::{List, Op, Want},
+    tracee::{List, Want},
 };
 
 const PR_SET_DUMPABLE: u64 = 4;
@@ -89,7 +89,6 @@ impl Construction<'_> {
         // After a signal this is not reached.
         let code = (status >> 8) & 0xff;
         list.call("exit_group", libc::SYS_exit_group, &[code.into()], Want::Any);
-        list.op(Op::Trap);
         self.puppets.next_list(pid, &list).context("a zombie that was not made")?;
         self.puppets.end(pid, (signal != 0).then_some(signal))
     }

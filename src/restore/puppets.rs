@@ -5,7 +5,7 @@
 //! written by the puppet. So whoever may write the memory of one task of the tree, as a process of the same user may once the
 //! task has its credentials, cannot reach code that another task executes.
 //!
-//! [`Puppets`] knows who is there, lets lists run, and takes reports until everybody it waits for has reached a trap. Dropped
+//! [`Puppets`] knows who is there, lets lists run, and takes reports until everybody it waits for has come to the end of its list. Dropped
 //! before [`Puppets::release`], it kills and reaps everything it holds; and if crtool itself is killed, EXITKILL does the same.
 
 use std::{
@@ -46,7 +46,7 @@ enum Doing {
     Expected,
     /// Running a list.
     Running,
-    /// At a trap.
+    /// At the end of its list.
     Waiting,
     /// Ended, as planned.
     Gone,
@@ -67,6 +67,8 @@ enum End {
 #[derive(Debug)]
 struct Member {
     label: String,
+    /// The process that it is a thread of, if it is not the leader.
+    process: Option<i32>,
     area: AreaId,
     slot: RemoteAddr,
     lists: Vec<Placed>,
@@ -166,23 +168,23 @@ impl Puppets {
         list: &List,
     ) -> Result<()> {
         self.leaders.push(pid);
-        self.expect(pid, label, (area, slot), copy_of, list)
+        self.expect((pid, None), label, (area, slot), copy_of, list)
     }
 
-    /// Announces a thread that a list is going to make.
+    /// Announces a thread `tid` of process `pid` that a list is going to make.
     pub(super) fn expect_thread(
         &mut self,
-        tid: i32,
+        (tid, pid): (i32, i32),
         label: String,
         at: (AreaId, RemoteAddr),
         list: &List,
     ) -> Result<()> {
-        self.expect(tid, label, at, None, list)
+        self.expect((tid, Some(pid)), label, at, None, list)
     }
 
     fn expect(
         &mut self,
-        tid: i32,
+        (tid, process): (i32, Option<i32>),
         label: String,
         (area, slot): (AreaId, RemoteAddr),
         copy_of: Option<AreaId>,
@@ -193,7 +195,8 @@ impl Puppets {
         let list = mapped.area.place(list)?;
         mapped.area.arm(slot, list.start, on_fail)?;
         let lists = vec![list];
-        let member = Member { label, area, slot, lists, doing: Doing::Expected, end: End::No, copy_of };
+        let member =
+            Member { label, process, area, slot, lists, doing: Doing::Expected, end: End::No, copy_of };
         ensure!(self.members.insert(tid, member).is_none(), "id {tid} occurs twice");
         Ok(())
     }
@@ -314,7 +317,12 @@ impl Puppets {
             (Status::Stopped(signal, 0), End::Signal(wanted)) => {
                 self.go_on(tid, if signal == wanted { signal } else { 0 })
             }
-            (Status::Stopped(libc::SIGTRAP, 0), End::No) => self.trapped(tid),
+            (Status::Stopped(libc::SIGTRAP, 0), End::No) => self.failed(tid),
+            (Status::Stopped(libc::SIGSTOP, 0), End::No)
+                if stopped_itself(member.process.unwrap_or(tid), tid)? =>
+            {
+                self.at_end_of_list(tid)
+            }
             (
                 Status::Stopped(signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE), 0),
                 _,
@@ -375,15 +383,22 @@ impl Puppets {
         ptrace::cont(tid, 0).with_context(|| format!("{label}: start"))
     }
 
-    /// A trap: the end of a list, or a failure in it.
-    fn trapped(&mut self, tid: i32) -> Result<bool> {
+    /// Where [`Op::Stop`] stops a thread.
+    fn at_end_of_list(&mut self, tid: i32) -> Result<bool> {
+        let member = self.members.get_mut(&tid).context("nobody at the end of a list")?;
+        member.doing = Doing::Waiting;
+        Ok(true)
+    }
+
+    /// The trap that follows a call which did not return what it must.
+    fn failed(&mut self, tid: i32) -> Result<bool> {
         let member = self.members.get_mut(&tid).context("nobody at a trap")?;
         member.doing = Doing::Waiting;
         let (area, slot) = (member.area, member.slot);
         let member = self.members.get(&tid).context("nobody at a trap")?;
         let lists: Vec<&Placed> = member.lists.iter().collect();
         match self.area(area)?.failure(slot, &lists)? {
-            None => Ok(true),
+            None => bail!("{}: a trap that no list has", member.label),
             Some(failure) => match (&failure.error, failure.chosen_id) {
                 (TraceError::Call { source: Errno::EEXIST, .. }, Some(id)) => self.again(tid, id, &failure),
                 _ => Err(anyhow!(failure.error).context(member.label.clone())),
@@ -588,6 +603,14 @@ impl Puppets {
             }
         }
     }
+}
+
+/// Whether the SIGSTOP of thread `tid` of process `pid` is from the process itself: nobody else can send one that says so.
+fn stopped_itself(pid: i32, tid: i32) -> Result<bool> {
+    const SI_TKILL: i32 = -6;
+    let info = ptrace::get_siginfo(tid).with_context(|| format!("siginfo of thread {tid}"))?;
+    let word = |at: usize| info.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    Ok((word(8), word(16)) == (SI_TKILL, pid))
 }
 
 impl Drop for Puppets {

@@ -34,12 +34,49 @@ pub struct CloneArgs {
 // SAFETY: integers only, no padding.
 unsafe impl super::pod::Pod for CloneArgs {}
 
-/// Clones this process; the child continues at `runner` with `entry` in rbx and `slot` in rbp.
-/// Returns the child's pid. EEXIST when the wanted pid is taken.
+/// Clones this process; the child continues at `runner` with `entry` in rbx and `slot` in rbp, and with all signals blocked, so
+/// that no handler of ours runs in it. Returns the child's pid. EEXIST when the wanted pid is taken.
 pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<pid_t> {
     if args.flags & libc::CLONE_VM as u64 != 0 {
         return Err(Errno::EINVAL);
     }
+    let blocked = Blocked::all()?;
+    let pid = clone_blocked(args, runner, entry, slot);
+    drop(blocked);
+    pid
+}
+
+/// All signals of this thread are blocked as long as it lives. Also the two that the C library keeps for itself and leaves out
+/// when it is asked for all.
+struct Blocked(u64);
+
+impl Blocked {
+    fn all() -> Result<Self> {
+        let (all, mut old) = (u64::MAX, 0u64);
+        // SAFETY: both are live words.
+        super::ret(unsafe { set_mask(&raw const all, &raw mut old) })?;
+        Ok(Self(old))
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // SAFETY: the mask is a live word; the other pointer is none.
+        unsafe { set_mask(&raw const self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// rt_sigprocmask(SIG_SETMASK).
+///
+/// # Safety
+///
+/// Both pointers are null or valid.
+unsafe fn set_mask(to: *const u64, old: *mut u64) -> libc::c_long {
+    // SAFETY: the caller says so.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, to, old, size_of::<u64>()) }
+}
+
+fn clone_blocked(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<pid_t> {
     let pid: i64;
     // SAFETY: without CLONE_VM the child has its own copy of everything; it jumps to position-
     // independent code in a shared mapping and never returns here. The parent continues as from
@@ -79,15 +116,11 @@ pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Resul
 pub fn stand_in(pid: pid_t) -> Result<()> {
     let args = CloneArgs { set_tid: (&raw const pid).addr() as u64, set_tid_size: 1, ..CloneArgs::default() };
     let parent = std::process::id();
-    let (all, mut old) = (u64::MAX, 0u64);
+    let blocked = Blocked::all()?;
     // SAFETY: all pointers live across the calls. The child, a copy of one thread, makes nothing but system calls,
     // so it does not matter what other threads of ours were doing; all its signals are blocked, so no handler of ours runs in
     // it, and nothing but its end wakes it.
-    unsafe {
-        let mask = |to: *const u64, old: *mut u64| {
-            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, to, old, size_of::<u64>())
-        };
-        super::ret(mask(&raw const all, &raw mut old))?;
+    let made = unsafe {
         let made = super::ret(libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()));
         if made == Ok(0) {
             libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -97,9 +130,10 @@ pub fn stand_in(pid: pid_t) -> Result<()> {
             }
             libc::syscall(libc::SYS_exit_group, 0);
         }
-        mask(&raw const old, std::ptr::null_mut());
-        made.map(drop)
-    }
+        made
+    };
+    drop(blocked);
+    made.map(drop)
 }
 
 /// Waits for the end of a child.

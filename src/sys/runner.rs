@@ -64,6 +64,8 @@ pub mod op {
     pub const WAIT_ZERO: i64 = -3;
     /// int3.
     pub const TRAP: i64 = -4;
+    /// SIGSTOP to the thread itself (tkill(2)).
+    pub const STOP: i64 = -9;
     /// Copy the 64-bit word at argument 0 to argument 1.
     pub const COPY: i64 = -5;
     /// Store argument 1 in the 64-bit word at argument 0.
@@ -188,8 +190,18 @@ global_asm!(
     "jne 37f",
     "mov rbx, [rbp + {next}]",
     "jmp 10b",
-    // ldtilecfg [39], tilezero tmm0, tilerelease; not every assembler knows them.
     "37:",
+    "cmp rax, {STOP}",
+    "jne 40f",
+    "mov eax, {SYS_GETTID}",
+    "syscall",
+    "mov edi, eax",
+    "mov esi, {SIGSTOP}",
+    "mov eax, {SYS_TKILL}",
+    "syscall",
+    "jmp 14b",
+    // ldtilecfg [39], tilezero tmm0, tilerelease; not every assembler knows them.
+    "40:",
     ".byte 0xc4, 0xe2, 0x78, 0x49, 0x05",
     ".long 39f - 38f",
     "38:",
@@ -236,9 +248,13 @@ global_asm!(
     COPY = const op::COPY,
     STORE = const op::STORE,
     NEXT = const op::NEXT,
+    STOP = const op::STOP,
     EINTR = const libc::EINTR,
     SYS_RT_SIGRETURN = const libc::SYS_rt_sigreturn,
     SYS_FUTEX = const libc::SYS_futex,
+    SYS_GETTID = const libc::SYS_gettid,
+    SYS_TKILL = const libc::SYS_tkill,
+    SIGSTOP = const libc::SIGSTOP,
 );
 
 unsafe extern "C" {

@@ -21,7 +21,7 @@
 //! stopped before, the signal only waits; it is kept from the thread that has to run and sent again once all is put back.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -111,8 +111,17 @@ pub struct Injection<'t> {
     live: bool,
     /// A thread could not be caught: it still needs the area, and heals itself.
     lost: bool,
-    /// A SIGSTOP was kept from a thread of a process that is stopped already.
-    stop_due: Cell<bool>,
+    /// SIGSTOPs that were kept from threads of a process that is stopped already.
+    stops: RefCell<Vec<KeptStop>>,
+}
+
+/// Where a SIGSTOP pended that was kept from a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum KeptStop {
+    /// It was sent to the process.
+    Process,
+    /// It was sent to this thread.
+    Thread(i32),
 }
 
 fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
@@ -214,7 +223,7 @@ impl<'t> Injection<'t> {
             enough: Cell::new(None),
             live: true,
             lost: false,
-            stop_due: Cell::new(false),
+            stops: RefCell::default(),
         };
         check()?;
         this.map(at, len)?;
@@ -312,13 +321,18 @@ impl<'t> Injection<'t> {
     }
 
     /// The signal to go on with after a thread reported a stop signal, see the head of this module.
-    fn after_stop_signal(&self, signal: i32) -> i32 {
-        if matches!(self.agent.stopped.stop(), Stop::Group(_)) {
-            self.stop_due.set(true);
-            0
-        } else {
-            signal
+    fn after_stop_signal(&self, tid: i32) -> i32 {
+        const SI_TKILL: [u8; 4] = (-6i32).to_ne_bytes();
+        if !matches!(self.agent.stopped.stop(), Stop::Group(_)) {
+            return libc::SIGSTOP;
         }
+        let of_thread = ptrace::get_siginfo(tid).is_ok_and(|info| info[8..12] == SI_TKILL);
+        let kept = if of_thread { KeptStop::Thread(tid) } else { KeptStop::Process };
+        let mut stops = self.stops.borrow_mut();
+        if !stops.contains(&kept) {
+            stops.push(kept);
+        }
+        0
     }
 
     /// Lets the agent's next stop be one from which the kernel restarts interrupted calls by itself.
@@ -332,11 +346,11 @@ impl<'t> Injection<'t> {
                 Status::Stopped(event, ptrace::EVENT_STOP) => {
                     // Somebody has let the process go on meanwhile, which takes back stops that wait.
                     if event == libc::SIGTRAP {
-                        self.stop_due.set(false);
+                        self.stops.borrow_mut().clear();
                     }
                     return Ok(());
                 }
-                Status::Stopped(libc::SIGSTOP, 0) => cont(self.after_stop_signal(libc::SIGSTOP))?,
+                Status::Stopped(libc::SIGSTOP, 0) => cont(self.after_stop_signal(tid))?,
                 stop => return Err(TraceError::Stop { tid, stop, doing: "being put back" }),
             }
             self.patience()()?;
@@ -394,7 +408,7 @@ impl<'t> Injection<'t> {
             signal = match self.agent.stopped.report(&self.patience())? {
                 Status::Stopped(signal, 0) if signal == libc::SIGTRAP | 0x80 => return Ok(()),
                 Status::Stopped(_, ptrace::EVENT_STOP) => 0,
-                Status::Stopped(libc::SIGSTOP, 0) => self.after_stop_signal(libc::SIGSTOP),
+                Status::Stopped(libc::SIGSTOP, 0) => self.after_stop_signal(tid),
                 stop => return Err(TraceError::Stop { tid, stop, doing: "making a system call" }),
             };
             self.patience()()?;
@@ -494,7 +508,7 @@ impl<'t> Injection<'t> {
                 Status::Stopped(_, ptrace::EVENT_STOP) if at_end => return Ok(()),
                 Status::Stopped(_, ptrace::EVENT_STOP) => go(run_on, 0)?,
                 Status::Stopped(libc::SIGSTOP, 0) => {
-                    let signal = self.after_stop_signal(libc::SIGSTOP);
+                    let signal = self.after_stop_signal(tid);
                     go(if at_end { ptrace::cont } else { run_on }, signal)?;
                 }
                 stop => return Err(TraceError::Stop { tid, stop, doing: "running a list" }),
@@ -515,9 +529,12 @@ impl<'t> Injection<'t> {
             Some(area) => self.unmap(area.start(), area.len() as u64),
             None => Ok(()),
         };
-        if self.stop_due.take() {
+        for kept in self.stops.take() {
             // Gone meanwhile: its own affair.
-            let _ = crate::sys::task::kill(self.pid, libc::SIGSTOP);
+            let _ = match kept {
+                KeptStop::Process => crate::sys::task::kill(self.pid, libc::SIGSTOP),
+                KeptStop::Thread(tid) => crate::sys::task::tgkill(self.pid, tid, libc::SIGSTOP),
+            };
         }
         closed
     }

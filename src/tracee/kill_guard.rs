@@ -8,11 +8,7 @@
 
 use std::{fs::File, io::Write as _, os::fd::AsRawFd as _, sync::Arc};
 
-use nix::{
-    fcntl::OFlag,
-    sys::signal::{SigSet, SigmaskHow, sigprocmask},
-    unistd::pipe2,
-};
+use nix::{fcntl::OFlag, unistd::pipe2};
 
 use super::{Area, CODE_LEN, List, Memory, Op, RemoteAddr, TraceError, Want};
 use crate::sys::{
@@ -62,13 +58,8 @@ impl KillGuard {
         area.flush()?;
         map.protect_code(CODE_LEN).map_err(failed("memory"))?;
 
-        // No signal handler of ours may run in it.
-        let mut old = SigSet::empty();
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut old))
-            .map_err(failed("signal mask"))?;
         // Without an exit signal nobody is told of its end but who waits for it: us, or init.
         let made = clone_into(&CloneArgs::default(), area.runner().0, start.0, slot.0);
-        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&old), None);
         Ok(Self { pid: made.map_err(failed("clone"))?, word: Some(word.into()) })
     }
 

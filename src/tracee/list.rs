@@ -121,8 +121,10 @@ pub enum Op {
     Sigreturn(RemoteAddr),
     /// Sleep until the 32-bit word is 0, as the kernel makes the word given to a clone with CLONE_CHILD_CLEARTID.
     WaitZero(RemoteAddr),
-    /// int3: stops a traced task, kills one that is not.
+    /// int3: stops a traced task, kills one that is not. The kernel makes SIGTRAP unblocked, and not ignored, for it.
     Trap,
+    /// A SIGSTOP of the thread to itself: stops a traced task for its tracer and changes nothing in it.
+    Stop,
     /// Store the value in the 64-bit word.
     Store(RemoteAddr, u64),
     /// Go on with the slot's `next` list.
@@ -351,6 +353,7 @@ impl List {
             Op::Sigreturn(frame) => ("sigreturn", op::SIGRETURN, frame.0, 0),
             Op::WaitZero(word) => ("wait for the end of a thread", op::WAIT_ZERO, word.0, 0),
             Op::Trap => ("trap", op::TRAP, 0, 0),
+            Op::Stop => ("stop", op::STOP, 0, 0),
             Op::Store(word, value) => ("store", op::STORE, word.0, value),
             Op::Next => ("next list", op::NEXT, 0, 0),
             Op::Tiles => ("use of a tile", op::TILES, 0, 0),

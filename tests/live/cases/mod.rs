@@ -19,6 +19,7 @@ mod pipes;
 mod pkeys;
 mod private_of_shared;
 mod refused;
+mod shapes;
 mod sharing;
 mod signals;
 mod specials;
@@ -42,6 +43,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         memory::CASES,
         pkeys::CASES,
         private_of_shared::CASES,
+        shapes::CASES,
         sharing::CASES,
         mappings::CASES,
         files::CASES,

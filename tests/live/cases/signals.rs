@@ -26,6 +26,11 @@ pub const CASES: &[Case] = &[
     Case::new("stopped_by_sigtstp", stopped_by_sigtstp).peer_loses(&["ShdPnd"]),
     Case::new("sent_while_frozen", sent_while_frozen).while_dumping(send_many).changing(),
     Case::new("mask_full", mask_full),
+    // CRIU loses those that its parasite uses itself.
+    Case::new("pending_of_every_number", pending_of_every_number).peer_fails("a pending SIGTRAP"),
+    Case::new("pending_continue", pending_continue),
+    Case::new("stop_pending", stop_pending).peer_loses(&["ShdPnd"]),
+    Case::new("stop_pending_at_thread", stop_pending_at_thread).peer_loses(&["ShdPnd", "SigPnd"]),
 ];
 
 /// struct kernel_sigaction: handler, flags, restorer, mask.
@@ -128,6 +133,116 @@ fn take_all(mask: u64, wanted: &[Info]) {
         assert_eq!(Info::take(mask), Some(*want));
     }
     assert_eq!(Info::take(mask), None, "one signal too many");
+}
+
+/// All that can pend, to the process and to the thread, whatever becomes of them when they are delivered; and again through
+/// a signalfd.
+fn pending_of_every_number(gate: &Gate) {
+    let kept: [fn(i32); 3] = [
+        |_| {},
+        |signal| set_action(signal, &[libc::SIG_IGN as u64, 0, 0, 0]),
+        // The C library keeps two signals for itself.
+        |signal| {
+            if ![32, 33].contains(&signal) {
+                sys::handle(signal, nothing, libc::SA_SIGINFO);
+            }
+        },
+    ];
+    let children: Vec<i32> = kept
+        .iter()
+        .enumerate()
+        .map(|(n, action)| {
+            let child = fork(|| {
+                sys::default_signals();
+                let all = u64::MAX;
+                sys!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const all, 0, 8).expect("mask");
+                // A SIGCONT would take back the stop signals.
+                let numbers: Vec<i32> =
+                    (1..=64).filter(|s| ![libc::SIGKILL, libc::SIGSTOP, libc::SIGCONT].contains(s)).collect();
+                let mask = sys::mask_of(&numbers);
+                let fd = sys!(SYS_signalfd4, usize::MAX, &raw const mask, 8, libc::SFD_NONBLOCK)
+                    .expect("signalfd");
+                numbers.iter().for_each(|signal| action(*signal));
+                for signal in &numbers {
+                    Info::queued(*signal, 1000 + *signal as u64).send(getpid());
+                    Info::queued(*signal, 2000 + *signal as u64).send_to_thread(getpid(), gettid());
+                }
+                gate.mark(["default", "ignored", "handled"][n]);
+                gate.wait();
+                for signal in &numbers {
+                    let one = sys::mask_of(&[*signal]);
+                    let private = Info::take(one);
+                    assert_eq!(private, Some(Info::queued(*signal, 2000 + *signal as u64)));
+                    if signal % 2 == 0 {
+                        assert_eq!(Info::take(one), Some(Info::queued(*signal, 1000 + *signal as u64)));
+                    }
+                }
+                let read = sys::read(fd as i32, 128 * 64).expect("read of the signalfd");
+                let odd: Vec<u32> = numbers.iter().filter(|s| **s % 2 == 1).map(|s| *s as u32).collect();
+                let got: Vec<u32> = read
+                    .chunks(128)
+                    .map(|i| u32::from_ne_bytes(i[..4].try_into().expect("4 bytes")))
+                    .collect();
+                assert_eq!(got.iter().collect::<std::collections::BTreeSet<_>>(), odd.iter().collect());
+            });
+            gate.await_mark(["default", "ignored", "handled"][n]);
+            child
+        })
+        .collect();
+    gate.ready();
+    children.into_iter().for_each(join);
+}
+
+extern "C" fn nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// A SIGCONT that is blocked, beside others.
+fn pending_continue(gate: &Gate) {
+    let mask = block(&[libc::SIGCONT, libc::SIGTRAP, libc::SIGUSR2]);
+    sys::handle(libc::SIGCONT, nothing, libc::SA_SIGINFO);
+    let sent =
+        [Info::queued(libc::SIGTRAP, 1), Info::queued(libc::SIGUSR2, 2), Info::queued(libc::SIGCONT, 3)];
+    sent.iter().for_each(|info| info.send(getpid()));
+    gate.ready();
+    take_all(mask, &sent);
+}
+
+/// A stopped child with one more stop signal pending: it stays stopped, and the signal stays pending.
+fn stop_pending(gate: &Gate) {
+    let child = fork(|| gate.wait());
+    sys::kill(child, libc::SIGSTOP);
+    sys::waitpid(child, libc::WUNTRACED).expect("the stop");
+    sys::kill(child, libc::SIGSTOP);
+    gate.ready();
+    gate::until_state(child, 'T');
+    sys::kill(child, libc::SIGCONT);
+    join(child);
+}
+
+/// The same for a thread.
+fn stop_pending_at_thread(gate: &Gate) {
+    let child = fork(|| {
+        let thread = std::thread::spawn({
+            let gate = gate.clone_for_thread();
+            move || gate.wait()
+        });
+        gate.wait();
+        thread.join().expect("thread");
+    });
+    let thread = loop {
+        let tasks = std::fs::read_dir(format!("/proc/{child}/task")).expect("threads").flatten();
+        let mut tids = tasks.filter_map(|t| t.file_name().to_str()?.parse::<i32>().ok());
+        if let Some(tid) = tids.find(|tid| *tid != child) {
+            break tid;
+        }
+        sys::nap(Duration::from_millis(1));
+    };
+    sys::kill(child, libc::SIGSTOP);
+    sys::waitpid(child, libc::WUNTRACED).expect("the stop");
+    sys::tgkill(child, thread, libc::SIGSTOP);
+    gate.ready();
+    gate::until_state(child, 'T');
+    sys::kill(child, libc::SIGCONT);
+    join(child);
 }
 
 fn pending_shared(gate: &Gate) {

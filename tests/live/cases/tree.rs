@@ -22,6 +22,8 @@ pub const CASES: &[Case] = &[
     Case::new("zombie_exited", zombie_exited).disturbed(),
     Case::new("zombie_exited_255", zombie_exited_255).peer_fails("makes exit status 255 of it 127"),
     Case::new("zombie_killed", zombie_killed),
+    Case::new("zombies_of_every_signal", zombies_of_every_signal)
+        .peer_fails("zombies of some signals become others"),
     Case::new("zombie_session_leader", zombie_session_leader)
         .peer_fails("a session whose leader is a zombie"),
     // After dump -R CRIU leaves a SIGCONT pending.
@@ -396,6 +398,44 @@ fn is_subreaper() -> i32 {
     let mut is = 0_i32;
     sys::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is as usize, 0).expect("PR_GET_CHILD_SUBREAPER");
     is
+}
+
+/// One that was killed by each signal that can do so; the parent must be told.
+fn zombies_of_every_signal(gate: &Gate) {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    sys!(SYS_prlimit64, 0, libc::RLIMIT_CORE, &raw const none, 0).expect("no core files");
+    let harmless = [
+        libc::SIGCHLD,
+        libc::SIGCONT,
+        libc::SIGURG,
+        libc::SIGWINCH,
+        libc::SIGSTOP,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+    ];
+    let zombies: Vec<(i32, i32)> = (1..=64)
+        .filter(|signal| !harmless.contains(signal))
+        .map(|signal| {
+            let child = fork(|| {
+                sys::default_signals();
+                // The standard library has handlers for some.
+                let default = [0_u64; 4];
+                let _ = sys!(SYS_rt_sigaction, signal, default.as_ptr(), 0, 8);
+                sys!(SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const default, 0, 8).expect("mask");
+                sys::kill(getpid(), signal);
+                loop {
+                    sys::nap(Duration::from_secs(1));
+                }
+            });
+            gate::until_state(child, 'Z');
+            (child, signal)
+        })
+        .collect();
+    gate.ready();
+    for (child, signal) in zombies {
+        assert_eq!(sys::waitpid(child, 0), Ok((child, signal)), "zombie of signal {signal}");
+    }
 }
 
 fn subreaper(gate: &Gate) {
