@@ -24,13 +24,16 @@ use crate::{
     finding::Finding,
     image::{Store, pb},
     mem::{self, AddressSpace, MappedFile, SharedMemory, VmaFiles},
-    ns::time::{Clocks, TimeDump},
+    ns::{
+        threads::Namespaces,
+        time::{Clocks, TimeDump},
+    },
     settings::DumpSettings,
     sys::{
         kcmp::{Kind, kcmp},
         pidfd,
     },
-    task,
+    task::{self, robust_list::SharedBytes},
     tracee::{GadgetCache, Thread},
 };
 
@@ -74,6 +77,8 @@ pub(super) struct Collected<'s> {
     pub(super) ids: Ids,
     /// What cannot be saved.
     pub(super) findings: Vec<Finding>,
+    /// Words in shared files that the kernel clears when threads end.
+    pub(super) words: Vec<SharedBytes>,
     /// As the tree reads them; from when all its timers have been read.
     pub(super) clocks: Option<Clocks>,
     /// Of crtool itself.
@@ -126,6 +131,7 @@ impl<'s> Collected<'s> {
             time: TimeDump::default(),
             ids,
             findings: Vec::new(),
+            words: Vec::new(),
             tables: HashSet::new(),
             spaces: HashMap::new(),
             gadgets: GadgetCache::default(),
@@ -182,6 +188,7 @@ impl<'s> Collected<'s> {
         }
         let cores = self.cores(process, &inside).with_context(|| format!("state of task {pid}"))?;
         let timers_read = inside.process.clocks;
+        self.words_cleared(agent, &space, &cores).with_context(|| format!("thread ids of task {pid}"))?;
         self.tasks.push(Task { pid, ids, space: Some(space), fs, cores, timers_read });
         Ok(())
     }
@@ -215,7 +222,15 @@ impl<'s> Collected<'s> {
         }
         let mut tids = process.threads.iter().map(Thread::tid);
         let agent = tids.next().unwrap_or(pid);
+        let namespaces = Namespaces::of(pid, agent);
+        if let Some(namespaces) = &namespaces {
+            namespaces.prepared(pid, agent, &mut self.findings);
+        }
         for tid in tids {
+            if let (Some(of_process), Some(own)) = (&namespaces, Namespaces::of(pid, tid)) {
+                own.compare(of_process, pid, tid, &mut self.findings);
+                own.prepared(pid, tid, &mut self.findings);
+            }
             for (kind, what) in
                 [(Kind::Files, "descriptor table"), (Kind::Fs, "current directory, root and umask")]
             {
@@ -247,6 +262,24 @@ impl<'s> Collected<'s> {
         let space = mem::collect(&task, &mut mapped, &self.shared, &mut self.findings)?;
         self.findings.append(&mut in_files);
         Ok(space)
+    }
+
+    /// Words that are cleared at the end of threads, where files are mapped shared.
+    fn words_cleared(
+        &mut self,
+        agent: i32,
+        space: &AddressSpace,
+        cores: &[(i32, pb::CoreEntry)],
+    ) -> Result<()> {
+        let shared = |area: &&pb::VmaEntry| area.status & mem::vma::FILE_SHARED != 0;
+        let areas: Vec<_> = space.entry.vmas.iter().filter(shared).collect();
+        let words = cores.iter().filter_map(|(_, core)| Some(core.thread_info.as_ref()?.clear_tid_addr));
+        for at in words.filter(|at| *at != 0 && !areas.is_empty()) {
+            for area in &areas {
+                self.words.extend(SharedBytes::of(agent, (area.start, area.end, area.pgoff), at, 4)?);
+            }
+        }
+        Ok(())
     }
 
     fn cores(&mut self, process: &Process, inside: &Inside) -> Result<Vec<(i32, pb::CoreEntry)>> {

@@ -12,6 +12,7 @@ use crate::{
     exit::{Exit, Incomplete},
     settings::Leave,
     sys::{Errno, own, ptrace, task, wait},
+    task::robust_list::{self, SharedBytes},
     tracee::{KillGuard, Thread, procfs},
 };
 
@@ -23,9 +24,16 @@ const SAFE: Incomplete = Incomplete("the images are complete");
 
 /// Kills the tree, or lets it go on running or stopped. `told` is called when it is certain which (with whether
 /// the tree goes on): a killed tree runs no instruction any more, but its tasks need not be reaped yet.
-pub(super) fn decide(tree: Tree, leave: Leave, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+///
+/// `words` are those that the kernel would clear in files that others may have mapped.
+pub(super) fn decide(
+    tree: Tree,
+    leave: Leave,
+    words: Vec<SharedBytes>,
+    told: &dyn Fn(bool) -> Result<()>,
+) -> Result<()> {
     match leave {
-        Leave::Killed => kill(tree, told),
+        Leave::Killed => kill(tree, words, told),
         Leave::Running => {
             told(true)?;
             let_go(tree, None)
@@ -57,7 +65,7 @@ fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
 }
 
 /// Kills everybody, the root first: when it is dead or about to die, so is the whole tree.
-fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+fn kill(tree: Tree, mut words: Vec<SharedBytes>, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     let alive = || tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_)));
     // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
     let pids: Vec<i32> = alive().map(|p| p.pid).collect();
@@ -77,6 +85,12 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
         }
     }
     own::set_out_of_memory_status(Exit::Incomplete.status());
+    // From here on the tree dies, whatever happens.
+    for tid in alive().flat_map(|p| &p.threads).map(Thread::tid) {
+        if let Err(error) = robust_list::disarm(tid, &mut words) {
+            tracing::warn!("locks that thread {tid} holds may be found broken: {:#}", anyhow!(error));
+        }
+    }
     let mut failed = None;
     for pid in &pids {
         match task::kill(*pid, libc::SIGKILL) {
@@ -92,6 +106,12 @@ fn kill(tree: Tree, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     }
     if let Some(error) = failed {
         return Err(error.context(SAFE));
+    }
+    if !words.is_empty() {
+        // Whoever is told may go on with these files.
+        reap(tree);
+        words.iter().for_each(SharedBytes::put_back);
+        return told(false).context(Unconfirmed);
     }
     // Every moment until the destination may go on is one in which nobody is served.
     let told = told(false).context(Unconfirmed);

@@ -7,9 +7,12 @@ use crate::{
     finding::Finding,
     image::pb,
     mem,
-    proc::maps::VmaName,
+    proc::{maps::VmaName, status::Status},
     sys::Errno,
-    task::{self, ProcessInside, ThreadInside},
+    task::{
+        self, ProcessInside, ThreadInside,
+        sem_undo::{self, Semaphores},
+    },
     tracee::{GadgetCache, Injection, List, RemoteAddr, Thread, TraceError, procfs},
 };
 
@@ -38,8 +41,11 @@ pub(super) fn look(
 ) -> Result<Option<Inside>> {
     let pid = process.pid;
     let mut clean = true;
+    let mut capabilities = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
-        if let Some((what, reason, hint)) = unfit(pid, thread)? {
+        let status = crate::tracee::read_status(pid, thread.tid())?;
+        capabilities.push(status.cap_eff);
+        if let Some((what, reason, hint)) = unfit(&status, thread)? {
             let what = if thread.tid() == pid {
                 what.to_owned()
             } else {
@@ -59,7 +65,16 @@ pub(super) fn look(
     // The page that the kernel shows to everybody is none of the task's areas.
     let areas = maps.iter().filter(|area| area.name != Some(VmaName::Vsyscall)).map(|area| area.start);
     let areas: Vec<u64> = areas.collect();
+    // Threads that have adjustments of semaphores in common are asked once.
+    let mut with_undo = Vec::new();
+    for thread in &all {
+        if sem_undo::has_list(thread.tid(), &with_undo)? {
+            with_undo.push(thread.tid());
+        }
+    }
+    let semaphores = if with_undo.is_empty() { Semaphores::default() } else { Semaphores::used()? };
     let len = AREA_BASE + all.len() * (AREA_PER_THREAD + frame) + mem::room(areas.len()) + 2 * PAGE;
+    let len = len + with_undo.len() * semaphores.room();
     let len = len.next_multiple_of(PAGE);
     let timers = task::posix_timer_ids(pid)?;
     let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
@@ -67,9 +82,10 @@ pub(super) fn look(
     let mut jobs = Vec::with_capacity(all.len());
     let mut queries = Vec::with_capacity(all.len());
     let mut process_queries = None;
-    for thread in &all {
+    for (thread, cap_eff) in all.iter().zip(capabilities) {
         let mut list = List::new(format!("queries of thread {}", thread.tid()));
-        queries.push(task::thread_queries(&mut list));
+        let undo = with_undo.contains(&thread.tid()).then_some(&semaphores);
+        queries.push(task::thread_queries(&mut list, cap_eff, undo));
         if process_queries.is_none() {
             process_queries =
                 Some((task::process_queries(&mut list, &timers), mem::queries(&mut list, &areas, untouched)));
@@ -99,12 +115,11 @@ pub(super) fn look(
 }
 
 /// Why nothing can be run in a thread.
-fn unfit(pid: i32, thread: &Thread) -> Result<Option<(&'static str, &'static str, &'static str)>> {
+fn unfit(status: &Status, thread: &Thread) -> Result<Option<(&'static str, &'static str, &'static str)>> {
     const CS_32BIT: u64 = 0x23;
     if thread.regs.cs == CS_32BIT {
         return Ok(Some(("32-bit code", "tasks in compatibility mode are not supported yet", "")));
     }
-    let status = crate::tracee::read_status(pid, thread.tid())?;
     if status.seccomp.unwrap_or(0) != 0 && !thread.seccomp_suspended {
         return Ok(Some((
             "seccomp",

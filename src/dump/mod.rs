@@ -118,7 +118,8 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     }
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
-    finish::decide(tree, settings.leave, &|survives| Ok(store.confirm(survives)?))?;
+    let words = std::mem::take(&mut collected.words);
+    finish::decide(tree, settings.leave, words, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
         stats.frozen_time = frozen.elapsed();

@@ -22,6 +22,7 @@ mod scan;
 pub mod smaps;
 pub mod stat;
 pub mod status;
+pub mod sysvipc;
 pub mod timens;
 pub mod timers;
 pub mod uptime;

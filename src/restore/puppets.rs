@@ -20,6 +20,7 @@ use super::pid_allocator::PidAllocator;
 use crate::{
     interrupt,
     sys::{Errno, mapping::Mapping, ptrace, task, wait, wait::Status},
+    task::robust_list::{self, SharedBytes},
     tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page},
 };
 
@@ -581,6 +582,13 @@ impl Puppets {
             }
         }
         let there = |m: &Member| !matches!(m.doing, Doing::Gone | Doing::Expected);
+        // Locks in files must be whole for another attempt.
+        let mut shared = Vec::new();
+        for tid in self.members.iter().filter(|(_, m)| there(m)).map(|(tid, _)| *tid) {
+            if let Err(error) = robust_list::disarm(tid, &mut shared) {
+                tracing::debug!("locks that thread {tid} was to hold: {:#}", anyhow!(error));
+            }
+        }
         for pid in &self.leaders {
             if self.members.get(pid).is_some_and(there) {
                 let _ = task::kill(*pid, libc::SIGKILL);
@@ -602,6 +610,7 @@ impl Puppets {
                 Err(_) => break,
             }
         }
+        shared.iter().for_each(SharedBytes::put_back);
     }
 }
 

@@ -32,6 +32,7 @@ pub mod ptrace;
 pub mod rseq;
 pub mod runner;
 pub mod sched;
+pub mod sem;
 pub mod task;
 pub mod ticker;
 pub mod tmpfs;

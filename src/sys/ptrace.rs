@@ -14,6 +14,8 @@ pub const O_EXITKILL: u64 = 1 << 20;
 pub const O_SUSPEND_SECCOMP: u64 = 1 << 21;
 /// Register note of general registers.
 pub const NT_PRSTATUS: i32 = 1;
+/// Register note of the bitmap of ioperm(2).
+pub const NT_386_IOPERM: i32 = 0x201;
 /// Register note of the whole xsave area.
 pub const NT_X86_XSTATE: i32 = 0x202;
 /// Stop event of a seized task.

@@ -41,6 +41,13 @@ pub fn ioprio(tid: pid_t) -> Result<u32> {
     Ok(u32::try_from(value).unwrap_or(0))
 }
 
+/// The number of our session keyring.
+pub fn session_keyring() -> Result<i32> {
+    // SAFETY: KEYCTL_GET_KEYRING_ID of KEY_SPEC_SESSION_KEYRING takes no pointers.
+    let id = ret(unsafe { libc::syscall(libc::SYS_keyctl, 0, -3, 0) })?;
+    Ok(i32::try_from(id).unwrap_or(0))
+}
+
 /// kill(2).
 pub fn kill(pid: pid_t, signal: i32) -> Result<()> {
     // SAFETY: no pointers.

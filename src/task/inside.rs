@@ -12,6 +12,8 @@ use crate::{
 
 use super::{
     error::{Result, TaskError},
+    keyrings, ports,
+    sem_undo::{self, Semaphores},
     sigaction::{KernelSigaction, SIGNALS},
 };
 
@@ -64,6 +66,12 @@ pub struct ThreadInside {
     pub personality: u32,
     /// get_mempolicy(2).
     pub mempolicy: Option<pb::MempolicyEntry>,
+    /// Sets of System V semaphores that are adjusted when it ends.
+    pub sem_undo: Vec<i32>,
+    /// Whether it may use all I/O ports.
+    pub iopl: bool,
+    /// Whether it has a keyring of its own, and its process one.
+    pub keyrings: [bool; 2],
 }
 
 /// What the process told.
@@ -95,6 +103,8 @@ pub struct ProcessInside {
     pub xcomp_guest_perm: Option<u64>,
     /// Whether PR_TIMER_CREATE_RESTORE_IDS is on.
     pub timer_restore_ids: bool,
+    /// Number of a session keyring that has keys.
+    pub session_keyring: Option<i32>,
 }
 
 /// Where the results of [`thread_queries`] will be.
@@ -113,6 +123,9 @@ pub struct ThreadQueries {
     cpuid: CallId,
     personality: CallId,
     mempolicy: policy::Question,
+    sem_undo: sem_undo::Questions,
+    iopl: ports::Question,
+    keyrings: keyrings::Questions,
 }
 
 /// Where the results of [`process_queries`] will be.
@@ -131,6 +144,7 @@ pub struct ProcessQueries {
     xcomp_perm: (CallId, Data),
     xcomp_guest_perm: (CallId, Data),
     timer_restore_ids: CallId,
+    session_keyring: keyrings::Session,
 }
 
 fn prctl(list: &mut List, name: &'static str, option: i32, arg2: u64) -> CallId {
@@ -148,8 +162,9 @@ fn xcomp(list: &mut List, request: u64) -> (CallId, Data) {
     (list.call("ARCH_GET_XCOMP_PERM", libc::SYS_arch_prctl, &args, Want::Any), data)
 }
 
-/// Adds what every thread is asked.
-pub fn thread_queries(list: &mut List) -> ThreadQueries {
+/// Adds what every thread is asked; `cap_eff` are its effective capabilities, `semaphores` those that it may have
+/// adjustments of.
+pub fn thread_queries(list: &mut List, cap_eff: u64, semaphores: Option<&Semaphores>) -> ThreadQueries {
     let stack = list.space(24);
     let altstack = list.call("sigaltstack", libc::SYS_sigaltstack, &[0u64.into(), stack.into()], Want::Any);
     let tls = std::array::from_fn(|n| {
@@ -180,6 +195,9 @@ pub fn thread_queries(list: &mut List) -> ThreadQueries {
         cpuid: list.call("ARCH_GET_CPUID", libc::SYS_arch_prctl, &[ARCH_GET_CPUID.into()], Want::Any),
         personality: list.call("personality", libc::SYS_personality, &[u32::MAX.into()], Want::Any),
         mempolicy: policy::ask(list, None),
+        iopl: ports::ask(list, cap_eff),
+        keyrings: keyrings::ask(list),
+        sem_undo: semaphores.map(|all| sem_undo::ask(list, all)).unwrap_or_default(),
     }
 }
 
@@ -233,6 +251,7 @@ pub fn process_queries(list: &mut List, posix_timers: &[i32]) -> ProcessQueries 
             TIMER_CREATE_RESTORE_IDS,
             PR_TIMER_CREATE_RESTORE_IDS_GET,
         ),
+        session_keyring: keyrings::ask_session(list),
     }
 }
 
@@ -302,6 +321,9 @@ impl ThreadQueries {
             core_cookie: results.maybe_data(self.core_cookie, "PR_SCHED_CORE_GET")?,
             cpuid: results.maybe(self.cpuid, "ARCH_GET_CPUID")?.map(narrow),
             personality: narrow(results.must(self.personality, "personality")?),
+            sem_undo: self.sem_undo.read(results.0)?,
+            iopl: self.iopl.read(results.0)?,
+            keyrings: self.keyrings.read(results.0)?,
             mempolicy: self.mempolicy.read(results.0).map_err(TaskError::Memory)?,
         })
     }
@@ -340,6 +362,7 @@ impl ProcessQueries {
             xcomp_guest_perm: results.maybe_data(self.xcomp_guest_perm, "ARCH_GET_XCOMP_GUEST_PERM")?,
             timer_restore_ids: results.maybe(self.timer_restore_ids, "PR_TIMER_CREATE_RESTORE_IDS_GET")?
                 == Some(1),
+            session_keyring: self.session_keyring.read(results.0)?,
         })
     }
 }

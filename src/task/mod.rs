@@ -18,6 +18,7 @@ mod inside;
 mod io_flusher;
 mod ioprio;
 mod itimer;
+mod keyrings;
 mod loginuid;
 mod mce_kill;
 mod mdwe;
@@ -27,13 +28,15 @@ mod oom;
 mod pdeath;
 mod pending;
 mod personality;
+mod ports;
 mod posix_timer;
 mod refuse;
 mod rlimit;
-mod robust_list;
+pub(crate) mod robust_list;
 mod rseq;
 mod sched;
 pub mod seccomp;
+pub mod sem_undo;
 pub mod sigaction;
 mod sigaltstack;
 mod speculation;
@@ -182,11 +185,13 @@ enum When {
 static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "registers", dump: state::dump, plan: nothing },
     ThreadPart { name: "refuse", dump: refuse::dump_thread, plan: nothing },
+    ThreadPart { name: "ports", dump: ports::dump, plan: nothing },
+    ThreadPart { name: "keyrings", dump: keyrings::dump, plan: nothing },
+    ThreadPart { name: "sem_undo", dump: sem_undo::dump, plan: nothing },
     ThreadPart { name: "comm", dump: comm::dump_thread, plan: comm::plan },
     ThreadPart { name: "xcomp", dump: xcomp::dump_thread, plan: xcomp::plan_thread },
     ThreadPart { name: "tls", dump: tls::dump, plan: tls::plan },
     ThreadPart { name: "tid_address", dump: tid_address::dump, plan: tid_address::plan },
-    ThreadPart { name: "robust_list", dump: robust_list::dump, plan: robust_list::plan },
     ThreadPart { name: "rseq", dump: rseq::dump, plan: rseq::plan },
     ThreadPart { name: "sigaltstack", dump: sigaltstack::dump, plan: sigaltstack::plan },
     ThreadPart { name: "pending", dump: pending::dump_thread, plan: pending::plan },
@@ -206,11 +211,13 @@ static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "seccomp", dump: seccomp::dump_mode, plan: seccomp::plan },
     ThreadPart { name: "creds, the last step", dump: creds::nothing_more, plan: creds::plan_last },
     ThreadPart { name: "pdeath", dump: pdeath::dump, plan: pdeath::plan },
+    ThreadPart { name: "robust_list", dump: robust_list::dump, plan: robust_list::plan },
 ];
 
 /// Resources of a process, in the order of a restore.
 static PROCESS: &[ProcessPart] = &[
     ProcessPart { name: "refuse", dump: refuse::dump_process, when: When::Early, plan: no_plan },
+    ProcessPart { name: "keyrings", dump: keyrings::dump_session, when: When::Early, plan: no_plan },
     ProcessPart { name: "comm", dump: comm::dump_process, when: When::Leader, plan: no_plan },
     ProcessPart { name: "personality", dump: personality::dump, when: When::Early, plan: personality::plan },
     ProcessPart { name: "loginuid", dump: loginuid::dump, when: When::Early, plan: loginuid::plan },

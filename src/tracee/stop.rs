@@ -144,7 +144,7 @@ impl TraceError {
 
     /// A failed ptrace request: ESRCH on a stopped tracee can only mean that it was killed, since
     /// nobody else can resume or detach it.
-    pub(super) fn request(what: &'static str, tid: i32, source: Errno) -> Self {
+    pub(crate) fn request(what: &'static str, tid: i32, source: Errno) -> Self {
         if source == Errno::ESRCH { Self::Died(tid) } else { Self::Request { what, tid, source } }
     }
 }

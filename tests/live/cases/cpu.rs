@@ -23,6 +23,10 @@ pub const CASES: &[Case] = &[
     Case::new("rseq_of_threads", rseq_of_threads),
     Case::new("robust_mutex", robust_mutex),
     Case::new("robust_mutex_of_thread", robust_mutex_of_thread),
+    Case::new("robust_mutex_in_file", robust_mutex_in_file)
+        .peer_fails("lets the kernel break locks in files"),
+    Case::new("robust_list_in_file", robust_list_in_file).peer_fails("lets the kernel break locks in files"),
+    Case::new("thread_id_in_file", thread_id_in_file).peer_fails("lets the kernel clear words in files"),
     Case::new("syscall_user_dispatch", syscall_user_dispatch).refused("syscall user dispatch"),
 ];
 
@@ -342,6 +346,105 @@ fn robust_mutex_of_thread(gate: &Gate) {
     gate.await_mark("held");
     gate.ready();
     Robust::await_owner_death(memory);
+}
+
+/// A file of one page, mapped shared.
+fn shared_file(name: &str) -> sys::Mapped {
+    std::fs::File::create_new(name).expect("create").set_len(4096).expect("set_len");
+    let path = std::ffi::CString::new(name).expect("path");
+    let fd = sys::open(&path, libc::O_RDWR).expect("open");
+    let memory =
+        sys::mmap(0, 4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd, 0).expect("mmap");
+    sys::close(fd);
+    memory
+}
+
+/// Locks in a file are held by a thread and by the leader; their lists are in memory of their own. When the dumped tasks
+/// are killed, nobody may find the locks without an owner.
+fn robust_mutex_in_file(gate: &Gate) {
+    const OTHER: usize = 1024;
+    let file = shared_file("locks");
+    let hold = move |head: sys::Mapped, at: usize| {
+        // The list has one entry, in the file.
+        head.set(0, file.at(at));
+        head.set(8, 8_i64);
+        head.set(16, 0_u64);
+        file.set(at, head.at(0));
+        file.set(at + 8, sys::gettid());
+        sys!(SYS_set_robust_list, head.at(0), 24).expect("set_robust_list");
+    };
+    let check = move |head: sys::Mapped, at: usize| {
+        assert_eq!(file.get::<i32>(at + 8), sys::gettid(), "owner of the lock");
+        assert_eq!((head.get::<usize>(0), file.get::<usize>(at)), (file.at(at), head.at(0)), "robust list");
+    };
+    let heads = [sys::anon(4096), sys::anon(4096)];
+    let control = gate.clone_for_thread();
+    let thread = std::thread::spawn(move || {
+        hold(heads[1], OTHER);
+        control.mark("held");
+        control.wait();
+        check(heads[1], OTHER);
+        sys::thread_exit();
+    });
+    hold(heads[0], 0);
+    gate.await_mark("held");
+    gate.ready();
+    check(heads[0], 0);
+    drop(thread);
+    // And the end of the thread itself is told.
+    let start = std::time::Instant::now();
+    while file.get::<u32>(OTHER + 8) & libc::FUTEX_OWNER_DIED == 0 {
+        assert!(start.elapsed() < crate::gate::PATIENCE, "the owner's death was not told");
+        sys::nap(Duration::from_micros(300));
+    }
+}
+
+/// The list itself is in the file.
+fn robust_list_in_file(gate: &Gate) {
+    let file = shared_file("locks");
+    let child = fork(|| {
+        let held = Robust::hold(file);
+        gate.mark("held");
+        gate.wait();
+        assert_eq!(held.memory.get::<i32>(Robust::FUTEX), sys::gettid(), "owner of the lock");
+        assert_eq!(held.memory.get::<usize>(0), held.memory.at(Robust::ENTRY), "robust list");
+    });
+    gate.await_mark("held");
+    gate.ready();
+    join(child);
+    Robust::await_owner_death(file);
+}
+
+/// The words that the kernel clears when a thread ends are in a file: they say that the threads are there.
+fn thread_id_in_file(gate: &Gate) {
+    let file = shared_file("ids");
+    let control = gate.clone_for_thread();
+    let threads: Vec<_> = (0..4)
+        .map(|n| {
+            let control = control.clone_for_thread();
+            std::thread::spawn(move || {
+                file.set(8 * n, sys::gettid());
+                sys!(SYS_set_tid_address, file.at(8 * n)).expect("set_tid_address");
+                control.mark(&format!("set{n}"));
+                control.wait();
+                assert_eq!(file.get::<i32>(8 * n), sys::gettid(), "id of thread {n}");
+                sys::thread_exit();
+            })
+        })
+        .collect();
+    for n in 0..4 {
+        gate.await_mark(&format!("set{n}"));
+    }
+    gate.ready();
+    for n in 0..4 {
+        let start = std::time::Instant::now();
+        while file.get::<i32>(8 * n) != 0 {
+            assert!(start.elapsed() < crate::gate::PATIENCE, "the end of thread {n} was not told");
+            sys::nap(Duration::from_micros(300));
+        }
+    }
+    // Nobody can join them: the word that tells their end to the C library is another one.
+    std::mem::forget(threads);
 }
 
 fn syscall_user_dispatch(gate: &Gate) {

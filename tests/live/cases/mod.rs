@@ -19,6 +19,7 @@ mod pipes;
 mod pkeys;
 mod private_of_shared;
 mod refused;
+mod refused_state;
 mod shapes;
 mod sharing;
 mod signals;
@@ -56,6 +57,7 @@ pub fn all() -> impl Iterator<Item = &'static Case> {
         tty::CASES,
         locks::CASES,
         refused::CASES,
+        refused_state::CASES,
         attacks::CASES,
         aio::CASES,
     ];
