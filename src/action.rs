@@ -63,7 +63,7 @@ pub enum ActionError {
     /// The program could not be started.
     #[error("start of action script {}", path.display())]
     Start {
-        /// As the user gave it.
+        /// A name that is looked for in PATH, or where it should be.
         path: PathBuf,
         /// Why.
         #[source]
@@ -117,7 +117,8 @@ pub fn run(scripts: &ActionScripts, action: Action, root: Option<Pid>) -> Result
         if let Some(pid) = root {
             command.env("CRTOOLS_INIT_PID", pid.to_string());
         }
-        let status = command.status().map_err(|source| ActionError::Start { path: path.clone(), source })?;
+        let status =
+            command.status().map_err(|source| ActionError::Start { path: scripts.program(path), source })?;
         if !status.success() {
             return Err(ActionError::Failed { path: path.clone(), action: action.name(), status });
         }
@@ -183,7 +184,10 @@ mod tests {
         assert_eq!(error, "action script ./bad failed at post-dump (exit status: 3)");
         assert_eq!(fs::read_to_string(dir.path().join("out")).unwrap(), "good\n");
         let error = run(&scripts(dir.path(), &["./none"]), Action::PostDump, None).unwrap_err();
-        assert_eq!(error.to_string(), "start of action script ./none");
+        assert_eq!(
+            error.to_string(),
+            format!("start of action script {}", dir.path().join("./none").display())
+        );
         // A bare name is a program of PATH, not of the work dir.
         run(&scripts(dir.path(), &["true"]), Action::PostDump, None).unwrap();
         assert!(run(&scripts(dir.path(), &["good"]), Action::PostDump, None).is_err());

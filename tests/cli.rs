@@ -141,7 +141,17 @@ fn mistakes() {
     let rows: &[(&[&str], &str)] = &[
         (&[], "no command"),
         (&["-v4"], "no command"),
-        (&["bogus"], "unknown command bogus"),
+        (&["bogus"], "unknown command bogus; see crtool --help"),
+        (&["dmup", "-t", "1"], "unknown command dmup; did you mean dump?; see"),
+        (&["--dump"], "unknown option --dump; did you mean the command dump?"),
+        (&["dump", "--image-dir", "x"], "unknown option --image-dir; did you mean --images-dir?"),
+        (&["dump", "1"], "unexpected word \"1\"; did you mean --tree 1?"),
+        (
+            &["dump", "-t", "1", "--manage-cgroups=bogus"],
+            "the mode is one of none, props, soft, full, strict, ignore",
+        ),
+        (&["image", "x", ".", "foo"], "'foo' for '<WHAT>' [possible values: ps, fds, mems, rss]"),
+        (&["image", "show", "."], "read .: Is a directory"),
         (&["dump"], "needs --tree PID"),
         (&["dump", "-t"], "option -t needs a value"),
         (&["dump", "--tree"], "option --tree needs a value"),
@@ -367,7 +377,7 @@ fn version_and_help() {
         assert_eq!(text(&out.stdout), format!("Version: {}\n", env!("CARGO_PKG_VERSION")));
         assert!(out.stderr.is_empty());
     }
-    for args in [&["--help"][..], &["-h"], &["restore", "--help"]] {
+    for args in [&["--help"][..], &["-h"], &["restore", "--help"], &["help"], &["help", "dump"]] {
         let out = crtool(dir.path(), args);
         assert_eq!(out.status.code(), Some(0));
         let help = text(&out.stdout);

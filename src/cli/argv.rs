@@ -61,8 +61,8 @@ pub(crate) struct Line {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
 pub(crate) enum ArgvError {
-    #[error("{origin}unknown option {name}")]
-    Unknown { origin: Origin, name: String },
+    #[error("{origin}unknown option {name}{}", near.as_ref().map_or_else(String::new, |near| format!("; did you mean {near}?")))]
+    Unknown { origin: Origin, name: String, near: Option<String> },
     #[error("{origin}option --{name} is ambiguous: {}", possible.join(", "))]
     Ambiguous { origin: Origin, name: String, possible: Vec<String> },
     #[error("{origin}option {name} needs a value")]
@@ -114,7 +114,13 @@ pub(crate) fn long_option(
     let Found { known, negated } = match known::find_long(&name) {
         Ok(found) => found,
         Err(NotFound::Unknown) => {
-            return Err(ArgvError::Unknown { origin, name: format!("--{name}") });
+            let commands = Command::ALL.map(Command::name);
+            let near = match commands.iter().find(|command| **command == name) {
+                Some(command) => Some(format!("the command {command}")),
+                None => known::nearest(&name, known::all().map(|known| known.long))
+                    .map(|near| format!("--{near}")),
+            };
+            return Err(ArgvError::Unknown { origin, name: format!("--{name}"), near });
         }
         Err(NotFound::Ambiguous(names)) => {
             let possible = names.iter().map(|name| format!("--{name}")).collect();
@@ -148,7 +154,7 @@ fn letters_of(
         let origin = Origin::Words;
         let Some(known) = known::find_short(*letter) else {
             let name = format!("-{}", char::from(*letter).escape_default());
-            return Err(ArgvError::Unknown { origin, name });
+            return Err(ArgvError::Unknown { origin, name, near: None });
         };
         let attached = (!after.is_empty()).then(|| OsString::from_vec(after.to_vec()));
         let value = match (known.value, attached) {

@@ -347,6 +347,45 @@ fn find_in(options: &'static [Known], name: &str) -> Result<Found, NotFound> {
     }
 }
 
+/// The name that a word may have been meant to be, if it is near enough to just one.
+pub(crate) fn nearest<'n>(word: &str, names: impl Iterator<Item = &'n str>) -> Option<String> {
+    let far = |name: &str| distance(word.as_bytes(), name.as_bytes());
+    let mut near: Vec<(usize, &str)> = names.map(|name| (far(name), name)).collect();
+    near.sort_unstable();
+    let most = if word.len() < 5 { 1 } else { 2 };
+    match near.as_slice() {
+        [(first, name), rest @ ..] if *first <= most && rest.first().is_none_or(|(next, _)| next > first) => {
+            Some((*name).to_owned())
+        }
+        _ => None,
+    }
+}
+
+/// How many letters have to be changed, put in, left out or swapped with the next.
+fn distance(one: &[u8], other: &[u8]) -> usize {
+    // A word this long is no slip of the finger.
+    if one.len().abs_diff(other.len()) > 2 {
+        return usize::MAX;
+    }
+    let mut before: Vec<usize> = Vec::new();
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (i, a) in one.iter().enumerate() {
+        let mut next = vec![i + 1];
+        for (j, b) in other.iter().enumerate() {
+            let at = |row: &[usize], j: usize| row.get(j).copied().unwrap_or(usize::MAX / 2);
+            let changed = at(&row, j) + usize::from(a != b);
+            let mut least = changed.min(at(&row, j + 1) + 1).min(at(&next, j) + 1);
+            let swapped = i > 0 && j > 0 && one.get(i - 1) == Some(b) && other.get(j - 1) == Some(a);
+            if swapped {
+                least = least.min(at(&before, j - 1) + 1);
+            }
+            next.push(least);
+        }
+        before = std::mem::replace(&mut row, next);
+    }
+    row.last().copied().unwrap_or(usize::MAX)
+}
+
 /// Finds an option by its letter.
 pub(crate) fn find_short(letter: u8) -> Option<&'static Known> {
     OPTIONS.iter().find(|known| known.short == Some(letter))
@@ -386,6 +425,26 @@ mod tests {
         assert_eq!(name("fre"), "freeze-cgroup");
         assert_eq!(name("free-"), "free-as-read");
         assert_eq!(name(""), "unknown");
+    }
+
+    #[test]
+    fn slips() {
+        let commands = || Command::ALL.into_iter().map(Command::name);
+        for (word, wanted) in [
+            ("dmup", Some("dump")),
+            ("restor", Some("restore")),
+            ("chekc", Some("check")),
+            ("image-cahce", Some("image-cache")),
+            ("dmp", Some("dump")),
+            ("d", None),
+            ("", None),
+            ("frobnicate", None),
+        ] {
+            assert_eq!(nearest(word, commands()).as_deref(), wanted, "{word}");
+        }
+        assert_eq!(distance(b"abc", b"abc"), 0);
+        assert_eq!(distance(b"abc", b"acb"), 1);
+        assert_eq!(distance(b"", b"ab"), 2);
     }
 
     #[test]

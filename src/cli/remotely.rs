@@ -193,8 +193,8 @@ fn request(opts: &Opts) -> Result<Option<CacheRequest>, UsageError> {
         [name] if named => snapshot(what, name)?,
         [] if what == "drop" => return Err(UsageError::Needs("image-cache drop", "the name of a snapshot")),
         [] => return Err(UsageError::Needs("image-cache release", "the name of a snapshot")),
-        [_, second, ..] if named => return Err(UsageError::Surplus(second.clone())),
-        [first, ..] => return Err(UsageError::Surplus(first.clone())),
+        [_, second, ..] if named => return Err(UsageError::Surplus { word: second.clone(), near: None }),
+        [first, ..] => return Err(UsageError::Surplus { word: first.clone(), near: None }),
     };
     if opts.force && what != "drop" {
         return Err(UsageError::OnlyWith("force", "image-cache drop"));
@@ -221,7 +221,9 @@ pub(super) fn proxy(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
             typed.needless(&CONNECTION, "image-proxy itself")?;
             return Ok(Task::ProxyStatus(work_dir));
         }
-        [word, second, ..] if word == "status" => return Err(UsageError::Surplus(second.clone())),
+        [word, second, ..] if word == "status" => {
+            return Err(UsageError::Surplus { word: second.clone(), near: None });
+        }
         [word, ..] => return Err(surplus(word, "image-proxy and image-proxy status")),
     }
     if opts.address.is_none() && opts.ps_socket.is_none() {

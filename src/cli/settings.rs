@@ -26,6 +26,8 @@ use crate::{
     },
 };
 
+/// What CRIU can do with control groups.
+const CGROUP_MODES: [&str; 5] = ["none", "props", "soft", "full", "strict"];
 const NO_SOCKETS: &str = "sockets are not saved yet, and a tree that has some is refused";
 const NO_NAMESPACES: &str = "namespaces are not saved yet, and a tree in others than crtool's is refused";
 
@@ -39,8 +41,8 @@ pub(crate) enum UsageError {
     Config(#[from] ConfigError),
     #[error("no command given; see crtool --help")]
     NoCommand,
-    #[error("unknown command {0}; see crtool --help")]
-    UnknownCommand(String),
+    #[error("unknown command {word}{}; see crtool --help", did_you_mean(near.as_deref()))]
+    UnknownCommand { word: String, near: Option<String> },
     #[error("command {0} is not supported yet")]
     CommandToCome(String),
     #[error("{origin}option --{name} is not supported yet: without it {otherwise}")]
@@ -60,8 +62,8 @@ pub(crate) enum UsageError {
     DetachedInit,
     #[error("command {0} needs {1}")]
     Needs(&'static str, &'static str),
-    #[error("unexpected word {0:?}")]
-    Surplus(OsString),
+    #[error("unexpected word {word:?}{}", did_you_mean(near.as_deref()))]
+    Surplus { word: OsString, near: Option<String> },
     #[error("option --{0} only makes sense with {1}")]
     OnlyWith(&'static str, &'static str),
     #[error("option --{0} cannot be used together with --{1}")]
@@ -70,6 +72,10 @@ pub(crate) enum UsageError {
     Dir { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{0}")]
     Other(String),
+}
+
+fn did_you_mean(what: Option<&str>) -> String {
+    what.map_or_else(String::new, |what| format!("; did you mean {what}?"))
 }
 
 /// What to do.
@@ -115,8 +121,12 @@ pub(crate) struct Plan {
 /// Reads the words after the program's name, and the configuration files.
 pub(crate) fn plan(words: Vec<OsString>) -> Result<Plan, UsageError> {
     let line = argv::walk(words)?;
-    if line.options.iter().any(|given| given.known.long == "help") {
-        let of = command_of(&line).ok().filter(|command| command.is_daemon());
+    let asks = |word: &OsString| word == "help";
+    if line.options.iter().any(|given| given.known.long == "help") || line.words.first().is_some_and(asks) {
+        let word = line.words.iter().find(|word| !asks(word));
+        let command =
+            Command::ALL.into_iter().find(|command| word.is_some_and(|word| word == command.name()));
+        let of = command.filter(|command| command.is_daemon());
         return Ok(Plan::only(Task::Help(of)));
     }
     if line.options.iter().any(|given| given.known.long == "version") {
@@ -145,7 +155,11 @@ fn command_of(line: &Line) -> Result<Command, UsageError> {
     match Command::ALL.into_iter().find(|command| command.name() == word) {
         Some(command) => Ok(command),
         None if COMMANDS_TO_COME.contains(&&*word) => Err(UsageError::CommandToCome(word.into_owned())),
-        None => Err(UsageError::UnknownCommand(word.into_owned())),
+        None => {
+            let commands =
+                Command::ALL.into_iter().map(Command::name).chain(COMMANDS_TO_COME.iter().copied());
+            Err(UsageError::UnknownCommand { near: known::nearest(&word, commands), word: word.into_owned() })
+        }
     }
 }
 
@@ -264,12 +278,18 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
         && !command.is_daemon()
         && !opts.exec_cmd
     {
-        return Err(UsageError::Surplus(word.clone()));
+        let is_pid = word.to_str().is_some_and(|word| word.parse::<u32>().is_ok());
+        let near = (is_pid && opts.tree.is_none()).then(|| format!("--tree {}", word.display()));
+        return Err(UsageError::Surplus { word: word.clone(), near });
     }
     if let Some(mode) = &opts.manage_cgroups
         && mode != "ignore"
     {
         let (name, value) = ("manage-cgroups", mode.clone());
+        if !CGROUP_MODES.contains(&mode.as_str()) {
+            let wanted = format!("the mode is one of {}, ignore", CGROUP_MODES.join(", "));
+            return Err(UsageError::Value { origin: place(name), name: name.to_owned(), value, wanted });
+        }
         return Err(UsageError::ValueToCome { origin: place(name), name, value });
     }
     if let Some(kind) = foreign_externals(&mut opts, &mut warnings) {

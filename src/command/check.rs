@@ -113,7 +113,9 @@ fn kernel(extra: bool, experimental: bool) -> anyhow::Result<Exit> {
 
 /// Names everything in a tree that would stop a dump; the tree is not touched.
 fn tree(settings: &DumpSettings) -> anyhow::Result<Exit> {
-    let findings = dump::check_tree(settings).with_context(|| format!("check of pid {}", settings.pid))?;
+    let findings = dump::check_tree(settings)
+        .map_err(super::explained)
+        .with_context(|| format!("check of pid {}", settings.pid))?;
     Ok(tell(&findings))
 }
 

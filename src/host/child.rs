@@ -4,7 +4,7 @@
 use std::{
     io::Read as _,
     os::fd::{AsFd, AsRawFd, OwnedFd},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -135,8 +135,15 @@ impl Child {
     fn wait(&self) -> Result<(), Errno> {
         let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
         let mut fds = [PollFd::new(self.said.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut fds, timeout)? == 0 {
-            return Err(Errno::ETIMEDOUT);
+        let begin = Instant::now();
+        // A command that asks for one feature may have a timer that interrupts its waits.
+        loop {
+            match poll(&mut fds, timeout) {
+                Ok(0) => return Err(Errno::ETIMEDOUT),
+                Err(Errno::EINTR) if begin.elapsed() < PATIENCE => {}
+                Err(e) => return Err(e),
+                Ok(_) => break,
+            }
         }
         match nix::unistd::read(&self.said, &mut [0])? {
             1 => Ok(()),
