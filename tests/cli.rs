@@ -387,6 +387,43 @@ fn version_and_help() {
     }
 }
 
+/// A current directory that is gone is no trouble to whom does not need one.
+#[test]
+fn nowhere() {
+    let dir = temp();
+    let script = format!(
+        "mkdir gone && cd gone && rmdir ../gone && for words in 'check --feature kcmp' 'image show {0}/none.img'; do \
+         {1} $words; echo $?; done; {1} dump -t {NOBODY}; echo $?",
+        dir.path().display(),
+        env!("CARGO_BIN_EXE_crtool")
+    );
+    let out = Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().expect("sh starts");
+    let err = text(&out.stderr);
+    assert_eq!(text(&out.stdout), "kcmp is supported\n0\n1\n1\n", "{err}");
+    assert!(
+        err.contains("none.img: No such file") && err.contains("images directory .: No such file"),
+        "{err}"
+    );
+}
+
+/// A thread is none of the processes that can be dumped, and is told whose it is.
+#[test]
+fn a_thread_is_no_tree() {
+    let dir = temp();
+    let (send, hear) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        send.send(nix::unistd::gettid()).expect("send");
+        let _ = ended.recv();
+    });
+    let tid = hear.recv().expect("tid").to_string();
+    let wanted = format!("{tid} is a thread of process {}", std::process::id());
+    refused(dir.path(), &["dump", "-t", &tid], &wanted);
+    refused(dir.path(), &["check", "-t", &tid], &wanted);
+    drop(end);
+    thread.join().expect("thread");
+}
+
 /// A reader that goes away kills nobody.
 #[test]
 fn closed_output() {

@@ -303,6 +303,10 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     let (images_dir, work_dir) = if opts.remote || command.is_daemon() {
         let work_dir = directory("work directory", opts.work_dir.as_deref(), here)?;
         (work_dir.clone(), work_dir)
+    } else if !matches!(command, Command::Dump | Command::Restore) && opts.work_dir.is_none() {
+        // Where nothing has to be, the current directory may be one that is gone.
+        let dir = directory("work directory", None, here).unwrap_or_else(|_| here.to_owned());
+        (dir.clone(), dir)
     } else {
         let images_dir = directory("images directory", opts.images_dir.as_deref(), here)?;
         let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir)?;

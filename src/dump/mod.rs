@@ -151,6 +151,13 @@ pub fn look_at_root(pid: i32) -> Result<()> {
     if stat.flags & KERNEL != 0 {
         bail!("task {pid} is a thread of the kernel: there is nothing to dump");
     }
+    // What cannot be read here is told by what needs it.
+    if let Ok(bytes) = std::fs::read(format!("/proc/{pid}/status"))
+        && let Ok(status) = crate::proc::status::parse(&bytes)
+        && status.tgid != pid
+    {
+        bail!("{pid} is a thread of process {}: dump that one", status.tgid);
+    }
     not_ourselves(pid)
 }
 

@@ -90,6 +90,11 @@ impl Images {
             inventory.img_version
         );
         let entries: Vec<pb::PstreeEntry> = store.read_all(ImageKind::Pstree, None)?;
+        ensure!(
+            !entries.is_empty() || store.exists(ImageKind::Pstree, None)?,
+            "{}: no such image",
+            store.path_of("pstree.img").display()
+        );
         ensure!(!entries.is_empty(), "pstree.img has no task");
         let mut tasks = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
