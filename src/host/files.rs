@@ -3,7 +3,10 @@
 use std::{
     cmp::Ordering,
     fs::{self, File},
-    os::fd::{AsFd, AsRawFd},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::MetadataExt as _,
+    },
 };
 
 use nix::sys::{
@@ -85,4 +88,44 @@ pub(super) fn autofs() -> Result<(), Trouble> {
     let text = fs::read_to_string("/proc/filesystems").map_err(Trouble::Proc)?;
     let found = text.lines().any(|line| line.split_whitespace().next_back() == Some("autofs"));
     expect(found, "the kernel has no such file system")
+}
+
+/// A file of an overlay, mapped, is the file that is open, and not the one below it.
+pub(super) fn overlay_maps() -> Result<(), Trouble> {
+    let mut script = call("pipe", Script::new())?;
+    let private = u64::from((libc::MS_REC | libc::MS_PRIVATE) as u32);
+    let apart = script.call(libc::SYS_unshare, &[libc::CLONE_NEWNS.into()]);
+    let [none, root, tmp, tmpfs, overlay] =
+        [&b"none\0"[..], b"/\0", b"/tmp\0", b"tmpfs\0", b"overlay\0"].map(|text| script.data(text));
+    script.call(libc::SYS_mount, &[none.into(), root.into(), 0.into(), private.into(), 0.into()]);
+    script.call(libc::SYS_mount, &[none.into(), tmp.into(), tmpfs.into(), 0.into(), 0.into()]);
+    for dir in [&b"/tmp/lower\0"[..], b"/tmp/upper\0", b"/tmp/work\0", b"/tmp/merged\0"] {
+        let dir = script.data(dir);
+        script.call(libc::SYS_mkdir, &[dir.into(), 0o755.into()]);
+    }
+    let open = |script: &mut Script, path: &[u8], flags: i32| {
+        let path = script.data(path);
+        script.call(
+            libc::SYS_openat,
+            &[libc::AT_FDCWD.into(), path.into(), (flags | libc::O_CLOEXEC).into(), 0o600.into()],
+        )
+    };
+    open(&mut script, b"/tmp/lower/file\0", libc::O_CREAT | libc::O_RDWR);
+    let merged = script.data(b"/tmp/merged\0");
+    let layers = script.data(b"lowerdir=/tmp/lower,upperdir=/tmp/upper,workdir=/tmp/work\0");
+    let mounted = script
+        .call(libc::SYS_mount, &[overlay.into(), merged.into(), overlay.into(), 0.into(), layers.into()]);
+    let fd = open(&mut script, b"/tmp/merged/file\0", libc::O_RDONLY);
+    let at = script.call(
+        libc::SYS_mmap,
+        &[0.into(), 4096.into(), libc::PROT_READ.into(), libc::MAP_PRIVATE.into(), fd.into(), 0.into()],
+    );
+    let child = call("fork", script.start())?;
+    call("unshare", child.result(apart))?;
+    call("mount of an overlay", child.result(mounted))?;
+    let (fd, at) = (call("open", child.result(fd))?, call("mmap", child.result(at))?);
+    let id = |path: String| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).map_err(Trouble::Proc);
+    let proc = format!("/proc/{}", child.pid());
+    let mapped = id(format!("{proc}/map_files/{at:x}-{:x}", at + 4096))?;
+    expect(mapped == id(format!("{proc}/fd/{fd}"))?, "what is mapped seems to be another file")
 }

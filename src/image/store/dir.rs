@@ -84,7 +84,7 @@ struct Snapshot {
     /// Where its images are; what the first one has not is in the next.
     dirs: Vec<OwnedFd>,
     /// Its inventory, locked so that it stays.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 /// What a dump has made so far.
@@ -113,7 +113,7 @@ impl DirStore {
         let (check, names) = (OwnerCheck::Off, Names::Unchecked);
         let dir = ownership::open_dir(AT_FDCWD, DIRECTORY, path, check)?;
         let dirs = current(&dir, path, check)?;
-        Ok(DirStore::of(dir, path.to_owned(), DirMode::Read(Snapshot { dirs, _lock: None }), check, names))
+        Ok(DirStore::of(dir, path.to_owned(), DirMode::Read(Snapshot { dirs, lock: None }), check, names))
     }
 
     /// For a dump: writes images into the existing directory `path`. What is there is not touched before commit.
@@ -341,6 +341,15 @@ impl Drop for DirStore {
     }
 }
 
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        // Also for a process of the tree that still has a copy of the descriptor.
+        if let Some(lock) = &self.lock {
+            let _ = lock.unlock();
+        }
+    }
+}
+
 impl Snapshot {
     /// Finds the snapshot in `dir` and keeps it there as long as this lives.
     fn take(dir: &OwnedFd, path: &Path, check: OwnerCheck) -> Result<Self, ImageError> {
@@ -361,7 +370,7 @@ impl Snapshot {
                 },
             };
             if !busy {
-                return Ok(Self { dirs, _lock: inventory });
+                return Ok(Self { dirs, lock: inventory });
             }
             if Instant::now() > deadline {
                 return Err(ImageError::Busy { path: path.to_owned(), what: holder, pid: None });
