@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::{
     collect::{Collected, Source},
-    look_at_root,
+    look_at_root, restorable,
     tree::{self, Process},
 };
 use crate::{
@@ -41,6 +41,7 @@ pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
         // Descriptors have been closed since: no reason against a dump.
         tracing::info!("{error:#}");
     }
+    restorable::check(&mut collected, settings).context("what a restore would make of the tree")?;
     Ok(collected.findings())
 }
 

@@ -5,7 +5,7 @@
 //! one process after another. So both say the same of the same tree.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -86,8 +86,8 @@ pub(super) struct Collected<'s> {
     time: TimeDump,
     /// Descriptor tables that have been looked at.
     tables: HashSet<u32>,
-    /// Address spaces that have been looked at, and by whom.
-    spaces: HashMap<u32, i32>,
+    /// Address spaces that have been looked at.
+    spaces: HashSet<u32>,
     gadgets: GadgetCache,
     settings: &'s DumpSettings,
 }
@@ -133,7 +133,7 @@ impl<'s> Collected<'s> {
             findings: Vec::new(),
             words: Vec::new(),
             tables: HashSet::new(),
-            spaces: HashMap::new(),
+            spaces: HashSet::new(),
             gadgets: GadgetCache::default(),
             settings,
         }
@@ -204,11 +204,7 @@ impl<'s> Collected<'s> {
                 "run crtool inside them (nsenter)",
             );
         }
-        let other = self.spaces.insert(ids.vm_id, pid);
-        if let Some(other) = other.filter(|other| *other != process.ppid) {
-            let reason = format!("shared with task {other}, which is not its parent (CLONE_VM)");
-            self.finding(pid, "address space", reason, "");
-        }
+        let is_new = self.spaces.insert(ids.vm_id);
         if process.ppid != 0 && process.exit_signal != libc::SIGCHLD {
             self.finding(
                 pid,
@@ -242,7 +238,7 @@ impl<'s> Collected<'s> {
                 }
             }
         }
-        Ok(other.is_none())
+        Ok(is_new)
     }
 
     fn space(&mut self, pid: i32, agent: i32, inside: &Inside) -> Result<AddressSpace> {

@@ -9,6 +9,7 @@ mod finish;
 mod ids;
 mod images;
 mod inside;
+mod restorable;
 mod tree;
 
 pub use check::check_tree;
@@ -92,6 +93,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         collected.process(process, &check)?;
     }
     collected.complete()?;
+    restorable::check(&mut collected, settings)?;
     // All that a restore will read of this tree is in `collected` now, and nothing of it is written.
     let findings = collected.findings();
     if !findings.is_empty() {

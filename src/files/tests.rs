@@ -67,7 +67,9 @@ impl Cycle {
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
         files.complete(&mut findings)?;
         files.would_restore(&HashSet::new(), &mut findings)?;
-        self.limit.map(|limit| files.check_limits(limit, &mut findings));
+        if let Some(limit) = self.limit {
+            files.check_limits(limit, &mut findings);
+        }
         if findings.is_empty() {
             let pid = me.cast_unsigned();
             let task =

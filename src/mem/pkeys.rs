@@ -94,6 +94,12 @@ pub struct Plan {
     readable_code: bool,
 }
 
+/// Whether the processor that a thread was dumped on had memory protection keys: then there is a register for them.
+pub fn known_to(core: &pb::CoreEntry) -> bool {
+    let xsave = core.thread_info.as_ref().and_then(|info| info.fpregs.xsave.as_ref());
+    xsave.is_some_and(|xsave| !xsave.pkru.is_empty())
+}
+
 /// Checks what an image says about keys, and whether they can be had here. `keys_at_source` tells whether the processor
 /// of the dump had keys.
 pub fn plan(mm: &pb::MmEntry, pid: i32, keys_at_source: bool) -> Result<Plan, MemError> {

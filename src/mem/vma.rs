@@ -5,9 +5,12 @@
 //! `files.img` or, for anonymous shared memory, of the object (`pagemap-shmem-ID.img`). `fd` is
 //! always -1 in an image. `fdflags` says how the file must be opened.
 
+use super::MemError;
 use crate::image::pb;
+use crate::pages::PAGE;
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{Smap, VmFlags};
+use crate::tracee::room::TASK_SIZE;
 
 /// An ordinary area; all but [`VSYSCALL`] have it.
 pub const REGULAR: u32 = 1 << 0;
@@ -46,6 +49,31 @@ pub const MAP_DROPPABLE: u32 = 0x08;
 /// Beside MAP_LOCKED: only pages that are touched are locked (mlock2 with MLOCK_ONFAULT). mmap
 /// itself knows no such flag; MAP_NONBLOCK without MAP_POPULATE means nothing to it.
 pub const LOCK_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
+
+/// Checks the areas of an mm image: order, alignment, range.
+pub fn check(mm: &pb::MmEntry, pid: i32) -> Result<(), MemError> {
+    let mut last = 0u64;
+    for vma in &mm.vmas {
+        let (start, end) = (vma.start, vma.end);
+        let wrong =
+            |what| Err(MemError::BadImage { pid, what: format!("mapping {start:#x}-{end:#x} is {what}") });
+        if vma.status & (VSYSCALL | GUARD) != 0 {
+            // They lie over or beside the others.
+            if start >= end || (vma.status & VSYSCALL == 0 && end > TASK_SIZE) {
+                return wrong("out of range");
+            }
+            continue;
+        }
+        if start % PAGE != 0 || end % PAGE != 0 {
+            return wrong("not made of whole pages");
+        }
+        if start < last || start >= end || end > TASK_SIZE {
+            return wrong("out of order or out of range");
+        }
+        last = end;
+    }
+    Ok(())
+}
 
 /// Advice that shows in VmFlags, and its MADV_ number.
 const ADVICE: &[(VmFlags, i32)] = &[
@@ -147,6 +175,19 @@ mod tests {
         let text =
             format!("1000-2000 rw-{s} 00000000 00:00 0 \nKernelPageSize: {page_kib} kB\nVmFlags: {flags} \n");
         crate::proc::smaps::parse(text.as_bytes()).unwrap().remove(0)
+    }
+
+    #[test]
+    fn crafted_areas_are_refused() {
+        let mm = |status, start, end| pb::MmEntry {
+            vmas: vec![pb::VmaEntry { status, start, end, ..Default::default() }],
+            ..Default::default()
+        };
+        for status in [GUARD, GUARD | ANON_SHARED, VSYSCALL, 0] {
+            assert!(check(&mm(status, 0x3000, 0x1000), 1).is_err(), "{status:#x}");
+        }
+        assert!(check(&mm(GUARD, 0x1000, u64::MAX), 1).is_err());
+        assert!(check(&mm(GUARD, 0x1000, 0x3000), 1).is_ok());
     }
 
     #[test]

@@ -31,6 +31,22 @@ pub(crate) struct Impossible {
     pub(crate) reason: String,
 }
 
+impl Impossible {
+    /// Of a helper nobody has heard: what it cannot do, the tree cannot.
+    fn of_task(self, tasks: &[Shape]) -> Self {
+        match tasks.first() {
+            Some(root) if tasks.iter().all(|task| task.pid != self.pid) => {
+                let reason = match self.pid {
+                    0.. => format!("of process {}, which is dead: {}", self.pid, self.reason),
+                    _ => self.reason,
+                };
+                Self { pid: root.pid, reason }
+            }
+            _ => self,
+        }
+    }
+}
+
 /// The id of a process that is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlannedPid {
@@ -168,7 +184,6 @@ impl ForkPlan {
     }
 
     /// Ids that no task has and that helpers must have: those of dead leaders.
-    #[cfg_attr(not(test), expect(dead_code, reason = "a dump asks for them"))]
     pub(crate) fn ids_of_the_dead(&self) -> impl Iterator<Item = i32> + '_ {
         self.processes.iter().filter(|p| p.task.is_none()).filter_map(|p| match p.pid {
             PlannedPid::Exact(pid) => Some(pid),
@@ -179,12 +194,17 @@ impl ForkPlan {
 
 /// Plans the making of `tasks`, parents before children, by somebody in `outside`.
 pub(crate) fn plan(tasks: &[Shape], outside: Outside) -> Result<ForkPlan, Impossible> {
+    // The kernel says 0 of a session or group whose leader is in another pid namespace.
+    if let Some(task) = tasks.iter().find(|task| task.sid <= 0 || task.pgid <= 0) {
+        let reason = "its session or process group is led from outside of this pid namespace";
+        return Err(Impossible { pid: task.pid, reason: reason.into() });
+    }
     let mut planner = Planner::new(tasks, outside);
     planner.sessions()?;
     planner.makers();
     planner.groups();
     let mut plan = planner.steps();
-    let joins = model::check(tasks, &plan, outside)?;
+    let joins = model::check(tasks, &plan, outside).map_err(|error| error.of_task(tasks))?;
     let mut joins = joins.into_iter();
     plan.moves.retain(|step| !matches!(step, Move::Join { .. }) || joins.next() == Some(true));
     Ok(plan)

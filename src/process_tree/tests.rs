@@ -133,6 +133,14 @@ fn what_cannot_be_made_is_named() {
     assert!(error.reason.contains("address space"), "{error}");
 }
 
+#[test]
+fn what_is_led_from_elsewhere_is_named() {
+    let error = plan(&tree(&[(10, None, 10, 10), (11, Some(0), 0, 0)]), OUTSIDE).unwrap_err();
+    assert_eq!((error.pid, error.reason.contains("pid namespace")), (11, true));
+    let error = plan(&tree(&[(10, None, 10, 9), (11, Some(0), 10, 10)]), OUTSIDE).unwrap_err();
+    assert_eq!((error.pid, error.reason.contains("from outside the tree")), (10, true));
+}
+
 /// A kernel in which a tree comes to be by random system calls: what it gives is what dumps meet.
 mod history {
     use super::*;

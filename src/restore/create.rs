@@ -30,7 +30,7 @@ use crate::{
     files::{Descriptors, FIRST_SHARED, FilesRestore, SUPERVISOR},
     image::{ImageKind, Store, TypedStore, pb},
     interrupt,
-    mem::pkeys,
+    mem::{pkeys, vma},
     pages::Pages,
     process_tree::{ForkPlan, PlannedPid, Step},
     settings::RestoreSettings,
@@ -109,8 +109,8 @@ impl<'i> Construction<'i> {
         let mut keys = HashMap::new();
         for task in &images.tasks {
             if let Some(mm) = &task.mm {
-                layout::check_vmas(mm, task.pid)?;
-                keys.insert(task.pid, pkeys::plan(mm, task.pid, task.knows_protection_keys())?);
+                vma::check(mm, task.pid)?;
+                keys.insert(task.pid, pkeys::plan(mm, task.pid, task.cores.iter().any(pkeys::known_to))?);
             }
             for core in task.cores.iter().filter(|_| !task.is_zombie()) {
                 task::final_state(core).with_context(|| format!("state of task {}", task.pid))?;
@@ -121,7 +121,7 @@ impl<'i> Construction<'i> {
         for task in &images.tasks {
             pages.push(if task.is_zombie() { Pages::default() } else { pages_of(store, task)? });
         }
-        let (place, reserved) = plan::place_of_areas(mms())?;
+        let (place, reserved) = plan::place_of_areas(images)?;
         let of_tree = images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid]));
         let mut allocator = PidAllocator::new(of_tree);
         let mut pids = Vec::with_capacity(forks.processes.len());

@@ -45,13 +45,6 @@ impl Task {
         self.cores.first().with_context(|| format!("core-{}.img has no entry", self.pid))
     }
 
-    /// Whether the processor it was dumped on had memory protection keys: then there is a register for them.
-    pub(super) fn knows_protection_keys(&self) -> bool {
-        let pkru =
-            |core: &pb::CoreEntry| Some(!core.thread_info.as_ref()?.fpregs.xsave.as_ref()?.pkru.is_empty());
-        self.cores.iter().any(|core| pkru(core).unwrap_or(false))
-    }
-
     pub(super) fn is_zombie(&self) -> bool {
         matches!(self.state, State::Zombie(_))
     }

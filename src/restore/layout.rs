@@ -19,12 +19,10 @@ use crate::{
     mem::{aio, pkeys},
     pages::{Pages, Piece},
     sys::pod::{self, Pod},
-    tracee::{List, Op, Want},
+    tracee::{List, Op, Want, room::TASK_SIZE},
 };
 
 const PAGE: u64 = 4096;
-/// End of what user space can map with 4-level page tables.
-pub(super) const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
 /// Bytes for which one more thread is worth its making.
 const FILL_SHARE: u64 = 32 << 20;
@@ -70,36 +68,6 @@ fn mm_map_bytes(map: &MmMap) -> Vec<u8> {
     bytes.extend_from_slice(&map.auxv_size.to_ne_bytes());
     bytes.extend_from_slice(&map.exe_fd.to_ne_bytes());
     bytes
-}
-
-/// Checks the areas of an mm image: order, alignment, range.
-pub(super) fn check_vmas(mm: &pb::MmEntry, pid: i32) -> Result<()> {
-    let mut last = 0u64;
-    for vma in &mm.vmas {
-        let overlay = status::VSYSCALL | status::GUARD;
-        if vma.status & overlay != 0 {
-            let inside = vma.status & status::VSYSCALL != 0 || vma.end <= TASK_SIZE;
-            ensure!(
-                vma.start < vma.end && inside,
-                "mm-{pid}.img: mapping {:#x}-{:#x} is out of range",
-                vma.start,
-                vma.end
-            );
-            continue;
-        }
-        ensure!(
-            vma.start % PAGE == 0
-                && vma.end % PAGE == 0
-                && vma.start >= last
-                && vma.start < vma.end
-                && vma.end <= TASK_SIZE,
-            "mm-{pid}.img: mapping {:#x}-{:#x} is out of order or out of range",
-            vma.start,
-            vma.end
-        );
-        last = vma.end;
-    }
-    Ok(())
 }
 
 pub(super) fn private(vma: &pb::VmaEntry) -> bool {
@@ -596,24 +564,6 @@ pub(super) fn plan_clear(list: &mut List, area: (u64, u64), kept: &[(u64, u64)])
     }
 }
 
-/// The widest range of addresses free in all of `used` (any order); `None` when there is none of `len`.
-pub(super) fn free_everywhere(mut used: Vec<(u64, u64)>, len: u64) -> Option<u64> {
-    used.retain(|(start, _)| *start < TASK_SIZE);
-    used.push((TASK_SIZE, u64::MAX));
-    used.sort_unstable();
-    let mut best = None;
-    let mut end = 1 << 20;
-    for (start, stop) in used {
-        if start > end && best.is_none_or(|(s, e)| start - end > e - s) {
-            best = Some((end, start));
-        }
-        end = end.max(stop);
-    }
-    // In the middle, so that stacks and heaps have room to grow on both sides.
-    let (start, stop) = best.filter(|(s, e)| e - s >= len + 2 * PAGE)?;
-    Some((start + (stop - start - len) / 2) & !(PAGE - 1))
-}
-
 /// Keeps the compiler honest about what crosses into a target.
 const _: fn() = || {
     fn plain<T: Pod>() {}
@@ -643,26 +593,5 @@ mod tests {
             assert_eq!(offset, total);
         }
         assert!(split(&[], 3, 0).iter().all(Vec::is_empty));
-    }
-
-    #[test]
-    fn crafted_areas_are_refused() {
-        let mm = |status, start, end| pb::MmEntry {
-            vmas: vec![pb::VmaEntry { status, start, end, ..Default::default() }],
-            ..Default::default()
-        };
-        for status in [status::GUARD, status::GUARD | status::ANON_SHARED, status::VSYSCALL, 0] {
-            assert!(check_vmas(&mm(status, 0x3000, 0x1000), 1).is_err(), "{status:#x}");
-        }
-        assert!(check_vmas(&mm(status::GUARD, 0x1000, u64::MAX), 1).is_err());
-        assert!(check_vmas(&mm(status::GUARD, 0x1000, 0x3000), 1).is_ok());
-    }
-
-    #[test]
-    fn widest_gap() {
-        let at = free_everywhere(vec![(0x40_0000, 0x50_0000), (0x7000_0000_0000, 0x7fff_0000_0000)], 1 << 30)
-            .unwrap();
-        assert!(at > 0x50_0000 && at + (1 << 30) < 0x7000_0000_0000);
-        assert_eq!(free_everywhere(vec![(0, TASK_SIZE)], PAGE), None);
     }
 }

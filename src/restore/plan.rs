@@ -5,22 +5,17 @@ use nix::unistd::{getpgrp, getsid};
 
 use super::{
     images::{Images, State, Task},
-    layout,
     puppets::Place,
 };
 use crate::{
     image::pb,
     process_tree::{self, ForkPlan, Listed, Outside, Sharing},
     settings::RestoreSettings,
-    tracee::RemoteAddr,
+    tracee::{
+        RemoteAddr,
+        room::{self, Need},
+    },
 };
-
-/// Most bytes of an area, if there is room: only what is used is mapped.
-const AREA_LEN: u64 = 1 << 30;
-/// Least bytes of an area.
-const LEAST_LEN: u64 = 4 << 20;
-/// Below the area, for the vdso of this kernel beside an old one.
-pub(super) const VDSO_ROOM: u64 = 1 << 20;
 
 impl Task {
     /// What it shares; `None` for a zombie.
@@ -70,22 +65,23 @@ fn must_not_be_our_child(root: &Task, images: &Images) -> bool {
 
 /// Where lists are to lie: where no task of the tree will have anything, nor have we. With it the whole range that must be
 /// left alone.
-pub(super) fn place_of_areas<'m>(mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<(Place, (u64, u64))> {
-    let mut used: Vec<(u64, u64)> = mms.flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
+pub(super) fn place_of_areas(images: &Images) -> Result<(Place, (u64, u64))> {
+    let mms = || images.tasks.iter().filter_map(|task| task.mm.as_ref());
+    let mut used: Vec<(u64, u64)> = mms().flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
     used.extend(crate::tracee::read_maps(std::process::id().cast_signed())?.iter().map(|v| (v.start, v.end)));
-    let mut len = AREA_LEN;
-    loop {
-        if let Some(start) = layout::free_everywhere(used.clone(), VDSO_ROOM + len) {
-            let at = start + VDSO_ROOM;
+    let need = Need {
+        mappings: mms().map(|mm| mm.vmas.len() as u64).max().unwrap_or(0),
+        pages: 0,
+        threads: images.tasks.iter().map(|task| task.tids.len() as u64).max().unwrap_or(0),
+    };
+    match room::place(&used, need) {
+        Ok(room::Place { room, at, len }) => {
             tracing::debug!("lists at {at:#x}");
-            return Ok((Place { at: RemoteAddr(at), len: usize::try_from(len)? }, (start, at + len)));
+            Ok((Place { at: RemoteAddr(at), len: usize::try_from(len)? }, (room, at + len)))
         }
-        len /= 4;
-        if len < LEAST_LEN {
-            bail!(
-                "no address is free in all tasks of the tree: {} MiB are needed, at the same place in each",
-                (VDSO_ROOM + LEAST_LEN) >> 20
-            );
-        }
+        Err(bytes) => bail!(
+            "no address is free in all tasks of the tree: {} MiB are needed, at the same place in each",
+            bytes.div_ceil(1 << 20)
+        ),
     }
 }

@@ -16,13 +16,13 @@ use std::sync::LazyLock;
 
 use anyhow::Result;
 
-use super::layout::{free_everywhere, private, status};
+use super::layout::{private, status};
 use crate::{
     files::Descriptors,
     image::pb,
     pages::{Pages, Piece},
     sys::userfault,
-    tracee::{List, Want},
+    tracee::{List, Want, room},
 };
 
 const PAGE: u64 = 4096;
@@ -112,7 +112,7 @@ impl UffdCopies {
             let mine = || self.pieces.iter().filter(|piece| piece.image == number);
             let Some(offset) = mine().map(|piece| piece.offset).min() else { continue };
             let len = mine().map(|piece| piece.offset + piece.len()).max().unwrap_or(offset) - offset;
-            let Some(at) = free_everywhere(taken.clone(), len) else {
+            let Some(at) = room::free(taken.clone(), len) else {
                 self.sources.clear();
                 return Ok(std::mem::take(&mut self.pieces));
             };
@@ -220,9 +220,8 @@ mod tests {
         let pages = Pages::read(&store, ImageKind::Pagemap, 1).unwrap().unwrap();
         let mut uffd = UffdCopies { pieces: pages.pieces().to_vec(), ..UffdCopies::default() };
         let mut list = List::new("no room");
-        let back = uffd
-            .begin(&mut list, &pages, vec![(0, super::super::layout::TASK_SIZE)], &mut Descriptors::alone())
-            .unwrap();
+        let back =
+            uffd.begin(&mut list, &pages, vec![(0, room::TASK_SIZE)], &mut Descriptors::alone()).unwrap();
         uffd.end(&mut list);
         assert_eq!(back, pages.pieces());
         assert!(list.is_empty() && uffd.pieces.is_empty() && uffd.sources.is_empty());

@@ -72,7 +72,7 @@ pub enum TaskError {
 }
 
 impl TaskError {
-    pub(super) fn image(what: impl Into<String>) -> Self {
+    pub(crate) fn image(what: impl Into<String>) -> Self {
         Self::Image { what: what.into() }
     }
 

@@ -99,6 +99,11 @@ impl Dump {
         index
     }
 
+    /// What [`Self::finish`] will give.
+    pub fn entry(&self) -> &pb::SeccompEntry {
+        &self.entry
+    }
+
     /// The content of seccomp.img, which is written also when it is empty.
     pub fn finish(self) -> pb::SeccompEntry {
         self.entry

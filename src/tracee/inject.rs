@@ -30,6 +30,7 @@ use super::{
     Area, GadgetCache, Gadgets, List, Op, Placed, RemoteAddr, RemoteMemory, Results, Stop, Stopped,
     TraceError, Want,
     area::{self, CODE_LEN, Memory},
+    room,
 };
 use crate::{
     arch::{registers, sigframe, xsave},
@@ -41,10 +42,6 @@ use crate::{
 };
 
 const PAGE: u64 = 4096;
-/// End of what user space can map with 4-level page tables.
-const TASK_SIZE: u64 = 0x7fff_ffff_f000;
-/// Nothing is mapped below by us, because vm.mmap_min_addr may be as high.
-const LOWEST: u64 = 1 << 20;
 /// Bytes below the stack pointer that belong to the running function (System V ABI).
 const RED_ZONE: u64 = 128;
 const ALL_BLOCKED: u64 = u64::MAX;
@@ -138,21 +135,6 @@ pub fn read_status(pid: i32, tid: i32) -> Result<TaskStatus, TraceError> {
     Ok(crate::proc::status::parse(&proc_bytes(format!("/proc/{pid}/task/{tid}/status"))?)?)
 }
 
-/// Where `len` bytes are free: in the middle of the widest gap, so that heap and stacks can grow. `None` when there are none.
-fn free_place(maps: &[Vma], len: u64) -> Option<RemoteAddr> {
-    let mut end = LOWEST;
-    let mut widest: Option<(u64, u64)> = None;
-    let starts = maps.iter().map(|v| (v.start.min(TASK_SIZE), v.end)).chain([(TASK_SIZE, TASK_SIZE)]);
-    for (start, next) in starts {
-        if start > end && widest.is_none_or(|(low, high)| start - end > high - low) {
-            widest = Some((end, start));
-        }
-        end = end.max(next);
-    }
-    let (low, high) = widest.filter(|(low, high)| high - low >= len + 2 * PAGE)?;
-    Some(RemoteAddr((low + (high - low - len) / 2) & !(PAGE - 1)))
-}
-
 /// Where the signal frame goes: the far end of the main stack if the stack pointers leave room,
 /// else right below the agent's stack pointer, as for a signal.
 /// `None` when neither has room (a stack used to its last page).
@@ -197,7 +179,8 @@ impl<'t> Injection<'t> {
         let memory = Arc::new(RemoteMemory::open(tid)?);
         let gadgets = cache.search(pid, &maps, &memory)?;
         let no_room = TraceError::Inject { what: "room for the list area", pid, source: Errno::ENOMEM };
-        let at = free_place(&maps, len as u64).ok_or(no_room)?;
+        let used = maps.iter().map(|v| (v.start, v.end)).collect();
+        let at = RemoteAddr(room::free(used, len as u64).ok_or(no_room)?);
         let sps: Vec<u64> = threads.iter().map(|t| t.regs.rsp).collect();
         // The frame's own 64-byte alignment needs slack on top.
         let len_frame =

@@ -51,6 +51,7 @@ mod kill_guard;
 pub mod list;
 mod memory;
 pub(crate) mod procfs;
+pub(crate) mod room;
 pub mod rseq;
 pub(crate) mod silent;
 mod stop;

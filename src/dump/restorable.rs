@@ -1,0 +1,261 @@
+//! Whether a restore could make the tree again: the restore's own planning, on the messages that the dump is going to write.
+//!
+//! A tree is ended once it is saved, so what a restore would refuse has to be known before. What depends on the tree alone stops
+//! every dump. What depends on this host (its limits, ids that others have) stops a dump that is going to be restored here, and is
+//! a warning when the images go to another one. Files have their own checks ([`crate::files`]).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result};
+use nix::unistd::{getpgrp, getsid};
+
+use super::collect::Collected;
+use crate::{
+    finding::Finding,
+    image::pb,
+    mem::{pkeys, vma},
+    proc::limits::{self, Limit},
+    process_tree::{self, ForkPlan, Listed, Outside, Sharing},
+    settings::DumpSettings,
+    task::{self, Supervisor, TaskError},
+    tracee::{
+        List, procfs,
+        room::{self, AREA_MAPPINGS, Need},
+    },
+};
+
+/// Adds what stands in the way of a restore to the findings of `collected`.
+pub(super) fn check(collected: &mut Collected<'_>, settings: &DumpSettings) -> Result<()> {
+    let mut checks = Checks { findings: Vec::new(), host: Vec::new() };
+    if let Some(forks) = checks.forks(collected)? {
+        checks.ids_of_the_dead(&forks, collected)?;
+    }
+    checks.room(collected);
+    checks.mappings(collected)?;
+    checks.address_space(collected)?;
+    checks.state(collected)?;
+    let Checks { findings, host } = checks;
+    collected.findings.extend(findings);
+    if settings.remote.is_none() {
+        collected.findings.extend(host);
+    } else {
+        for finding in host {
+            tracing::warn!("it could not be restored on this host: {finding}");
+        }
+    }
+    Ok(())
+}
+
+struct Checks {
+    /// About the tree.
+    findings: Vec<Finding>,
+    /// About this host.
+    host: Vec<Finding>,
+}
+
+fn finding(pid: i32, what: impl Into<String>, reason: impl Into<String>, hint: &str) -> Finding {
+    Finding { pid, what: what.into(), reason: reason.into(), hint: hint.into() }
+}
+
+/// The address spaces that have been collected, with whose they are.
+fn spaces<'c>(collected: &'c Collected<'_>) -> impl Iterator<Item = (i32, &'c pb::MmEntry)> {
+    collected.tasks.iter().filter_map(|task| Some((task.pid, &task.space.as_ref()?.entry)))
+}
+
+impl Checks {
+    /// Who would fork whom; `None` if that is not known, or cannot be.
+    fn forks(&mut self, collected: &Collected<'_>) -> Result<Option<ForkPlan>> {
+        let tasks: BTreeMap<i32, &pb::TaskKobjIdsEntry> =
+            collected.tasks.iter().map(|task| (task.pid, &task.ids)).collect();
+        let dead: BTreeSet<i32> = collected.dead.iter().map(|(pid, _)| *pid).collect();
+        let mut listed = Vec::with_capacity(collected.pstree.len());
+        for entry in &collected.pstree {
+            let [pid, ppid, pgid, sid] = [entry.pid, entry.ppid, entry.pgid, entry.sid].map(u32::cast_signed);
+            let sharing = tasks.get(&pid).map(|ids| Sharing {
+                vm: ids.vm_id,
+                sighand: ids.sighand_id,
+                files: ids.files_id,
+                fs: ids.fs_id,
+            });
+            if sharing.is_none() && !dead.contains(&pid) {
+                // It was refused, or is gone: there is a finding about it already.
+                return Ok(None);
+            }
+            listed.push(Listed { pid, ppid, pgid, sid, sharing });
+        }
+        let outside = Outside { sid: getsid(None)?.as_raw(), pgid: getpgrp().as_raw() };
+        match process_tree::plan(&process_tree::shapes(&listed, outside), outside) {
+            Ok(forks) => Ok(Some(forks)),
+            Err(error) => {
+                let reason = format!("this shape of a tree cannot be made again: {}", error.reason);
+                self.findings.push(finding(error.pid, "process tree", reason, ""));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Ids of dead leaders of sessions and groups: helpers must have them, and whoever is outside of the tree and in such
+    /// a session or group keeps the id taken.
+    fn ids_of_the_dead(&mut self, forks: &ForkPlan, collected: &Collected<'_>) -> Result<()> {
+        let ids: BTreeSet<i32> = forks.ids_of_the_dead().collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let inside: BTreeSet<i32> = collected.pstree.iter().map(|entry| entry.pid.cast_signed()).collect();
+        let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+        for entry in std::fs::read_dir("/proc").context("list of processes")?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
+            if inside.contains(&pid) {
+                continue;
+            }
+            // Who ends meanwhile is in nobody's way.
+            let Ok(stat) = procfs::stat(pid) else { continue };
+            let id = [pid, stat.session, stat.pgrp].into_iter().find(|id| ids.contains(id));
+            if let Some(id) = id {
+                let name = String::from_utf8_lossy(&stat.comm).into_owned();
+                let reason = format!(
+                    "it is that of a leader outside of the tree; process {pid} ({name}) keeps it taken, so that the tasks \
+                     which are in it could not be restored here"
+                );
+                let hint = "end that process first, or dump a tree that holds it";
+                self.host.push(finding(root, format!("session or process group {id}"), reason, hint));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Room for lists.
+    fn room(&mut self, collected: &Collected<'_>) {
+        let used: Vec<(u64, u64)> =
+            spaces(collected).flat_map(|(_, mm)| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
+        let most = |of: fn(&super::collect::Task) -> usize| {
+            collected.tasks.iter().map(of).max().map_or(0, |most| most as u64)
+        };
+        let need = Need {
+            mappings: most(|task| task.space.as_ref().map_or(0, |space| space.entry.vmas.len())),
+            pages: 0,
+            threads: most(|task| task.cores.len()),
+        };
+        if let Err(bytes) = room::place(&used, need) {
+            let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+            let reason = format!(
+                "a restore needs {} MiB of addresses that are free at the same place in all tasks",
+                bytes.div_ceil(1 << 20)
+            );
+            self.findings.push(finding(root, "address space", reason, ""));
+        }
+    }
+
+    /// The number of mappings, and what they are.
+    fn mappings(&mut self, collected: &Collected<'_>) -> Result<()> {
+        let path = "/proc/sys/vm/max_map_count";
+        let most: usize = std::fs::read_to_string(path).context(path)?.trim().parse().context(path)?;
+        for (pid, mm) in spaces(collected) {
+            if let Err(error) = vma::check(mm, pid) {
+                self.findings.push(finding(pid, "address space", format!("{error:#}"), ""));
+            }
+            // Guards are no mappings of their own, nor is the vsyscall page one of the task's.
+            let own = |v: &&pb::VmaEntry| v.status & (vma::GUARD | vma::VSYSCALL) == 0;
+            let count = mm.vmas.iter().filter(own).count();
+            if count + AREA_MAPPINGS > most {
+                let reason = format!(
+                    "{count} mappings, and a restore needs {AREA_MAPPINGS} more; this host allows {most} in all"
+                );
+                let hint = "raise vm.max_map_count";
+                self.host.push(finding(pid, "address space", reason, hint));
+            }
+        }
+        Ok(())
+    }
+
+    /// Limits of crtool's that tasks have until they have their own.
+    fn address_space(&mut self, collected: &Collected<'_>) -> Result<()> {
+        let text = std::fs::read("/proc/self/limits").context("limits of crtool")?;
+        let own = limits::parse(&text).context("limits of crtool")?;
+        let hard = |resource: libc::__rlimit_resource_t| {
+            own.get(resource as usize).map_or(u64::MAX, |Limit { max, .. }| *max)
+        };
+        for (pid, mm) in spaces(collected) {
+            let sum = |of: &dyn Fn(&pb::VmaEntry) -> bool| -> u64 {
+                let lens = mm.vmas.iter().filter(|v| v.status & (vma::VSYSCALL | vma::GUARD) == 0 && of(v));
+                lens.map(|v| v.end - v.start).sum()
+            };
+            let private = libc::MAP_PRIVATE.cast_unsigned();
+            for (name, resource, bytes) in [
+                ("RLIMIT_AS", libc::RLIMIT_AS, sum(&|_| true)),
+                ("RLIMIT_DATA", libc::RLIMIT_DATA, sum(&|v| v.flags & private != 0)),
+            ] {
+                // The area comes on top.
+                let needed = bytes.saturating_add(16 << 20);
+                if needed > hard(resource) {
+                    let reason = format!(
+                        "a restore needs {} MiB of {name}, and crtool may have {} MiB here",
+                        needed.div_ceil(1 << 20),
+                        hard(resource) >> 20
+                    );
+                    let hint = "start crtool without that limit";
+                    self.host.push(finding(pid, "address space", reason, hint));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What tasks are besides memory and files.
+    fn state(&mut self, collected: &Collected<'_>) -> Result<()> {
+        let supervisor = Supervisor::probe().context("state of crtool")?;
+        let processes: Vec<(i32, Vec<&pb::CoreEntry>)> = collected
+            .tasks
+            .iter()
+            .map(|task| (task.pid, task.cores.iter().map(|(_, core)| core).collect()))
+            .collect();
+        let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+        let seccomp = match task::seccomp::Plan::new(collected.seccomp.entry(), &processes) {
+            Ok(plan) => plan,
+            Err(error) => return self.task_error(root, error),
+        };
+        for task in &collected.tasks {
+            let Some(mm) = task.space.as_ref().map(|space| &space.entry) else { continue };
+            let mut list = List::new("what a restore would do");
+            let mut plans = || -> Result<(), TaskError> {
+                let (_, leader) = task.cores.first().ok_or_else(|| TaskError::image("no thread"))?;
+                task::plan_process_early(leader, &supervisor, &mut list)?;
+                task::plan_process(leader, mm, &supervisor, &mut list)?;
+                for (tid, core) in &task.cores {
+                    task::final_state(core)?;
+                    task::pending_signals(core)?;
+                    let plan = task::ThreadPlan {
+                        core,
+                        pid: task.pid,
+                        tid: *tid,
+                        seccomp: &seccomp,
+                        supervisor: &supervisor,
+                    };
+                    task::plan_thread(&plan, &mut list)?;
+                }
+                task::dumpable_to_set(mm.dumpable.unwrap_or(1)).map(drop)
+            };
+            if let Err(error) = plans() {
+                self.task_error(task.pid, error)?;
+            }
+            let knows_keys = task.cores.iter().any(|(_, core)| pkeys::known_to(core));
+            if let Err(error) = pkeys::plan(mm, task.pid, knows_keys) {
+                self.host.push(finding(task.pid, "address space", error.to_string(), ""));
+            }
+        }
+        Ok(())
+    }
+
+    fn task_error(&mut self, pid: i32, error: TaskError) -> Result<()> {
+        match error {
+            TaskError::Unsupported { what, reason } => {
+                self.host.push(finding(pid, what, format!("it could not be restored here: {reason}"), ""));
+                Ok(())
+            }
+            other => Err(anyhow::anyhow!(other).context(format!("what a restore would make of task {pid}"))),
+        }
+    }
+}
