@@ -255,10 +255,14 @@ impl Collector<'_> {
                 self.special(entry, vma::VVAR);
                 return Ok(());
             }
-            // Linux 6.13 cut it off behind [vvar]; images have one area for both.
+            // Linux 6.13 cut it off behind [vvar]; images have one area for both, unless the task has made two of it.
             Some(VmaName::VvarVclock) => {
                 match self.vmas.last_mut() {
-                    Some(last) if last.status & vma::VVAR != 0 && last.end == entry.start => {
+                    Some(last)
+                        if last.status & vma::VVAR != 0
+                            && last.end == entry.start
+                            && last.prot == entry.prot =>
+                    {
                         last.end = entry.end
                     }
                     _ => self.special(entry, vma::VVAR),

@@ -17,6 +17,7 @@ mod error;
 mod inside;
 mod ldt;
 mod lock_future;
+mod locks;
 mod merge;
 pub mod pkeys;
 pub mod policy;
@@ -39,6 +40,7 @@ use crate::{image::pb, tracee::List};
 /// Plans what an address space has besides its areas and their content, when they are there and no other is forked from it.
 /// What holds for memory that is mapped later comes last.
 pub fn plan_last(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+    locks::check(mm, pid)?;
     policy::plan(mm, pid, list)?;
     anon_name::plan(mm, pid, list)?;
     ldt::plan(mm, pid, list)?;

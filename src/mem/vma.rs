@@ -136,6 +136,16 @@ pub fn map_flags(area: &Smap) -> u32 {
     bits
 }
 
+/// Protection that the kernel gives to the areas of the vdso; `None` for other areas.
+pub fn kernel_prot(entry: &pb::VmaEntry) -> Option<u32> {
+    let prot = match entry.status & (VDSO | VVAR) {
+        VDSO => libc::PROT_READ | libc::PROT_EXEC,
+        VVAR => libc::PROT_READ,
+        _ => return None,
+    };
+    Some(prot.cast_unsigned())
+}
+
 /// An entry with everything that maps and VmFlags say; kind, file and shmid are still to come.
 pub fn entry(area: &Smap) -> pb::VmaEntry {
     pb::VmaEntry {

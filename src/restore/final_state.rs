@@ -87,9 +87,17 @@ impl Construction<'_> {
     fn take_area(&mut self, task: &Task, at: u64, len: u64) -> Result<()> {
         let dumpable = task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1);
         let value = task::dumpable_to_set(dumpable)?;
-        let args = [u64::from(libc::PR_SET_DUMPABLE.cast_unsigned()), value, 0, 0, 0, 0];
-        let set = self.puppets.bare_call(task.pid, libc::SYS_prctl, args)?;
-        ensure!(set == 0, "PR_SET_DUMPABLE failed with error {}", -set);
+        let prctl = |option: i32, value| [u64::from(option.cast_unsigned()), value, 0, 0, 0, 0];
+        let has = self.puppets.bare_call(task.pid, libc::SYS_prctl, prctl(libc::PR_GET_DUMPABLE, 0))?;
+        // It cannot be set to 2: where fs.suid_dumpable is 2, a change of credentials has done that, as at the source.
+        if dumpable != 2 || has != 2 {
+            let set =
+                self.puppets.bare_call(task.pid, libc::SYS_prctl, prctl(libc::PR_SET_DUMPABLE, value))?;
+            ensure!(set == 0, "PR_SET_DUMPABLE failed with error {}", -set);
+            if dumpable == 2 {
+                tracing::warn!("task {}: dumpable is 0 instead of 2: no core file at all", task.pid);
+            }
+        }
         let gone = self.puppets.bare_call(task.pid, libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
         ensure!(gone == 0, "munmap of the memory for lists failed with error {}", -gone);
         Ok(())

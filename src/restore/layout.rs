@@ -515,6 +515,11 @@ pub(super) fn plan_late(
             continue;
         }
         if vma.status & (status::VSYSCALL | status::VDSO | status::VVAR) != 0 {
+            // Somebody may have taken away what the kernel allows there.
+            if status::kernel_prot(vma).is_some_and(|usual| usual != vma.prot) {
+                let args = [vma.start.into(), len.into(), vma.prot.into()];
+                list.call("mprotect of the vdso", libc::SYS_mprotect, &args, Want::Zero);
+            }
             continue;
         }
         if made.opened.binary_search(&vma.start).is_ok() && keys.mprotect_will_do(vma) {

@@ -219,6 +219,8 @@ pub(super) fn plan(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
         let leader = plan.process().is_some();
         let flags = if together { flags | FLAG_TSYNC } else { flags };
         let flags = if leader { flags } else { flags & !FLAG_TSYNC };
+        // Where filters forbid speculation, the state that the image has says whether these did.
+        let flags = if thread.speculation.is_empty() { flags } else { flags | FLAG_SPEC_ALLOW };
         let args = [SET_MODE_FILTER.into(), flags.into(), program.into()];
         list.call(format!("seccomp filter {number}"), libc::SYS_seccomp, &args, Want::Zero);
     }

@@ -103,14 +103,16 @@ fn snapshot(pid: i32, mm: &pb::MmEntry) -> BTreeMap<u64, Vec<u8>> {
     pages
 }
 
-/// A restored task: not our child, so only killed.
+/// A restored task: not our child, so only killed. It may stay a zombie, if nobody reaps orphans here.
 struct Restored(i32);
 
 impl Drop for Restored {
     fn drop(&mut self) {
         let pid = nix::unistd::Pid::from_raw(self.0);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        while nix::sys::signal::kill(pid, None).is_ok() {
+        let state = |stat: String| stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        let alive = || std::fs::read_to_string(format!("/proc/{pid}/stat")).ok().and_then(state);
+        while alive().is_some_and(|state| state != 'Z') {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }

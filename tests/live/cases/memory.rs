@@ -35,6 +35,7 @@ pub const CASES: &[Case] = &[
     Case::new("vdso", vdso),
     Case::new("vdso_of_threads", vdso_of_threads),
     Case::new("vdso_unmapped", vdso_unmapped).peer_fails("loses the data pages too"),
+    Case::new("vdso_protected", vdso_protected).peer_fails("gives the usual protection back"),
     Case::new("mappings_20000", mappings_20000),
     Case::new("reservation_100_gib", reservation_100_gib),
     Case::new("sparse_pages", sparse_pages),
@@ -450,6 +451,35 @@ fn vdso_areas(pid: i32) -> Vec<String> {
         .filter(|line| line.contains("[v") && !line.contains("[vsyscall]"))
         .map(str::to_owned)
         .collect()
+}
+
+/// Children that may not use it, or some of it: they make system calls only.
+fn vdso_protected(gate: &Gate) {
+    let children: Vec<i32> = [&["[vvar]"][..], &["[vvar]", "[vvar_vclock]"], &["[vdso]"]]
+        .iter()
+        .map(|names| {
+            let mark = names.join("");
+            let pid = fork(|| {
+                for line in
+                    vdso_areas(sys::getpid()).iter().filter(|line| names.iter().any(|n| line.ends_with(n)))
+                {
+                    let (start, rest) = line.split_once('-').expect("a range");
+                    let end = rest.split(' ').next().expect("its end");
+                    let [start, end] =
+                        [start, end].map(|n| usize::from_str_radix(n, 16).expect("an address"));
+                    protect(Mapped { addr: start, len: end - start }, libc::PROT_NONE);
+                }
+                let before = vdso_areas(sys::getpid());
+                gate.mark(&mark);
+                gate.wait();
+                assert_eq!(vdso_areas(sys::getpid()), before);
+            });
+            gate.await_mark(&mark);
+            pid
+        })
+        .collect();
+    gate.ready();
+    children.into_iter().for_each(join);
 }
 
 /// Children that have unmapped some of it; what is left stays, and nothing comes back.
