@@ -37,9 +37,6 @@ use crate::{
     sys::{Errno, kcmp},
 };
 
-/// What a restore needs for itself, about, besides the files of the tree.
-const OWN_DESCRIPTORS: u64 = 32;
-
 /// What two descriptors of one description have in common, read cheaply.
 type Key = (u64, u64, u32, i64);
 
@@ -412,9 +409,11 @@ impl<'a> FilesDump<'a> {
                 });
             }
         };
-        if self.entries.len() as u64 + OWN_DESCRIPTORS > limit {
+        let tables = self.tables.0.iter().map(|table| table.fds.iter().map(|fd| fd.id).collect());
+        let needed = restore::most_needed(&self.entries, tables);
+        if u64::try_from(needed).is_ok_and(|needed| needed > limit) {
             let pid = self.tables.0.first().map_or(0, |table| table.pid);
-            finding(pid, "open files", restore::too_many(self.entries.len()));
+            finding(pid, "open files", restore::too_many(needed));
         }
         let limit = i32::try_from(limit).unwrap_or(i32::MAX);
         for table in &self.tables.0 {

@@ -60,6 +60,12 @@ pub struct FilesRestore<'a> {
     planned_tables: HashSet<u32>,
     /// Some tasks share a table.
     shared_tables: bool,
+    /// Files that are opened when the table that holds them is made, and closed once its task has them: there are more files
+    /// than may be open at once.
+    waiting: HashSet<u32>,
+    /// Those of them that are open, and how many may be.
+    opened: Vec<u32>,
+    most_opened: usize,
     /// Of tasks that are gone, until all have been to their current directories.
     stand_ins: StandIns,
 }
@@ -111,6 +117,9 @@ impl<'a> FilesRestore<'a> {
             tables,
             planned_tables: HashSet::new(),
             shared_tables,
+            waiting: HashSet::new(),
+            opened: Vec::new(),
+            most_opened: usize::MAX,
             stand_ins: StandIns::default(),
         })
     }
@@ -119,7 +128,11 @@ impl<'a> FilesRestore<'a> {
     pub fn open_early(&mut self) -> Result<(), FileError> {
         let mut parts = parts(&self.cx.entries);
         parts.extend(self.cx.state::<RestoreRemaps>().link_ids());
+        self.choose_waiting(&parts);
         for id in &self.order {
+            if self.waiting.contains(id) {
+                continue;
+            }
             if parts.contains(id) {
                 // Opened by the one that it is a part of.
                 self.cx.taken.insert(*id);
@@ -136,10 +149,55 @@ impl<'a> FilesRestore<'a> {
         Ok(())
     }
 
-    /// Whether there is something to be opened late, or a table that several tasks share: then no task may go on with its
-    /// descriptors before all have done their part.
+    /// Chooses the files that wait for their table if not all can be open at once.
+    fn choose_waiting(&mut self, parts: &HashSet<u32>) {
+        let limit = usize::try_from(open_limit()).unwrap_or(usize::MAX);
+        if self.order.len() + OWN_DESCRIPTORS <= limit {
+            return;
+        }
+        let tables = self.tables.values().map(|table| table.fds.values().map(|fd| fd.id).collect());
+        let entries = self.files.values().map(|file| &*file.entry);
+        let waiting = in_one_table(entries, tables).into_iter().flatten();
+        self.waiting = waiting.filter(|id| !parts.contains(id)).collect();
+        let always = self.order.len() - self.waiting.len() + OWN_DESCRIPTORS;
+        self.most_opened = limit.saturating_sub(always);
+    }
+
+    /// Opens a file that waits, and keeps it.
+    fn open_waiting(&mut self, id: u32) -> Result<(), FileError> {
+        if self.waiting.remove(&id)
+            && let Some(file) = self.files.get_mut(&id)
+        {
+            match (file.kind.open)(&mut self.cx, &file.entry).map_err(|e| file.failed(e))? {
+                Opened::Now(fd) => file.fd = Some(fd),
+                Opened::Late => file.late = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether tasks that have been given the lists for their tables must run them before this one is given its own.
+    pub(crate) fn is_full_for(&self, files_id: u32) -> bool {
+        let table = self.tables.get(&files_id).filter(|_| !self.opened.is_empty());
+        let more = table.map_or(0, |t| t.fds.values().filter(|fd| self.waiting.contains(&fd.id)).count());
+        self.opened.len() + more > self.most_opened
+    }
+
+    /// The tasks with planned tables have them: what was opened for them alone is closed.
+    pub(crate) fn tables_are_made(&mut self) -> Result<(), FileError> {
+        for id in std::mem::take(&mut self.opened) {
+            self.touch_last(id)?;
+            if let Some(file) = self.files.get_mut(&id) {
+                file.fd = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to be opened late, or a table that several tasks share, or more files than can be open
+    /// at once: then no task may go on with its descriptors before all have done their part.
     pub fn needs_stages(&self) -> bool {
-        self.files.values().any(|file| file.late) || self.shared_tables
+        self.files.values().any(|file| file.late) || self.shared_tables || !self.waiting.is_empty()
     }
 
     /// Opens the rest: all tasks of the tree and their threads exist, and are stopped.
@@ -183,6 +241,7 @@ impl<'a> FilesRestore<'a> {
     }
 
     fn early_number(&mut self, id: u32) -> Result<i32, FileError> {
+        self.open_waiting(id)?;
         let file = self.files.get(&id).ok_or_else(|| FileError::entry(id, "no such file"))?;
         let fd = file.fd.as_ref().filter(|_| !file.late);
         let fd = fd.ok_or_else(|| FileError::entry(id, "it can only be opened when the tasks exist"))?;
@@ -209,6 +268,10 @@ impl<'a> FilesRestore<'a> {
         table.pid = pid;
         let mut wanted = BTreeMap::new();
         for (&to, fd) in &table.fds {
+            if self.waiting.contains(&fd.id) {
+                self.open_waiting(fd.id)?;
+                self.opened.push(fd.id);
+            }
             let file = self.files.get(&fd.id).ok_or_else(|| FileError::entry(fd.id, "no such file"))?;
             let from = file.fd.as_ref().ok_or_else(|| FileError::entry(fd.id, "it is not open yet"))?;
             wanted.insert(to, install::Origin { fd: from.as_raw_fd(), cloexec: fd.cloexec });
@@ -262,6 +325,7 @@ impl<'a> FilesRestore<'a> {
 
     /// The supervisor's number of a directory.
     fn directory(&mut self, id: u32) -> Result<i32, FileError> {
+        self.open_waiting(id)?;
         let file = self.files.get(&id).ok_or_else(|| FileError::entry(id, "no such file"))?;
         let fd = file.fd.as_ref().ok_or_else(|| FileError::entry(id, "it is not open yet"))?;
         self.cx.taken.insert(id);
@@ -270,16 +334,20 @@ impl<'a> FilesRestore<'a> {
 
     /// The last touch: owners of files, timers. All tasks are in place; none has run yet.
     pub fn before_resume(&mut self) -> Result<(), FileError> {
-        for id in &self.order {
-            let Some(file) = self.files.get(id) else { continue };
-            let Some(fd) = &file.fd else { continue };
-            if let Some(owner) = (file.kind.fown)(&file.entry) {
-                fown::apply(fd.as_fd(), owner).map_err(|e| file.failed(e))?;
-            }
-            flags::apply_async(fd, flags_of(&file.entry)).map_err(|e| file.failed(e))?;
-            (file.kind.before_resume)(&mut self.cx, &file.entry, fd.as_fd()).map_err(|e| file.failed(e))?;
+        for id in self.order.clone() {
+            self.touch_last(id)?;
         }
         Ok(())
+    }
+
+    fn touch_last(&mut self, id: u32) -> Result<(), FileError> {
+        let Some(file) = self.files.get(&id) else { return Ok(()) };
+        let Some(fd) = &file.fd else { return Ok(()) };
+        if let Some(owner) = (file.kind.fown)(&file.entry) {
+            fown::apply(fd.as_fd(), owner).map_err(|e| file.failed(e))?;
+        }
+        flags::apply_async(fd, flags_of(&file.entry)).map_err(|e| file.failed(e))?;
+        (file.kind.before_resume)(&mut self.cx, &file.entry, fd.as_fd()).map_err(|e| file.failed(e))
     }
 
     /// Fails when something in the images was used by no task.
@@ -320,10 +388,51 @@ pub(super) fn parts(entries: &HashMap<u32, Rc<pb::FileEntry>>) -> HashSet<u32> {
     fifos.chain(terminals).collect()
 }
 
+/// Descriptors that crtool has besides those of the tree: images, logs, processes.
+const OWN_DESCRIPTORS: usize = 64;
+
+/// Most files that we may have open.
+pub(super) fn open_limit() -> u64 {
+    use nix::sys::resource::{Resource, getrlimit};
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(_, hard)| hard)
+}
+
+/// How many descriptors a restore needs at once.
+pub(super) fn most_needed(entries: &[pb::FileEntry], tables: impl Iterator<Item = HashSet<u32>>) -> usize {
+    let all = entries.len() + OWN_DESCRIPTORS;
+    let waiting = in_one_table(entries.iter(), tables);
+    let largest = waiting.iter().map(Vec::len).max().unwrap_or(0);
+    all - waiting.iter().map(Vec::len).sum::<usize>() + largest
+}
+
+/// Regular files that one table alone holds, of each table: they can be opened when it is made.
+fn in_one_table<'e>(
+    entries: impl Iterator<Item = &'e pb::FileEntry>,
+    tables: impl Iterator<Item = HashSet<u32>>,
+) -> Vec<Vec<u32>> {
+    let regular = |entry: &&pb::FileEntry| {
+        let reg = entry.reg.as_ref().filter(|_| entry.r#type == pb::FdTypes::Reg as i32);
+        reg.is_some_and(|reg| super::path::proc_pid(&reg.name).is_none())
+    };
+    let regular: HashSet<u32> = entries.filter(regular).map(|entry| entry.id).collect();
+    let mut alone: Vec<Vec<u32>> = Vec::new();
+    let mut holders: HashMap<u32, usize> = HashMap::new();
+    for table in tables {
+        for id in &table {
+            *holders.entry(*id).or_default() += 1;
+        }
+        alone.push(table.into_iter().filter(|id| regular.contains(id)).collect());
+    }
+    for table in &mut alone {
+        table.retain(|id| holders.get(id) == Some(&1));
+    }
+    alone
+}
+
 /// Why so many files cannot be open.
 pub(super) fn too_many(files: usize) -> FileError {
     FileError::unsupported(
-        format!("all {files} files of the tree must be open at once"),
+        format!("{files} files of the tree must be open at once"),
         "raise the limit: ulimit -n, or LimitNOFILE=",
     )
 }

@@ -194,8 +194,14 @@ impl ForkPlan {
 
 /// Plans the making of `tasks`, parents before children, by somebody in `outside`.
 pub(crate) fn plan(tasks: &[Shape], outside: Outside) -> Result<ForkPlan, Impossible> {
-    // The kernel says 0 of a session or group whose leader is in another pid namespace.
-    if let Some(task) = tasks.iter().find(|task| task.sid <= 0 || task.pgid <= 0) {
+    // The kernel says 0 of a session or group whose leader is in another pid namespace: such a one can be inherited from
+    // outside, and never be joined.
+    let cannot_be = |task: &&Shape| {
+        let session = task.sid < 0 || task.sid == 0 && outside.sid != 0;
+        let group = task.pgid < 0 || task.pgid == 0 && (outside.pgid != 0 || task.sid != outside.sid);
+        session || group
+    };
+    if let Some(task) = tasks.iter().find(cannot_be) {
         let reason = "its session or process group is led from outside of this pid namespace";
         return Err(Impossible { pid: task.pid, reason: reason.into() });
     }
@@ -517,6 +523,20 @@ impl<'t> Planner<'t> {
         }
     }
 
+    /// Processes that are, or make others that are, in a group that is led from another pid namespace.
+    fn in_foreign_group(&self) -> BTreeSet<usize> {
+        let mut found = BTreeSet::new();
+        for (index, process) in self.processes.iter().enumerate() {
+            if process.task.is_some_and(|task| self.tasks[task].pgid == 0) {
+                let mut at = Some(index);
+                while let Some(one) = at.filter(|one| found.insert(*one)) {
+                    at = self.processes[one].maker;
+                }
+            }
+        }
+        found
+    }
+
     /// The steps of everybody.
     fn steps(mut self) -> ForkPlan {
         let sharing = Classes::new(self.tasks, &self.processes);
@@ -526,6 +546,7 @@ impl<'t> Planner<'t> {
                 of.push(index);
             }
         }
+        let in_foreign_group = self.in_foreign_group();
         for (index, children) in made.into_iter().enumerate() {
             let mut before = Vec::new();
             let mut after = Vec::new();
@@ -550,6 +571,12 @@ impl<'t> Planner<'t> {
             let leads_group = task.is_some_and(|t| t.pgid == t.pid && !t.leads_session())
                 || self.former_leaders.contains(&index)
                 || self.group_helpers.values().any(|(helper, _)| *helper == index);
+            // Who is in the group that nobody can join has to be made in it.
+            let inherits =
+                |step: &Step| matches!(step, Step::Make { child, .. } if in_foreign_group.contains(child));
+            let first =
+                order.after.iter().rposition(inherits).filter(|_| leads_group).map_or(0, |last| last + 1);
+            steps.extend(order.after.drain(..first));
             if leads_group {
                 steps.push(Step::LeadGroup);
             }

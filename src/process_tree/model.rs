@@ -235,7 +235,8 @@ impl Model<'_> {
                     return Ok(false);
                 }
                 let is_outside = process.sid == outside.sid && group == outside.pgid;
-                if process.sid == process.pid || !(is_outside || self.group_exists(group, process.sid)) {
+                let exists = group > 0 && (is_outside || self.group_exists(group, process.sid));
+                if process.sid == process.pid || !exists {
                     let reason = format!("its process group {group} is not in its session {}", process.sid);
                     return Err((process.pid, reason));
                 }

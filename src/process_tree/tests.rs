@@ -3,6 +3,8 @@ use proptest::prelude::*;
 use super::*;
 
 const OUTSIDE: Outside = Outside { sid: 1, pgid: 1 };
+/// What somebody sees whose session and group are led from outside of his pid namespace.
+const OTHER_NAMESPACE: Outside = Outside { sid: 0, pgid: 0 };
 
 fn own(index: u32) -> Option<Sharing> {
     Some(Sharing { vm: index, sighand: index, files: index, fs: index })
@@ -134,6 +136,26 @@ fn what_cannot_be_made_is_named() {
 }
 
 #[test]
+fn what_is_inherited_from_another_namespace_can_be_made() {
+    let tasks = tree(&[(10, None, 0, 0), (11, Some(0), 11, 0), (12, Some(1), 11, 0), (13, Some(0), 13, 13)]);
+    let made = plan(&tasks, OTHER_NAMESPACE).unwrap();
+    assert_eq!(made.moves, []);
+    assert!(plan(&tasks, OUTSIDE).is_err());
+}
+
+#[test]
+fn a_group_of_another_namespace_is_not_joined() {
+    // Such a tree comes to be when somebody leads a group after it has forked.
+    let tasks = tree(&[(10, None, 10, 0), (11, Some(0), 11, 0), (12, Some(1), 0, 0), (13, Some(0), 10, 0)]);
+    let made = plan(&tasks, OTHER_NAMESPACE).unwrap();
+    assert_eq!(made.processes[0].steps, [make(1), Step::LeadGroup, make(3)]);
+    assert_eq!(made.processes[1].steps, [make(2), Step::LeadGroup]);
+    // Who leads a session and makes one below that is in the group of the other namespace.
+    let tasks = tree(&[(10, None, 10, 10), (11, Some(0), 0, 10)]);
+    assert!(plan(&tasks, OTHER_NAMESPACE).is_err());
+}
+
+#[test]
 fn what_is_led_from_elsewhere_is_named() {
     let error = plan(&tree(&[(10, None, 10, 10), (11, Some(0), 0, 0)]), OUTSIDE).unwrap_err();
     assert_eq!((error.pid, error.reason.contains("pid namespace")), (11, true));
@@ -164,10 +186,10 @@ mod history {
     }
 
     impl Kernel {
-        pub(super) fn new(leader: bool) -> Self {
+        pub(super) fn new(leader: bool, outside: Outside) -> Self {
             let mut kernel = Self { tasks: Vec::new(), next: 10, object: 0 };
             let objects = kernel.objects();
-            let (pgid, sid) = if leader { (10, 10) } else { (1, 1) };
+            let (pgid, sid) = if leader { (10, 10) } else { (outside.pgid, outside.sid) };
             let root = Task { pid: 10, parent: 0, pgid, sid, objects, zombie: false, subreaper: false };
             kernel.tasks.push(Some(root));
             kernel
@@ -199,7 +221,8 @@ mod history {
                 55..=69 => {
                     let to = self.tasks[alive[with % alive.len()]].map_or(0, |t| t.pgid);
                     let to = if with.is_multiple_of(3) { task.pid } else { to };
-                    let there = self.tasks.iter().flatten().any(|t| t.pgid == to && t.sid == task.sid);
+                    let there =
+                        self.tasks.iter().flatten().any(|t| t.pgid == to && t.sid == task.sid) && to > 0;
                     if task.sid != task.pid && (there || to == task.pid) {
                         self.set(index, |t| t.pgid = to);
                     }
@@ -312,14 +335,16 @@ proptest! {
     #[test]
     fn what_has_come_to_be_can_be_made(
         leader in any::<bool>(),
+        namespace in any::<bool>(),
         calls in proptest::collection::vec((any::<usize>(), 0u8..100, any::<usize>()), 0..60),
     ) {
-        let mut kernel = history::Kernel::new(leader);
+        let outside = if namespace { OTHER_NAMESPACE } else { OUTSIDE };
+        let mut kernel = history::Kernel::new(leader, outside);
         for (who, what, with) in calls {
             kernel.call(who, what, with);
         }
         let shapes = kernel.shapes();
-        if let Err(error) = plan(&shapes, OUTSIDE) {
+        if let Err(error) = plan(&shapes, outside) {
             let known = ["address space", "descriptor table", "root and current directory"];
             prop_assert!(known.iter().any(|what| error.reason.contains(what)), "{error}: {:?}", shapes.iter().map(|s| (s.pid, s.parent, s.pgid, s.sid, s.sharing.is_none())).collect::<Vec<_>>());
         }

@@ -38,11 +38,7 @@ impl Construction<'_> {
                 if *stage == Stage::Directories {
                     self.files.open_late()?;
                 }
-                self.give_lists(&[*stage])?;
-                for task in self.alive() {
-                    self.puppets.resume(task.pid)?;
-                }
-                self.puppets.settle()?;
+                self.stage_of_all(*stage)?;
                 if *stage == Stage::Directories {
                     self.files.directories_are_set();
                 }
@@ -65,20 +61,46 @@ impl Construction<'_> {
         self.puppets.settle()
     }
 
-    fn give_lists(&mut self, stages: &[Stage]) -> Result<()> {
+    /// One stage of all tasks; of descriptor tables only so many at once that the files of them may be open.
+    fn stage_of_all(&mut self, stage: Stage) -> Result<()> {
+        let mut given = Vec::new();
         for index in 0..self.images.tasks.len() {
             let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
-            let mut list = List::new(format!("restore of {}", task.pid));
-            for stage in stages {
-                self.plan_stage(*stage, index, task, &mut list)
-                    .with_context(|| format!("task {}", task.pid))?;
+            if stage == Stage::Table && self.files.is_full_for(task.ids.files_id) {
+                self.run_stage(&mut given)?;
             }
-            list.op(Op::Stop);
-            list.op(Op::Next);
-            log_list(&list);
-            self.puppets.next_list(task.pid, &list)?;
+            self.give_list(&[stage], index, task)?;
+            given.push(task.pid);
+        }
+        self.run_stage(&mut given)
+    }
+
+    fn run_stage(&mut self, given: &mut Vec<i32>) -> Result<()> {
+        for pid in given.drain(..) {
+            self.puppets.resume(pid)?;
+        }
+        self.puppets.settle()?;
+        Ok(self.files.tables_are_made()?)
+    }
+
+    fn give_lists(&mut self, stages: &[Stage]) -> Result<()> {
+        for index in 0..self.images.tasks.len() {
+            if let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) {
+                self.give_list(stages, index, task)?;
+            }
         }
         Ok(())
+    }
+
+    fn give_list(&mut self, stages: &[Stage], index: usize, task: &Task) -> Result<()> {
+        let mut list = List::new(format!("restore of {}", task.pid));
+        for stage in stages {
+            self.plan_stage(*stage, index, task, &mut list).with_context(|| format!("task {}", task.pid))?;
+        }
+        list.op(Op::Stop);
+        list.op(Op::Next);
+        log_list(&list);
+        self.puppets.next_list(task.pid, &list)
     }
 
     fn plan_stage(&mut self, stage: Stage, index: usize, task: &Task, list: &mut List) -> Result<()> {
