@@ -197,8 +197,8 @@ mod tests {
 
     #[test]
     fn mistakes() {
-        assert_eq!(read(b"shell-job\ndump\n"), "f:2: unknown option --dump");
-        assert_eq!(read(b"--shell-job"), "f:1: unknown option ----shell-job");
+        assert_eq!(read(b"shell-job\ndump\n"), "f:2: unknown option --dump; did you mean the command dump?");
+        assert_eq!(read(b"--shell-job"), "f:1: unknown option ----shell-job; did you mean --shell-job?");
         assert_eq!(read(b"tree"), "f:1: option --tree needs a value");
         assert_eq!(read(b"work-dir a b"), "f:1: more words than one option and its value");
         assert_eq!(read(b"work-dir \"a b"), "f:1: the quote is not closed");

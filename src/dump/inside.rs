@@ -64,7 +64,7 @@ pub(super) fn look(
     let maps = crate::tracee::read_maps(agent.tid())?;
     // The page that the kernel shows to everybody is none of the task's areas.
     let areas = maps.iter().filter(|area| area.name != Some(VmaName::Vsyscall)).map(|area| area.start);
-    let areas: Vec<u64> = areas.collect();
+    let mut areas: Vec<u64> = areas.collect();
     // Threads that have adjustments of semaphores in common are asked once.
     let mut with_undo = Vec::new();
     for thread in &all {
@@ -78,6 +78,7 @@ pub(super) fn look(
     let len = len.next_multiple_of(PAGE);
     let timers = task::posix_timer_ids(pid)?;
     let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
+    areas.retain(|start| !injection.has_removed(*start));
     let untouched = injection.last_page()?;
     let mut jobs = Vec::with_capacity(all.len());
     let mut queries = Vec::with_capacity(all.len());

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     fs,
     io::{Read, Seek, Write},
+    os::unix::process::CommandExt as _,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::OpenOptionsExt},
@@ -388,7 +389,9 @@ fn owners_of_files() {
         F_OWNER_PGRP, F_OWNER_PID, F_OWNER_TID, Owner, owner, owner_uids, set_owner_as, set_signal, signal,
     };
     let me = Pid::this().as_raw();
-    let group = nix::unistd::getpgrp().as_raw();
+    // Not our own: that may be led from another pid namespace.
+    let mut leader = std::process::Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
+    let group = leader.id().cast_signed();
     let owners =
         [(F_OWNER_PID, me, 0), (F_OWNER_TID, nix::unistd::gettid().as_raw(), 0), (F_OWNER_PGRP, group, 1000)];
     let fds: Vec<OwnedFd> = owners
@@ -410,6 +413,8 @@ fn owners_of_files() {
         assert_eq!(signal(fd.as_fd()).unwrap(), 40);
         assert_eq!(owner_uids(fd.as_fd()).unwrap(), (0, euid));
     }
+    leader.kill().unwrap();
+    leader.wait().unwrap();
 }
 
 #[test]

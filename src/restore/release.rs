@@ -54,7 +54,11 @@ impl Construction<'_> {
             }
         }
         for tid in self.alive().flat_map(|t| t.tids.iter().rev()) {
-            note(ptrace::detach(*tid, 0), "detach of thread", *tid);
+            match ptrace::detach(*tid, 0) {
+                // Another thread, which runs already, has ended it: how, the next look tells.
+                Err(Errno::ESRCH) => tracing::debug!("thread {tid} has ended already"),
+                result => note(result, "detach of thread", *tid),
+            }
         }
         failed.map_or(Ok(()), Err)?;
         self.look_again()
@@ -73,8 +77,7 @@ impl Construction<'_> {
                         stat.state,
                         crate::proc::stat::State::Zombie | crate::proc::stat::State::Dead
                     );
-                    // The leader of a process may have ended before its threads.
-                    if dead && task.tids.len() == 1 && FAULTS.contains(&signal) {
+                    if dead && FAULTS.contains(&signal) {
                         bail!("task {} died of signal {signal} as soon as it ran", task.pid);
                     }
                 }

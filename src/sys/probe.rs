@@ -34,22 +34,27 @@ pub fn fork_calls(calls: &[Call], results: &Mapping) -> Result<pid_t> {
         results.write(index * 8, &NOT_MADE.to_ne_bytes())?;
     }
     let base = results.addr() as *mut i64;
+    let parent = std::process::id();
     // SAFETY: between here and its death the child only makes raw system calls and touches `results` and
     // `calls`, which it has copies of: no allocation, no lock, no destructor.
     let pid = ret_int(unsafe { libc::fork() })?;
     if pid == 0 {
         // SAFETY: in the child, see above; `base` has room for all of `calls`, checked before the fork.
-        unsafe { child(calls, base) }
+        unsafe { child(calls, base, parent) }
     }
     Ok(pid)
 }
 
 /// # Safety
 /// Only in a child that has just been forked; `results` has room for `calls`.
-unsafe fn child(calls: &[Call], results: *mut i64) -> ! {
+unsafe fn child(calls: &[Call], results: *mut i64, parent: u32) -> ! {
     // SAFETY: raw calls; what they do to memory they do to this child alone. Indices are in range.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // It may have died before that.
+        if libc::getppid().cast_unsigned() != parent {
+            libc::_exit(0);
+        }
         for (index, call) in calls.iter().enumerate() {
             let mut args = [0u64; 6];
             for (arg, word) in args.iter_mut().zip(&call.args) {

@@ -102,6 +102,8 @@ pub struct Injection<'t> {
     scratch: Option<RemoteAddr>,
     saved: Vec<u8>,
     area: Option<Area>,
+    /// Areas of killed injections that are gone now.
+    removed: Vec<std::ops::Range<u64>>,
     check: &'t dyn Fn() -> Result<(), TraceError>,
     /// Since when `check` says that it is enough.
     enough: Cell<Option<Instant>>,
@@ -186,6 +188,8 @@ impl<'t> Injection<'t> {
         let len_frame =
             (sigframe::build(&agent.regs, &agent.xstate, agent.sigmask, RemoteAddr(0)).bytes.len() + 256)
                 as u64;
+        // One frame of what undoes the first call, and one of the true state.
+        let len_frame = 2 * len_frame;
         let scratch = scratch_place(&maps, &sps, agent.regs.rsp, len_frame);
         let mut saved = vec![0u8; usize::try_from(len_frame).unwrap_or(0)];
         match scratch {
@@ -202,6 +206,7 @@ impl<'t> Injection<'t> {
             scratch,
             saved,
             area: None,
+            removed: Vec::new(),
             check,
             enough: Cell::new(None),
             live: true,
@@ -210,14 +215,18 @@ impl<'t> Injection<'t> {
         };
         check()?;
         this.map(at, len)?;
-        this.area = Some(Area::with_code(at, len, Memory::File(Arc::clone(&this.memory))));
         this.remove_stale(&maps, threads)?;
         Ok(this)
     }
 
     /// Maps the area at a free address. Whatever the target's code makes of the call, only the address that was asked for
     /// is used afterwards.
+    ///
+    /// Its header is written while the agent is still at the exit of the call, from where it would unmap the area itself if
+    /// crtool died: by the header a later injection knows the area.
     fn map(&mut self, at: RemoteAddr, len: usize) -> Result<(), TraceError> {
+        let mut area = Area::with_code(at, len, Memory::File(Arc::clone(&self.memory)));
+        let unmap = (libc::SYS_munmap, [at.0, len as u64, 0, 0, 0, 0]);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
         let code = libc::PROT_READ | libc::PROT_EXEC;
         let data = libc::PROT_READ | libc::PROT_WRITE;
@@ -227,21 +236,28 @@ impl<'t> Injection<'t> {
             let source = Errno::from_raw(i32::try_from(-result).unwrap_or(0));
             TraceError::Inject { what, pid, source }
         };
-        let mut mapped = self.single_call(libc::SYS_mmap, mmap(code | data))?;
+        let mut written = Ok(());
+        let mut write = |result: i64| {
+            if u64::try_from(result) == Ok(at.0) {
+                written = area.flush();
+            }
+        };
+        let mut mapped = self.call(libc::SYS_mmap, mmap(code | data), Some(unmap), &mut write)?;
         // PR_SET_MDWE forbids memory that can be written and executed, and memory that becomes executable; code that was
         // so from the beginning and is written from outside it cannot forbid.
         let separate = mapped == -i64::from(libc::EACCES);
         if separate {
-            mapped = self.single_call(libc::SYS_mmap, mmap(code))?;
+            mapped = self.call(libc::SYS_mmap, mmap(code), Some(unmap), &mut write)?;
         }
         if (-4095..0).contains(&mapped) {
             return Err(failed("mmap of the list area", mapped));
         }
+        self.area = Some(area);
+        written?;
         if separate {
             let rest = [at.0 + CODE_LEN as u64, (len - CODE_LEN) as u64, data as u64, 0, 0, 0];
             let result = self.single_call(libc::SYS_mprotect, rest)?;
             if result != 0 {
-                self.unmap(at, len as u64)?;
                 return Err(failed("mprotect of the list area", result));
             }
         }
@@ -266,9 +282,15 @@ impl<'t> Injection<'t> {
             let in_use = threads.iter().any(|t| (at.0..at.0 + len).contains(&t.regs.rip));
             if plain && covered == len && !in_use {
                 self.unmap(at, len)?;
+                self.removed.push(at.0..at.0 + len);
             }
         }
         Ok(())
+    }
+
+    /// Whether `addr` was in an area that a killed injection had left behind, and that this one has removed.
+    pub fn has_removed(&self, addr: u64) -> bool {
+        self.removed.iter().any(|area| area.contains(&addr))
     }
 
     fn area(&mut self) -> Result<&mut Area, TraceError> {
@@ -342,33 +364,40 @@ impl<'t> Injection<'t> {
 
     /// One system call of the agent through its own code.
     fn single_call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, TraceError> {
+        self.call(nr, args, None, &mut |_| {})
+    }
+
+    /// One system call of the agent through its own code, at whose exit something is done with the result. If crtool dies
+    /// meanwhile, the agent makes another call that undoes it before it goes back to where it was.
+    fn call(
+        &mut self,
+        nr: i64,
+        args: [u64; 6],
+        undo: Option<(i64, [u64; 6])>,
+        at_exit: &mut dyn FnMut(i64),
+    ) -> Result<i64, TraceError> {
         let agent = self.agent;
         let mut sp = agent.regs.rsp;
         if let Some(scratch) = self.scratch {
             let mut heal = agent.regs;
             crate::arch::restart(&mut heal);
-            // The word before the frame is the return address.
-            let at = scratch.plus(64);
-            let frame = sigframe::build(&heal, &agent.xstate, agent.sigmask, at);
-            self.memory.write(at, &frame.bytes)?;
-            let slot = RemoteAddr(frame.rsp.0.wrapping_sub(8));
-            let back = self.gadgets.sigreturn.unwrap_or_default();
-            self.memory.write(slot, &back.0.to_ne_bytes())?;
-            sp = slot.0;
+            let mut end = scratch.plus(64);
+            sp = self.push_frame(&mut end, &heal, agent.sigmask)?;
+            if let Some((nr, args)) = undo {
+                end = RemoteAddr(end.0.next_multiple_of(64)).plus(64);
+                let regs = self.regs_for(nr, args, sp);
+                sp = self.push_frame(&mut end, &regs, ALL_BLOCKED)?;
+            }
         }
-        let mut regs = agent.regs;
-        regs.orig_rax = u64::MAX;
-        regs.rax = nr.cast_unsigned();
-        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
-        regs.rip = self.gadgets.syscall_ret.0;
-        regs.rsp = sp;
-        regs.eflags &= !0x0500; // no single steps, no reversed string operations
+        let regs = self.regs_for(nr, args, sp);
         let result = (|| {
             agent.stopped.set_regs(&regs)?;
             agent.stopped.set_sigmask(ALL_BLOCKED)?;
             self.to_syscall_stop()?;
             self.to_syscall_stop()?;
-            Ok(agent.stopped.regs()?.rax.cast_signed())
+            let result = agent.stopped.regs()?.rax.cast_signed();
+            at_exit(result);
+            Ok(result)
         })();
         let back = self.stop_before_user_code().and_then(|()| agent.put_back());
         self.lost |= back.is_err();
@@ -381,6 +410,35 @@ impl<'t> Injection<'t> {
             (Ok(value), Ok(())) => Ok(value),
             (Err(e), _) | (_, Err(e)) => Err(e),
         }
+    }
+
+    /// Registers of the agent for a call of its own code that returns to the address at `sp`.
+    fn regs_for(&self, nr: i64, args: [u64; 6], sp: u64) -> libc::user_regs_struct {
+        let mut regs = self.agent.regs;
+        regs.orig_rax = u64::MAX;
+        regs.rax = nr.cast_unsigned();
+        [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
+        regs.rip = self.gadgets.syscall_ret.0;
+        regs.rsp = sp;
+        regs.eflags &= !0x0500; // no single steps, no reversed string operations
+        regs
+    }
+
+    /// Writes a signal frame of the agent with these registers at `end`, which is behind it then. Gives where the stack
+    /// pointer has to be for a return to it: at the word before the frame.
+    fn push_frame(
+        &self,
+        end: &mut RemoteAddr,
+        regs: &libc::user_regs_struct,
+        sigmask: u64,
+    ) -> Result<u64, TraceError> {
+        let frame = sigframe::build(regs, &self.agent.xstate, sigmask, *end);
+        self.memory.write(*end, &frame.bytes)?;
+        *end = end.plus(frame.bytes.len() as u64);
+        let slot = RemoteAddr(frame.rsp.0.wrapping_sub(8));
+        let back = self.gadgets.sigreturn.unwrap_or_default();
+        self.memory.write(slot, &back.0.to_ne_bytes())?;
+        Ok(slot.0)
     }
 
     fn to_syscall_stop(&self) -> Result<(), TraceError> {

@@ -183,8 +183,8 @@ pub fn limits(site: &mut Site) -> Result<(), String> {
     let dump = ["dump", "-R", "-t", pid.as_str()];
     // What it says, or nothing where it works.
     for (limits, wanted) in [
-        ("--fsize=20000", "the size of files (ulimit -f)"),
-        ("--fsize=2000", "the size of files (ulimit -f)"),
+        ("--fsize=20000:", "the size of files (ulimit -f)"),
+        ("--fsize=2000:", "the size of files (ulimit -f)"),
         ("--nofile=8", "Too many open files"),
         ("--stack=65536", "the limit of the stack (ulimit -s) is 64 KiB, and crtool needs 1024"),
         ("--as=24000000", "memory"),
@@ -206,6 +206,12 @@ pub fn limits(site: &mut Site) -> Result<(), String> {
             // How much memory it takes is not the same for all builds; that it says so, is.
             _ if wanted.is_empty() => Err(format!("{:?}: {}", run.end, run.said)),
             End::Exited(1) if lines.len() == 1 && run.said.contains(wanted) => no_images(&images),
+            // Nor can a restore be promised that has no more than the dump.
+            End::Exited(1)
+                if lines.iter().skip(1).all(|line| line.contains("RLIMIT_")) && lines.len() > 1 =>
+            {
+                no_images(&images)
+            }
             _ => Err(format!("not one line with {wanted:?}: {:?}: {}", run.end, run.said)),
         };
         checked.and_then(|()| site.works()).map_err(|text| format!("{limits}: {text}"))?;

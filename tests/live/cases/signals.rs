@@ -28,9 +28,11 @@ pub const CASES: &[Case] = &[
     Case::new("mask_full", mask_full),
     // CRIU loses those that its parasite uses itself.
     Case::new("pending_of_every_number", pending_of_every_number).peer_fails("a pending SIGTRAP"),
-    Case::new("pending_continue", pending_continue),
-    Case::new("stop_pending", stop_pending).peer_loses(&["ShdPnd"]),
-    Case::new("stop_pending_at_thread", stop_pending_at_thread).peer_loses(&["ShdPnd", "SigPnd"]),
+    Case::new("pending_continue", pending_continue)
+        .peer_fails("it refuses threads with a pending SIGTRAP, and loses a pending SIGCONT"),
+    Case::new("stop_pending", stop_pending).peer_fails("its restore stops at a SIGSTOP that it queues"),
+    Case::new("stop_pending_at_thread", stop_pending_at_thread)
+        .peer_fails("its restore stops at a SIGSTOP that it queues"),
 ];
 
 /// struct kernel_sigaction: handler, flags, restorer, mask.
