@@ -68,7 +68,8 @@ pub fn no_root() {
     let cache = site.cache(NONE);
     // Where it was built others may have no business. By another process: ETXTBSY.
     let (dir, program) = (tempfile::tempdir().unwrap(), "crtool");
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
     let program = dir.path().join(program);
     assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_crtool")).arg(&program).status().unwrap().success());
     let port = cache.port().to_string();
