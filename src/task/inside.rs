@@ -12,7 +12,7 @@ use crate::{
 
 use super::{
     error::{Result, TaskError},
-    keyrings, ports,
+    keyrings, landlock, ports,
     sem_undo::{self, Semaphores},
     sigaction::{KernelSigaction, SIGNALS},
 };
@@ -68,6 +68,8 @@ pub struct ThreadInside {
     pub mempolicy: Option<pb::MempolicyEntry>,
     /// Sets of System V semaphores that are adjusted when it ends.
     pub sem_undo: Vec<i32>,
+    /// Whether it is in a Landlock domain, as far as that can be told.
+    pub landlock: bool,
     /// Whether it may use all I/O ports.
     pub iopl: bool,
     /// Whether it has a keyring of its own, and its process one.
@@ -124,6 +126,7 @@ pub struct ThreadQueries {
     personality: CallId,
     mempolicy: policy::Question,
     sem_undo: sem_undo::Questions,
+    landlock: landlock::Question,
     iopl: ports::Question,
     keyrings: keyrings::Questions,
 }
@@ -195,6 +198,7 @@ pub fn thread_queries(list: &mut List, cap_eff: u64, semaphores: Option<&Semapho
         cpuid: list.call("ARCH_GET_CPUID", libc::SYS_arch_prctl, &[ARCH_GET_CPUID.into()], Want::Any),
         personality: list.call("personality", libc::SYS_personality, &[u32::MAX.into()], Want::Any),
         mempolicy: policy::ask(list, None),
+        landlock: landlock::ask(list, cap_eff),
         iopl: ports::ask(list, cap_eff),
         keyrings: keyrings::ask(list),
         sem_undo: semaphores.map(|all| sem_undo::ask(list, all)).unwrap_or_default(),
@@ -322,6 +326,7 @@ impl ThreadQueries {
             cpuid: results.maybe(self.cpuid, "ARCH_GET_CPUID")?.map(narrow),
             personality: narrow(results.must(self.personality, "personality")?),
             sem_undo: self.sem_undo.read(results.0)?,
+            landlock: self.landlock.read(results.0)?,
             iopl: self.iopl.read(results.0)?,
             keyrings: self.keyrings.read(results.0)?,
             mempolicy: self.mempolicy.read(results.0).map_err(TaskError::Memory)?,

@@ -19,6 +19,7 @@ mod io_flusher;
 mod ioprio;
 mod itimer;
 mod keyrings;
+mod landlock;
 mod loginuid;
 mod mce_kill;
 mod mdwe;
@@ -185,6 +186,7 @@ enum When {
 static THREAD: &[ThreadPart] = &[
     ThreadPart { name: "registers", dump: state::dump, plan: nothing },
     ThreadPart { name: "refuse", dump: refuse::dump_thread, plan: nothing },
+    ThreadPart { name: "landlock", dump: landlock::dump, plan: nothing },
     ThreadPart { name: "ports", dump: ports::dump, plan: nothing },
     ThreadPart { name: "keyrings", dump: keyrings::dump, plan: nothing },
     ThreadPart { name: "sem_undo", dump: sem_undo::dump, plan: nothing },

@@ -18,6 +18,8 @@ pub const CASES: &[Case] = &[
     Case::new("namespace_of_thread", namespace_of_thread).refused("uts namespace"),
     Case::new("thread_keyring", |gate| keyring(gate, -1)).refused("thread keyring"),
     Case::new("process_keyring", |gate| keyring(gate, -2)).refused("process keyring"),
+    Case::new("landlock", |gate| landlock(gate, false)).refused("Landlock domain"),
+    Case::new("landlock_of_thread", |gate| landlock(gate, true)).refused("Landlock domain"),
     Case::new("io_ports", io_ports).refused("ioperm"),
     Case::new("io_ports_all", io_ports_all).refused("iopl"),
 ];
@@ -200,4 +202,32 @@ fn io_ports_all(gate: &Gate) {
     }
     sys!(SYS_setresuid, 65_534, 65_534, 65_534).expect("setresuid");
     gate.ready();
+}
+
+/// A task, or a thread of it, that may not open files for writing.
+fn landlock(gate: &Gate, of_thread: bool) {
+    let (handled, no_new_privs) = (1_u64 << 1, 38);
+    let Ok(rules) = sys!(SYS_landlock_create_ruleset, &raw const handled, 8, 0) else {
+        gate.skip("this kernel has no Landlock")
+    };
+    let restrict = move || {
+        sys!(SYS_prctl, no_new_privs, 1, 0, 0, 0).expect("no_new_privs");
+        sys!(SYS_landlock_restrict_self, rules, 0).expect("landlock_restrict_self");
+    };
+    let close = || sys!(SYS_close, rules).expect("close");
+    if !of_thread {
+        restrict();
+        close();
+        return gate.ready();
+    }
+    let control = gate.clone_for_thread();
+    let thread = std::thread::spawn(move || {
+        restrict();
+        control.mark("restricted");
+        control.wait();
+    });
+    gate.await_mark("restricted");
+    close();
+    gate.ready();
+    thread.join().expect("thread");
 }
