@@ -328,12 +328,12 @@ impl<'s> Collected<'s> {
 
     /// After the last process: what only all of them together tell.
     pub(super) fn complete(&mut self) -> Result<()> {
-        let (_, clocks) = self.time.clocks().context("clocks of the tree")?;
+        let (own, clocks) = self.time.clocks().context("clocks of the tree")?;
         for task in &mut self.tasks {
             task::settle_timers(&mut task.cores, task.timers_read, clocks);
         }
         self.clocks = Some(clocks);
-        self.files.complete(&mut self.findings).context("open files")?;
+        self.files.complete(own.monotonic, &mut self.findings).context("open files")?;
         let uses: HashSet<_> =
             self.tasks.iter().filter_map(|task| task.space.as_ref()).flat_map(uses_of).collect();
         self.files.would_restore(&uses, &mut self.findings).context("whether open files can be restored")

@@ -5,6 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     rc::Rc,
+    time::Duration,
 };
 
 use nix::{
@@ -327,8 +328,10 @@ impl<'a> FilesDump<'a> {
         &self.tables
     }
 
-    /// After the last table and file: completes all entries.
-    pub fn complete(&mut self, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+    /// After the last table and file: completes all entries. The clocks of the tree are taken to have stood when CLOCK_MONOTONIC of
+    /// crtool was `clock`.
+    pub fn complete(&mut self, clock: Duration, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+        self.cx.clock = Some(clock);
         for entry in &mut self.entries {
             let Some(at) = self.places.get(&entry.id).copied() else { continue };
             let Some(kind) = kind_of(entry) else { continue };

@@ -66,7 +66,7 @@ impl Cycle {
         }
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
-        files.complete(&mut findings)?;
+        files.complete(std::time::Duration::ZERO, &mut findings)?;
         files.would_restore(&HashSet::new(), &mut findings)?;
         if let Some(limit) = self.limit {
             files.check_limits(limit, &mut findings);
