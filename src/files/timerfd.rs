@@ -46,8 +46,8 @@ impl FileKind for Timerfd {
         cx.state::<Read>().0.insert(id, monotonic()?);
         let (mut vsec, mut vnsec) = timer.it_value;
         if is_expired(timer.ticks, (vsec, vnsec), timer.it_interval) {
-            // At once: what is 0 would not be armed.
-            (vsec, vnsec) = (0, 1);
+            // It has just been asked, so what it stands at has just been counted, and this is the next one.
+            (vsec, vnsec) = timer.it_interval;
         }
         let clock = timer.clockid;
         let due = match (clock, timer.it_interval) {
@@ -110,7 +110,7 @@ impl FileKind for Timerfd {
         fd: BorrowedFd<'_>,
     ) -> Result<(), FileError> {
         value(entry)?;
-        let mut entry = entry.clone();
+        let mut entry = *entry;
         let elapsed = cx.clocks.map(|clocks| clocks.elapsed()).transpose();
         pass(&mut entry, elapsed.map_err(FileError::sys("read the clocks"))?.unwrap_or_default());
         let entry = &entry;
@@ -152,12 +152,14 @@ fn monotonic() -> Result<Duration, FileError> {
     now.map(Duration::from).map_err(FileError::sys("read CLOCK_MONOTONIC"))
 }
 
-/// Lets `gone` pass for a timer that runs. One that is due by the wall clock does not care, nor does one that stands still.
+/// Lets `gone` pass for a timer that runs. One that is due by the wall clock does not care. One that stands still at an
+/// expiration that has been counted, as other tools save it, goes on with the next one.
 fn pass(entry: &mut pb::TimerfdEntry, gone: Duration) {
     let time = |sec: u64, ns: u64| Duration::from_secs(sec).saturating_add(Duration::from_nanos(ns));
     let (left, interval) = (time(entry.vsec, entry.vnsec), time(entry.isec, entry.insec));
     let stands_still = entry.ticks > 0 && !interval.is_zero() && left <= Duration::from_nanos(1);
-    if left.is_zero() || stands_still || entry.due_sec.is_some() {
+    let left = if stands_still { interval } else { left };
+    if left.is_zero() || entry.due_sec.is_some() {
         return;
     }
     let left = match left.checked_sub(gone) {
@@ -191,8 +193,8 @@ fn state(fd: &FdView<'_>) -> Result<fdinfo::Timerfd, FileError> {
             "the kernel does not tell the state of this timer",
             "a kernel with CONFIG_PROC_FS and CONFIG_CHECKPOINT_RESTORE does",
         ))?;
-        // A periodic one without time left that has not gone off either: it is not armed, or it goes off right now.
-        let unclear = timer.it_value == (0, 0) && timer.it_interval != (0, 0) && timer.ticks == 0;
+        // A periodic one without time left: it is not armed, or it goes off right now.
+        let unclear = timer.it_value == (0, 0) && timer.it_interval != (0, 0);
         if !unclear || look == LOOKS {
             return Ok(timer);
         }
@@ -420,7 +422,9 @@ mod tests {
         assert_eq!(after((0, 5), 7, 1, 5), ((0, 7), 2));
         assert_eq!(after((0, 5), 7, 1, 20), ((0, 6), 4));
         assert_eq!(after((0, 5), 7, 1, 26), ((0, 7), 5));
-        assert_eq!(after((0, 1), 7, 1, 20), ((0, 1), 1), "it stands still");
+        // Standing still at 0, which is counted; due at 7, 14, 21.
+        assert_eq!(after((0, 1), 7, 1, 20), ((0, 1), 3));
+        assert_eq!(after((0, 0), 7, 1, 6), ((0, 1), 1));
         assert_eq!(after((0, 0), 7, 0, 20), ((0, 0), 0), "it is not armed");
         assert_eq!(after((0, 5), 1, u64::MAX, u64::MAX), ((0, 1), u64::MAX));
     }
