@@ -20,6 +20,7 @@ use super::{
     tree::{Check, Process, State},
 };
 use crate::{
+    deadline,
     files::{FileUse, FilesDump},
     finding::Finding,
     image::{Store, pb},
@@ -146,6 +147,7 @@ impl<'s> Collected<'s> {
     /// Collects one process, which is held. Parents come before their children, the root first.
     pub(super) fn process(&mut self, process: &Process, check: Check<'_>) -> Result<()> {
         let pid = process.pid;
+        deadline::looking_at(pid, deadline::Object::Task);
         if self.pstree.is_empty() && process.sid != pid && !self.settings.common.shell_job {
             self.finding(
                 pid,

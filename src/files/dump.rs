@@ -31,6 +31,7 @@ use super::{
     restore,
 };
 use crate::{
+    deadline,
     finding::Finding,
     image::{ImageKind, Store, TypedStore, pb},
     proc::{fdinfo, fdinfo::Fdinfo, status},
@@ -120,6 +121,7 @@ impl<'a> FilesDump<'a> {
         let ours = open_dir("self", "fd")?;
         let mut text = Vec::with_capacity(4096);
         for &fd in numbers {
+            deadline::looking_at(pid, deadline::Object::Fd(fd));
             let here = |source: FileError, link: &[u8]| FileError::Fd {
                 pid,
                 fd,
@@ -285,6 +287,7 @@ impl<'a> FilesDump<'a> {
         name: &'static str,
         findings: &mut Vec<Finding>,
     ) -> Result<Option<u32>, FileError> {
+        deadline::looking_at(pid, deadline::Object::Link(name));
         let path = format!("/proc/{pid}/{name}");
         let link = match nix::fcntl::readlink(path.as_str()) {
             Ok(link) => bytes_of(link),
