@@ -5,7 +5,6 @@ pub mod arch;
 pub mod cli;
 pub mod command;
 pub mod cpuinfo;
-pub mod deadline;
 pub mod dump;
 pub mod exit;
 pub mod files;

@@ -10,7 +10,6 @@ pub mod image_proxy;
 mod report;
 pub mod restore;
 mod snapshots;
-mod watchdog;
 
 use std::io;
 

@@ -33,7 +33,6 @@ impl Construction<'_> {
     pub(super) fn attributes(&mut self) -> Result<()> {
         self.clocks.start()?;
         self.supervisor.clocks = self.clocks.running();
-        self.files.set_clocks(self.clocks.running());
         if self.files.needs_stages() {
             for stage in &STAGES[..3] {
                 if *stage == Stage::Directories {
@@ -149,7 +148,7 @@ impl Construction<'_> {
             own.op(Op::Next);
             let slot = self.puppets.add_slot(area)?;
             let label = format!("thread {tid} of task {}", task.pid);
-            self.puppets.expect_thread((*tid, task.pid), label, (area, slot), &own)?;
+            self.puppets.expect_thread(*tid, label, (area, slot), &own)?;
             let args = CloneArgs { flags: THREAD_FLAGS | CLONE_PTRACE, ..CloneArgs::default() };
             list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
         }

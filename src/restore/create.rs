@@ -27,9 +27,9 @@ use super::{
     taken, vdso,
 };
 use crate::{
-    deadline,
     files::{Descriptors, FIRST_SHARED, FilesRestore, SUPERVISOR},
     image::{ImageKind, Store, TypedStore, pb},
+    interrupt,
     mem::{pkeys, vma},
     pages::Pages,
     process_tree::{ForkPlan, PlannedPid, Step},
@@ -366,7 +366,7 @@ impl<'i> Construction<'i> {
                     self.puppets.rename(wanted, other);
                     *self.pids.get_mut(first).context("nobody is first")? = other;
                 }
-                Err(Errno::EEXIST) if self.puppets.may_become_free(wanted) => deadline::check()?,
+                Err(Errno::EEXIST) if self.puppets.may_become_free(wanted) => interrupt::check()?,
                 Err(error) => return Err(taken(wanted, error)),
             }
         };
@@ -446,6 +446,10 @@ fn plan_first(list: &mut List, gate: &Gate, pidfd: i32) {
             Want::Any,
         );
     }
+    // Of a root that has no capabilities a process of the same kind may write the memory, and its threads do not become so all
+    // at once. Where other ids are set the kernel does this by itself.
+    let args = [libc::PR_SET_DUMPABLE.into(), 0u64.into()];
+    list.call("PR_SET_DUMPABLE", libc::SYS_prctl, &args, Want::Zero);
     list.call("set_robust_list", libc::SYS_set_robust_list, &[0u64.into(), 24u64.into()], Want::Zero);
     list.call("set_tid_address", libc::SYS_set_tid_address, &[0u64.into()], Want::Ok);
 }

@@ -18,15 +18,18 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::pid_allocator::PidAllocator;
 use crate::{
-    deadline,
+    interrupt,
     sys::{Errno, mapping::Mapping, ptrace, task, wait, wait::Status},
     task::robust_list::{self, SharedBytes},
-    tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page, procfs},
+    tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page},
 };
 
 const PAGE: usize = 4096;
 /// What of an area is mapped from the beginning: enough for most processes.
 const FIRST_LEN: usize = 256 << 10;
+
+/// Bytes of a `syscall` instruction.
+const SYSCALL_LEN: u64 = 2;
 
 /// Index of an area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,8 +71,6 @@ enum End {
 #[derive(Debug)]
 struct Member {
     label: String,
-    /// The process that it is a thread of, if it is not the leader.
-    process: Option<i32>,
     area: AreaId,
     slot: RemoteAddr,
     lists: Vec<Placed>,
@@ -105,23 +106,6 @@ pub(super) struct Puppets {
     renamed: HashMap<i32, i32>,
     /// Threads at the exit of a call that crtool made in them.
     within_call: HashSet<i32>,
-    /// Pages that they all had in memory when that was last looked at.
-    resident: u64,
-}
-
-/// Waits for the next report of a thread.
-fn report_of(tid: i32) -> Result<Status> {
-    loop {
-        match wait::wait_raw(tid, 0) {
-            Ok(Some((_, raw))) => {
-                deadline::progress();
-                return Ok(Status::from_raw(raw));
-            }
-            Ok(None) => {}
-            Err(Errno::EINTR) => deadline::check()?,
-            Err(e) => return Err(anyhow!(e).context(format!("wait for thread {tid}"))),
-        }
-    }
 }
 
 impl Puppets {
@@ -137,7 +121,6 @@ impl Puppets {
             taken: None,
             renamed: HashMap::new(),
             within_call: HashSet::new(),
-            resident: 0,
         }
     }
 
@@ -187,23 +170,23 @@ impl Puppets {
         list: &List,
     ) -> Result<()> {
         self.leaders.push(pid);
-        self.expect((pid, None), label, (area, slot), copy_of, list)
+        self.expect(pid, label, (area, slot), copy_of, list)
     }
 
-    /// Announces a thread `tid` of process `pid` that a list is going to make.
+    /// Announces a thread `tid` that a list is going to make.
     pub(super) fn expect_thread(
         &mut self,
-        (tid, pid): (i32, i32),
+        tid: i32,
         label: String,
         at: (AreaId, RemoteAddr),
         list: &List,
     ) -> Result<()> {
-        self.expect((tid, Some(pid)), label, at, None, list)
+        self.expect(tid, label, at, None, list)
     }
 
     fn expect(
         &mut self,
-        (tid, process): (i32, Option<i32>),
+        tid: i32,
         label: String,
         (area, slot): (AreaId, RemoteAddr),
         copy_of: Option<AreaId>,
@@ -214,8 +197,7 @@ impl Puppets {
         let list = mapped.area.place(list)?;
         mapped.area.arm(slot, list.start, on_fail)?;
         let lists = vec![list];
-        let member =
-            Member { label, process, area, slot, lists, doing: Doing::Expected, end: End::No, copy_of };
+        let member = Member { label, area, slot, lists, doing: Doing::Expected, end: End::No, copy_of };
         ensure!(self.members.insert(tid, member).is_none(), "id {tid} occurs twice");
         Ok(())
     }
@@ -289,6 +271,14 @@ impl Puppets {
 
     /// Lets a waiting thread go on.
     pub(super) fn resume(&mut self, tid: i32) -> Result<()> {
+        let area = self.members.get(&tid).context("nobody to resume")?.area;
+        let (behind, next) = (self.area(area)?.behind_stop().0, self.area(area)?.next_entry().0);
+        let mut regs = ptrace::get_regs(tid)?;
+        // It does not leave the end of a list by itself.
+        if regs.rip == behind {
+            (regs.rip, regs.orig_rax) = (next, u64::MAX);
+            ptrace::set_regs(tid, &regs)?;
+        }
         let member = self.members.get_mut(&tid).context("nobody to resume")?;
         ptrace::cont(tid, 0).with_context(|| format!("{}: resume", member.label))?;
         member.doing = Doing::Running;
@@ -312,26 +302,16 @@ impl Puppets {
                 Ok(Some(report)) => report,
                 Ok(None) => continue,
                 Err(Errno::EINTR) => {
-                    self.look_for_progress();
-                    deadline::check()?;
+                    interrupt::check()?;
                     continue;
                 }
                 Err(e) => return Err(anyhow!(e).context("wait for the tasks being restored")),
             };
-            deadline::progress();
             if self.report(tid, Status::from_raw(raw))? {
                 busy -= 1;
             }
         }
         Ok(())
-    }
-
-    /// Tasks that read their memory report nothing for as long as that takes, but they grow.
-    fn look_for_progress(&mut self) {
-        let resident = self.leaders.iter().filter_map(|pid| procfs::resident_pages(*pid)).sum();
-        if std::mem::replace(&mut self.resident, resident) != resident {
-            deadline::progress();
-        }
     }
 
     /// Takes one report; says whether its thread has come to rest.
@@ -346,10 +326,13 @@ impl Puppets {
             (Status::Stopped(signal, 0), End::Signal(wanted)) => {
                 self.go_on(tid, if signal == wanted { signal } else { 0 })
             }
-            (Status::Stopped(libc::SIGTRAP, 0), End::No) => self.failed(tid),
-            (Status::Stopped(libc::SIGSTOP, 0), End::No)
-                if stopped_itself(member.process.unwrap_or(tid), tid)? =>
-            {
+            // Whoever may signal a task sends it such signals too, and may even have them come instead of its own. What counts
+            // is where it is, because a list that is not over must not be taken for one that is: the task would keep all
+            // rights that the rest of the list takes away.
+            (Status::Stopped(libc::SIGTRAP, 0), End::No) if self.is_at(tid, Area::behind_trap)? => {
+                self.failed(tid)
+            }
+            (Status::Stopped(libc::SIGSTOP, 0), End::No) if self.is_at(tid, Area::behind_stop)? => {
                 self.at_end_of_list(tid)
             }
             (
@@ -412,6 +395,13 @@ impl Puppets {
         ptrace::cont(tid, 0).with_context(|| format!("{label}: start"))
     }
 
+    /// Whether a thread is stopped at a place in the runner.
+    fn is_at(&self, tid: i32, place: impl Fn(&Area) -> RemoteAddr) -> Result<bool> {
+        let member = self.members.get(&tid).context("nobody at that place")?;
+        let regs = ptrace::get_regs(tid).with_context(|| format!("{}: registers", member.label))?;
+        Ok(regs.rip == place(self.area(member.area)?).0)
+    }
+
     /// Where [`Op::Stop`] stops a thread.
     fn at_end_of_list(&mut self, tid: i32) -> Result<bool> {
         let member = self.members.get_mut(&tid).context("nobody at the end of a list")?;
@@ -447,7 +437,7 @@ impl Puppets {
         } else if !self.may_become_free(id) {
             return Err(super::taken(id, Errno::EEXIST));
         }
-        deadline::check()?;
+        interrupt::check()?;
         let mut regs = ptrace::get_regs(tid)?;
         let mapped = self.mapped(area)?;
         mapped.area.retry(slot)?;
@@ -505,17 +495,25 @@ impl Puppets {
         regs.rax = nr.cast_unsigned();
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
         ptrace::set_regs(tid, &regs)?;
+        let mut at = regs;
         for _ in 0..2 {
             ptrace::syscall(tid, 0)?;
             loop {
-                match report_of(tid)? {
+                match next_stop(tid)? {
                     Status::Stopped(signal, 0) if signal == libc::SIGTRAP | 0x80 => break,
                     Status::Stopped(_, _) => ptrace::syscall(tid, 0)?,
                     other => bail!("thread {tid}: {other:?} in a system call of its restore"),
                 }
             }
+            at = ptrace::get_regs(tid)?;
+            // The instruction is in memory that others of its user may write once the task is dumpable. A task that is killed
+            // where a call begins does not make it.
+            let same = at.orig_rax == nr.cast_unsigned()
+                && [at.rdi, at.rsi, at.rdx, at.r10, at.r8, at.r9] == args
+                && at.rip == regs.rip + SYSCALL_LEN;
+            ensure!(same, "thread {tid}: somebody else has changed the code that crtool executes in it");
         }
-        Ok(ptrace::get_regs(tid)?.rax.cast_signed())
+        Ok(at.rax.cast_signed())
     }
 
     /// As [`Self::bare_call`], for a call that must return 0. The thread waits for its next list again.
@@ -552,7 +550,7 @@ impl Puppets {
         ptrace::interrupt(tid)?;
         ptrace::cont(tid, 0)?;
         loop {
-            match report_of(tid)? {
+            match next_stop(tid)? {
                 Status::Stopped(_, ptrace::EVENT_STOP) => return Ok(()),
                 Status::Stopped(_, _) => ptrace::cont(tid, 0)?,
                 other => bail!("thread {tid}: {other:?} before its registers were set"),
@@ -569,7 +567,7 @@ impl Puppets {
             task::kill(leader, try_signal)?;
             ptrace::cont(leader, 0)?;
             let event = loop {
-                match report_of(leader)? {
+                match next_stop(leader)? {
                     Status::Stopped(event, ptrace::EVENT_STOP) => break event,
                     Status::Stopped(got, 0) => {
                         // Whatever becomes of the signal, no instruction is executed.
@@ -586,7 +584,7 @@ impl Puppets {
         for tid in tids.iter().skip(1) {
             ptrace::interrupt(*tid)?;
             ptrace::cont(*tid, 0)?;
-            while let Status::Stopped(_, event) = report_of(*tid)? {
+            while let Status::Stopped(_, event) = next_stop(*tid)? {
                 if event == ptrace::EVENT_STOP {
                     break;
                 }
@@ -642,12 +640,16 @@ impl Puppets {
     }
 }
 
-/// Whether the SIGSTOP of thread `tid` of process `pid` is from the process itself: nobody else can send one that says so.
-fn stopped_itself(pid: i32, tid: i32) -> Result<bool> {
-    const SI_TKILL: i32 = -6;
-    let info = ptrace::get_siginfo(tid).with_context(|| format!("siginfo of thread {tid}"))?;
-    let word = |at: usize| info.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
-    Ok((word(8), word(16)) == (SI_TKILL, pid))
+/// The next report of a thread. Whoever may write its memory could make it never come, so crtool can be ended meanwhile.
+fn next_stop(tid: i32) -> Result<Status> {
+    loop {
+        match wait::wait_raw(tid, 0) {
+            Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
+            Ok(None) => {}
+            Err(Errno::EINTR) => interrupt::check()?,
+            Err(e) => return Err(anyhow!(e).context(format!("wait for thread {tid}"))),
+        }
+    }
 }
 
 impl Drop for Puppets {

@@ -64,7 +64,7 @@ pub mod op {
     pub const WAIT_ZERO: i64 = -3;
     /// int3.
     pub const TRAP: i64 = -4;
-    /// SIGSTOP to the thread itself (tkill(2)).
+    /// SIGSTOP to the thread itself (tkill(2)), again and again until its tracer sets it to [`super::next_entry_offset`].
     pub const STOP: i64 = -9;
     /// Copy the 64-bit word at argument 0 to argument 1.
     pub const COPY: i64 = -5;
@@ -130,6 +130,8 @@ global_asm!(
     "cmp rax, [rbx + {expect}]",
     "jne 20f",
     "14:",
+    ".globl crtool_runner_next",
+    "crtool_runner_next:",
     "add rbx, {SIZE}",
     "jmp 10b",
     // Failure: say where, go on with the slot's list for that.
@@ -169,6 +171,8 @@ global_asm!(
     "cmp rax, {TRAP}",
     "jne 34f",
     "int3",
+    ".globl crtool_runner_trapped",
+    "crtool_runner_trapped:",
     "jmp 14b",
     "34:",
     "cmp rax, {COPY}",
@@ -193,13 +197,16 @@ global_asm!(
     "37:",
     "cmp rax, {STOP}",
     "jne 40f",
+    "371:",
     "mov eax, {SYS_GETTID}",
     "syscall",
     "mov edi, eax",
     "mov esi, {SIGSTOP}",
     "mov eax, {SYS_TKILL}",
     "syscall",
-    "jmp 14b",
+    ".globl crtool_runner_stopped",
+    "crtool_runner_stopped:",
+    "jmp 371b",
     // ldtilecfg [39], tilezero tmm0, tilerelease; not every assembler knows them.
     "40:",
     ".byte 0xc4, 0xe2, 0x78, 0x49, 0x05",
@@ -259,6 +266,9 @@ global_asm!(
 
 unsafe extern "C" {
     static crtool_runner_start: u8;
+    static crtool_runner_next: u8;
+    static crtool_runner_trapped: u8;
+    static crtool_runner_stopped: u8;
     static crtool_runner_syscall: u8;
     static crtool_runner_end: u8;
 }
@@ -271,7 +281,26 @@ pub fn code() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }
 }
 
+fn offset(place: *const u8) -> u64 {
+    (place as usize - &raw const crtool_runner_start as usize) as u64
+}
+
 /// Offset in [`code`] of a `syscall` instruction that belongs to no list.
 pub fn bare_syscall_offset() -> u64 {
-    (&raw const crtool_runner_syscall as usize - &raw const crtool_runner_start as usize) as u64
+    offset(&raw const crtool_runner_syscall)
+}
+
+/// Offset in [`code`] of what goes on to the next entry of a list.
+pub fn next_entry_offset() -> u64 {
+    offset(&raw const crtool_runner_next)
+}
+
+/// Offset in [`code`] of where a thread is that has executed [`op::TRAP`].
+pub fn behind_trap_offset() -> u64 {
+    offset(&raw const crtool_runner_trapped)
+}
+
+/// Offset in [`code`] of where a thread is that has sent itself the signal of [`op::STOP`].
+pub fn behind_stop_offset() -> u64 {
+    offset(&raw const crtool_runner_stopped)
 }

@@ -163,6 +163,21 @@ impl Area {
         self.remote.plus(runner::bare_syscall_offset())
     }
 
+    /// Where a thread is that has executed [`Op::Trap`].
+    pub(crate) fn behind_trap(&self) -> RemoteAddr {
+        self.remote.plus(runner::behind_trap_offset())
+    }
+
+    /// Where a thread is that has sent itself the signal of [`Op::Stop`].
+    pub(crate) fn behind_stop(&self) -> RemoteAddr {
+        self.remote.plus(runner::behind_stop_offset())
+    }
+
+    /// Where a thread goes on that was stopped so.
+    pub(crate) fn next_entry(&self) -> RemoteAddr {
+        self.remote.plus(runner::next_entry_offset())
+    }
+
     /// Where it begins in a target.
     pub(crate) fn start(&self) -> RemoteAddr {
         self.remote

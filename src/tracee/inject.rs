@@ -394,7 +394,19 @@ impl<'t> Injection<'t> {
             agent.stopped.set_regs(&regs)?;
             agent.stopped.set_sigmask(ALL_BLOCKED)?;
             self.to_syscall_stop()?;
+            // The code is the target's, and somebody else may have changed it since it was chosen. What the registers are now is what
+            // the kernel does. A target in a sandbox must not get another call by that, because its filters are suspended.
+            let mut now = agent.stopped.regs()?;
+            let same = now.orig_rax == nr.cast_unsigned()
+                && [now.rdi, now.rsi, now.rdx, now.r10, now.r8, now.r9] == args;
+            if !same {
+                now.orig_rax = u64::MAX;
+                agent.stopped.set_regs(&now)?;
+            }
             self.to_syscall_stop()?;
+            if !same {
+                return Err(TraceError::Changed(agent.tid()));
+            }
             let result = agent.stopped.regs()?.rax.cast_signed();
             at_exit(result);
             Ok(result)

@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::AsFd as _;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 use super::super::front::Front;
 use super::super::{Failure, pb::FailCode};
 use super::Cache;
@@ -79,7 +81,10 @@ fn refused(added: io::Result<()>) {
 
 /// Each image of some size takes a descriptor.
 fn raise_limit() {
-    if let Err(e) = sys::own::raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(e) = raised {
         tracing::warn!("the limit of open files stays as it is: {e}");
     }
 }
