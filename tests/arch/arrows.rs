@@ -25,7 +25,6 @@ const LAYERS: [&[&str]; 7] = [
         "exit",
         "interrupt",
         "ownership",
-        "deadline",
         "pidfile",
         "view",
     ],
