@@ -13,6 +13,8 @@ use std::{
 
 use nix::unistd::Pid;
 
+use crate::{deadline, sys};
+
 /// A point at which scripts run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -107,6 +109,8 @@ impl ActionScripts {
 ///
 /// `root` is the root task as seen from here, if it exists at this point.
 pub fn run(scripts: &ActionScripts, action: Action, root: Option<Pid>) -> Result<(), ActionError> {
+    // How long they take is their affair.
+    let _pause = deadline::pause();
     for path in &scripts.scripts {
         tracing::debug!("running {} script {}", action.name(), path.display());
         let mut command = Command::new(scripts.program(path));
@@ -117,8 +121,9 @@ pub fn run(scripts: &ActionScripts, action: Action, root: Option<Pid>) -> Result
         if let Some(pid) = root {
             command.env("CRTOOLS_INIT_PID", pid.to_string());
         }
-        let status =
-            command.status().map_err(|source| ActionError::Start { path: scripts.program(path), source })?;
+        let status = sys::own::with_first_limits(&mut command)
+            .status()
+            .map_err(|source| ActionError::Start { path: scripts.program(path), source })?;
         if !status.success() {
             return Err(ActionError::Failed { path: path.clone(), action: action.name(), status });
         }

@@ -40,6 +40,11 @@ pub fn watch() -> Result<&'static SignalFd, Errno> {
     Ok(WATCH.get_or_init(|| fd))
 }
 
+/// Becomes readable when a signal has come; `None` if nobody watches.
+pub(crate) fn watched() -> Option<&'static SignalFd> {
+    WATCH.get()
+}
+
 /// An error once a signal has come; costs one read.
 pub fn check() -> Result<(), Interrupted> {
     check_those(|_| true)

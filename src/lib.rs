@@ -5,6 +5,7 @@ pub mod arch;
 pub mod cli;
 pub mod command;
 pub mod cpuinfo;
+pub mod deadline;
 pub mod dump;
 pub mod exit;
 pub mod files;

@@ -20,8 +20,11 @@ use crate::action::ActionScripts;
 /// Largest deleted file that travels inside the images when `--ghost-limit` is not given.
 pub const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
 
-/// Time to freeze and collect a tree when `--timeout` is not given.
+/// Time to freeze and collect a tree, and longest standstill of a restore, when `--timeout` is not given.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Writing images may stand still for so long when `--timeout` is not given: disks are slow at times.
+pub const DEFAULT_STANDSTILL: Duration = Duration::from_secs(60);
 
 /// Longest silence on the way of images when `--timeout` is not given.
 pub const DEFAULT_REMOTE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -275,6 +278,8 @@ pub struct DumpSettings {
     pub leave: Leave,
     /// Longest time to collect the tree; `None` for no limit.
     pub timeout: Option<Duration>,
+    /// Longest time in which nothing moves while images are written; `None` for no limit.
+    pub standstill: Option<Duration>,
     /// Largest deleted file to carry, in bytes.
     pub ghost_limit: u64,
     /// The extents of sparse deleted files are asked for by FIEMAP, many in one call, and by SEEK_DATA only where
@@ -299,6 +304,7 @@ impl DumpSettings {
             pid,
             leave: Leave::default(),
             timeout: Some(DEFAULT_TIMEOUT),
+            standstill: Some(DEFAULT_STANDSTILL),
             ghost_limit: DEFAULT_GHOST_LIMIT,
             ghost_fiemap: true,
             force_irmap: false,
@@ -332,6 +338,8 @@ pub struct RestoreSettings {
     pub pidfile: Option<PathBuf>,
     /// Program and arguments that replace us, as parent of the tree, after success.
     pub exec_cmd: Option<Vec<OsString>>,
+    /// Longest time in which nothing moves; `None` for no limit.
+    pub timeout: Option<Duration>,
     /// From a cache instead of a directory.
     pub remote: Option<RemoteSettings>,
 }
@@ -350,6 +358,7 @@ impl RestoreSettings {
             inherit_fds: Vec::new(),
             pidfile: None,
             exec_cmd: None,
+            timeout: Some(DEFAULT_TIMEOUT),
             remote: None,
         }
     }

@@ -224,7 +224,7 @@ pub(crate) static OPTIONS: &[Known] = &[
     value("ghost-limit", For(&[Dump, Check])),
     value("irmap-scan-path", For(&[Dump, Check])),
     value("lsm-profile", ToCome(&[Restore], "the tree would run without that profile")),
-    value("timeout", RUNS),
+    value("timeout", For(&[Dump, Restore, Check, ImageCache, ImageProxy])),
     value("external", TREE),
     value("empty-ns", NO_NETNS),
     plain(

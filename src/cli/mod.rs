@@ -21,12 +21,12 @@ use std::{
     time::Instant,
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::CommandFactory;
 use settings::{Plan, Task};
 
 use crate::{
-    command,
+    command, deadline,
     exit::{self, Exit},
     log,
     settings::DumpSettings,
@@ -45,6 +45,8 @@ pub fn main() -> ExitCode {
     let start = Instant::now();
     // Without them the process would end by a signal where it should say why it fails; it works all the same.
     let _ = sys::own::survive();
+    // Who needs more than there may be says so.
+    let _ = sys::own::raise_open_files();
     if let Ok(stack @ ..LEAST_STACK) = sys::own::at_least(libc::RLIMIT_STACK, STACK) {
         log::failure(&format!(
             "the limit of the stack (ulimit -s) is {} KiB, and crtool needs {}",
@@ -122,7 +124,7 @@ fn handed_over(task: &Task) -> anyhow::Result<()> {
 }
 
 fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
-    let Plan { task, log, close, warnings } = settings::plan(words)?;
+    let Plan { task, log, limit, close, warnings } = settings::plan(words)?;
     match task {
         Task::Help(of) => {
             // A reader that has seen enough is no failure.
@@ -149,7 +151,7 @@ fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
         }
     }
     handed_over(&task)?;
-    log::start(&log, start)?;
+    deadline::within(limit, move || log::start(&log, start)).context("the log")??;
     tracing::info!("Version: {}", env!("CARGO_PKG_VERSION"));
     if let Ok(uname) = nix::sys::utsname::uname() {
         tracing::info!(

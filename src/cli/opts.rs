@@ -83,8 +83,9 @@ pub(crate) struct Opts {
     /// Run this program at certain steps; CRTOOLS_SCRIPT_ACTION says which
     #[arg(long, value_name = "FILE", help_heading = "Dump and restore")]
     pub(crate) action_script: Vec<PathBuf>,
-    /// Longest time to freeze and collect a tree, in seconds; 0 for no limit [default: 10]. With --remote also the
-    /// longest silence of a daemon or another host; restore: the longest wait for the snapshot [default: 600]
+    /// Longest time to freeze and collect a tree, in seconds [default: 10], and then in which nothing moves while its pages
+    /// are written [default: 60]; restore: longest time in which nothing moves [default: 10]; 0 for no limit. With --remote also the longest silence of a daemon or another host; restore: the longest wait for
+    /// the snapshot [default: 600]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "Dump and restore")]
     pub(crate) timeout: Option<u32>,
     /// CPU properties to write or to check: cpu, fpu, ins, all, none, comma separated, ^ takes one away

@@ -7,6 +7,7 @@ use std::{
     fmt::Write as _,
     fs, io, iter,
     path::{self, Path, PathBuf},
+    time::Duration,
 };
 
 use clap::Parser;
@@ -20,9 +21,10 @@ use super::{
 };
 use crate::{
     action::ActionScripts,
+    deadline,
     settings::{
-        CacheRequest, CacheSettings, CheckSettings, CommonSettings, DumpSettings, Leave, LogSettings,
-        ProxySettings, ReportSettings, RestoreSettings,
+        CacheRequest, CacheSettings, CheckSettings, CommonSettings, DEFAULT_STANDSTILL, DEFAULT_TIMEOUT,
+        DumpSettings, Leave, LogSettings, ProxySettings, ReportSettings, RestoreSettings,
     },
 };
 
@@ -112,6 +114,8 @@ pub(crate) struct Plan {
     pub(crate) task: Task,
     /// Where messages go.
     pub(crate) log: LogSettings,
+    /// How long its file may take to be opened.
+    pub(crate) limit: Option<Duration>,
     /// Descriptors to close.
     pub(crate) close: Vec<i32>,
     /// Things the caller should hear that stop nothing.
@@ -300,16 +304,18 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     }
     let typed = Typed(options);
     let here = Path::new(".");
+    let limited = matches!(command, Command::Dump | Command::Restore | Command::Check);
+    let limit = time_limit(&opts, Some(DEFAULT_TIMEOUT)).filter(|_| limited);
     let (images_dir, work_dir) = if opts.remote || command.is_daemon() {
-        let work_dir = directory("work directory", opts.work_dir.as_deref(), here)?;
+        let work_dir = directory("work directory", opts.work_dir.as_deref(), here, limit)?;
         (work_dir.clone(), work_dir)
     } else if !matches!(command, Command::Dump | Command::Restore) && opts.work_dir.is_none() {
         // Where nothing has to be, the current directory may be one that is gone.
-        let dir = directory("work directory", None, here).unwrap_or_else(|_| here.to_owned());
+        let dir = directory("work directory", None, here, limit).unwrap_or_else(|_| here.to_owned());
         (dir.clone(), dir)
     } else {
-        let images_dir = directory("images directory", opts.images_dir.as_deref(), here)?;
-        let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir)?;
+        let images_dir = directory("images directory", opts.images_dir.as_deref(), here, limit)?;
+        let work_dir = directory("work directory", opts.work_dir.as_deref(), &images_dir, limit)?;
         (images_dir, work_dir)
     };
     let mut level = opts.verbosity;
@@ -338,7 +344,7 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
         Command::ImageCache => remotely::cache(opts, typed, work_dir)?,
         Command::ImageProxy => remotely::proxy(opts, typed, work_dir)?,
     };
-    Ok(Plan { task, log, close, warnings })
+    Ok(Plan { task, log, limit, close, warnings })
 }
 
 /// Takes out resources of sockets and namespaces: a tree that has any is refused, so naming one changes nothing. What
@@ -381,12 +387,17 @@ impl Typed<'_> {
 
 impl Plan {
     fn only(task: Task) -> Self {
-        Self { task, log: LogSettings::default(), close: Vec::new(), warnings: Vec::new() }
+        Self { task, log: LogSettings::default(), limit: None, close: Vec::new(), warnings: Vec::new() }
     }
 }
 
 /// An absolute path, so that nothing depends on the current directory from here on.
-fn directory(what: &'static str, given: Option<&Path>, default: &Path) -> Result<PathBuf, UsageError> {
+fn directory(
+    what: &'static str,
+    given: Option<&Path>,
+    default: &Path,
+    limit: Option<Duration>,
+) -> Result<PathBuf, UsageError> {
     let path = given.unwrap_or(default);
     let failed = |source| UsageError::Dir { what, path: path.to_owned(), source };
     let absolute = if path == Path::new(".") {
@@ -394,7 +405,10 @@ fn directory(what: &'static str, given: Option<&Path>, default: &Path) -> Result
     } else {
         path::absolute(path).map_err(failed)?
     };
-    let meta = fs::metadata(&absolute).map_err(failed)?;
+    let asked = absolute.clone();
+    let meta = deadline::within(limit, move || fs::metadata(asked))
+        .map_err(|late| failed(io::Error::new(io::ErrorKind::TimedOut, late)))?
+        .map_err(failed)?;
     if !meta.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }
@@ -438,16 +452,32 @@ fn dump(
         (_, true) => Leave::Stopped,
         _ => Leave::Killed,
     };
-    if let Some(seconds) = opts.timeout {
-        settings.timeout = (seconds > 0).then(|| std::time::Duration::from_secs(u64::from(seconds)));
-    }
     settings.sync = !opts.no_sync;
     collecting(&opts, &mut settings);
     Ok(settings)
 }
 
+/// `--timeout`: 0 for no limit.
+fn time_limit(opts: &Opts, default: Option<Duration>) -> Option<Duration> {
+    match opts.timeout {
+        None => default,
+        // Of a restore from a cache it is how long the snapshot is waited for, first of all.
+        Some(seconds) if opts.remote && opts.command == Command::Restore => {
+            (seconds > 0).then(|| Duration::from_secs(u64::from(seconds)).max(DEFAULT_TIMEOUT))
+        }
+        Some(seconds) => (seconds > 0).then(|| Duration::from_secs(u64::from(seconds))),
+    }
+}
+
 /// What `dump` and `check -t` are told about how a tree is collected.
 fn collecting(opts: &Opts, settings: &mut DumpSettings) {
+    settings.timeout = time_limit(opts, settings.timeout);
+    settings.standstill = if opts.remote {
+        // The connection has limits of its own, and they come first.
+        settings.timeout.map(|limit| DEFAULT_STANDSTILL + 3 * limit)
+    } else {
+        time_limit(opts, settings.standstill)
+    };
     if let Some(bytes) = opts.ghost_limit {
         settings.ghost_limit = bytes;
     }
@@ -477,6 +507,7 @@ fn restore(
     settings.detached = opts.restore_detached;
     settings.sibling = opts.restore_sibling;
     settings.leave_stopped = opts.leave_stopped;
+    settings.timeout = time_limit(&opts, settings.timeout);
     settings.skip_file_rwx_check = opts.skip_file_rwx_check;
     settings.allow_symlinks = opts.allow_symlinks;
     settings.host_clocks = opts.host_clocks;
@@ -503,8 +534,6 @@ fn check(opts: Opts, images_dir: &Path, work_dir: PathBuf) -> CheckSettings {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -560,8 +589,10 @@ mod tests {
             assert_eq!(dumped(text).leave, leave, "{text}");
         }
         assert_eq!(dumped("-t 6 --tree=7").pid.as_raw(), 7);
-        assert_eq!(dumped("--timeout 3").timeout, Some(Duration::from_secs(3)));
-        assert_eq!(dumped("--timeout 0").timeout, None);
+        let limits = |words: &str| [dumped(words).timeout, dumped(words).standstill];
+        assert_eq!(limits(""), [DEFAULT_TIMEOUT, DEFAULT_STANDSTILL].map(Some));
+        assert_eq!(limits("--timeout 3"), [Some(Duration::from_secs(3)); 2]);
+        assert_eq!(limits("--timeout 0"), [None; 2]);
         assert_eq!(dumped("--ghost-limit 3M --ghost-limit 2K").ghost_limit, 2048);
         let common = dumped("-j -l --link-remap --evasive-devices").common;
         assert!(common.shell_job && common.file_locks && common.link_remap && common.evasive_devices);

@@ -4,11 +4,13 @@ use std::io::{self, Write as _};
 
 use anyhow::{Context as _, bail};
 
+use super::watchdog::Watchdog;
 use crate::{
     dump,
     exit::Exit,
     finding::Finding,
     host::{self, Category, Feature, Probe},
+    interrupt,
     settings::{CheckSettings, DumpSettings},
 };
 
@@ -113,6 +115,9 @@ fn kernel(extra: bool, experimental: bool) -> anyhow::Result<Exit> {
 
 /// Names everything in a tree that would stop a dump; the tree is not touched.
 fn tree(settings: &DumpSettings) -> anyhow::Result<Exit> {
+    interrupt::watch().context("hold back of signals")?;
+    let _watchdog =
+        Watchdog::start(format!("check of pid {}", settings.pid), "the tree runs on").context("watchdog")?;
     let findings = dump::check_tree(settings)
         .map_err(super::explained)
         .with_context(|| format!("check of pid {}", settings.pid))?;

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use super::{explained, report};
+use super::{explained, report, watchdog::Watchdog};
 use crate::{
     dump::Unconfirmed,
     exit::{Exit, Incomplete},
@@ -15,6 +15,8 @@ use crate::{
 /// Dumps a tree.
 pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Exit> {
     interrupt::watch().context("hold back of signals")?;
+    let _watchdog =
+        Watchdog::start(format!("dump of pid {}", settings.pid), "the tree runs on").context("watchdog")?;
     let dumped = match &settings.remote {
         None => crate::dump::dump(settings).map(|stats| (stats, Ok(()))),
         Some(remote) => to_cache(settings, remote),

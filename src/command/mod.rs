@@ -10,6 +10,7 @@ pub mod image_proxy;
 mod report;
 pub mod restore;
 mod snapshots;
+mod watchdog;
 
 use std::io;
 

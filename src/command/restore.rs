@@ -18,7 +18,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{explained, report};
+use super::{explained, report, watchdog::Watchdog};
 use crate::{
     exit::{Exit, Incomplete},
     interrupt,
@@ -31,6 +31,8 @@ use crate::{
 /// Restores a tree and, unless detached, stays as its parent until its root ends.
 pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result<Exit> {
     interrupt::watch().context("hold back of signals")?;
+    let watchdog =
+        Watchdog::start("restore".into(), "nothing is left of what was restored").context("watchdog")?;
     let restored = match &settings.remote {
         None => crate::restore::restore(settings)
             .map_err(explained)
@@ -39,6 +41,8 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
             .map_err(explained)
             .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
     };
+    // From here on crtool waits for the tree, if at all.
+    drop(watchdog);
     done(settings, report, restored)
 }
 
@@ -61,7 +65,7 @@ pub fn done(settings: &RestoreSettings, report: ReportSettings, restored: Restor
     report::ready(report.status_fd).context(RUNS)?;
     tracing::info!("Restore finished successfully. Tasks resumed.");
     if let Some([program, arguments @ ..]) = settings.exec_cmd.as_deref() {
-        let error = Command::new(program).args(arguments).exec();
+        let error = sys::own::with_first_limits(Command::new(program).args(arguments)).exec();
         return Err(error).with_context(|| format!("exec of {}", program.display())).context(RUNS);
     }
     if settings.detached {
@@ -82,6 +86,10 @@ pub fn done(settings: &RestoreSettings, report: ReportSettings, restored: Restor
 fn wait(root: Pid, pidfd: BorrowedFd<'_>) -> anyhow::Result<Exit> {
     let signals = interrupt::watch()?;
     loop {
+        if let Err(interrupted) = interrupt::check() {
+            tracing::warn!("{interrupted}; the restored tree runs on");
+            return Ok(Exit::Tree(death(interrupted.signal)));
+        }
         let mut fds =
             [PollFd::new(pidfd, PollFlags::POLLIN), PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
@@ -90,10 +98,6 @@ fn wait(root: Pid, pidfd: BorrowedFd<'_>) -> anyhow::Result<Exit> {
         }
         if fds.first().and_then(PollFd::any) == Some(true) {
             break;
-        }
-        if let Err(interrupted) = interrupt::check() {
-            tracing::warn!("{interrupted}; the restored tree runs on");
-            return Ok(Exit::Tree(death(interrupted.signal)));
         }
     }
     end(waitpid(root, None)?)

@@ -9,9 +9,10 @@ use anyhow::{Context, Result};
 use super::{
     collect::{Collected, Source},
     look_at_root, restorable,
-    tree::{self, Process},
+    tree::Process,
 };
 use crate::{
+    deadline::{Deadline, Limit},
     finding::Finding,
     image::MemStore,
     settings::DumpSettings,
@@ -23,15 +24,15 @@ use crate::{
 pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
     let root = settings.pid.as_raw();
     look_at_root(root)?;
-    let _ticker = Ticker::start()?;
-    let check = tree::checker(settings.timeout);
+    let ticker = Ticker::start()?;
+    let deadline = Deadline::begin(Limit::Total(settings.timeout));
+    let check = || Ok(deadline.check()?);
     let store = MemStore::new();
     let mut collected = Collected::new(&store, settings, Source::Running);
     let mut groups = FrozenGroups::default();
     for pid in procfs::walk(root) {
-        let Some(mut process) = Process::hold(pid, &mut groups, &check).context("stop of a task")? else {
-            continue;
-        };
+        let held = ticker.busy(|| Process::hold(pid, &mut groups, &check));
+        let Some(mut process) = held.context("stop of a task")? else { continue };
         if pid == root {
             process.ppid = 0;
         }
@@ -42,6 +43,7 @@ pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
         tracing::info!("{error:#}");
     }
     restorable::check(&mut collected, settings).context("what a restore would make of the tree")?;
+    deadline.finish();
     Ok(collected.findings())
 }
 

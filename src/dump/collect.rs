@@ -20,6 +20,7 @@ use super::{
     tree::{Check, Process, State},
 };
 use crate::{
+    deadline,
     files::{FileUse, FilesDump},
     finding::Finding,
     image::{Store, pb},
@@ -146,6 +147,7 @@ impl<'s> Collected<'s> {
     /// Collects one process, which is held. Parents come before their children, the root first.
     pub(super) fn process(&mut self, process: &Process, check: Check<'_>) -> Result<()> {
         let pid = process.pid;
+        deadline::looking_at(pid, deadline::Object::Task);
         if self.pstree.is_empty() && process.sid != pid && !self.settings.common.shell_job {
             self.finding(
                 pid,
@@ -328,12 +330,12 @@ impl<'s> Collected<'s> {
 
     /// After the last process: what only all of them together tell.
     pub(super) fn complete(&mut self) -> Result<()> {
-        let (_, clocks) = self.time.clocks().context("clocks of the tree")?;
+        let (own, clocks) = self.time.clocks().context("clocks of the tree")?;
         for task in &mut self.tasks {
             task::settle_timers(&mut task.cores, task.timers_read, clocks);
         }
         self.clocks = Some(clocks);
-        self.files.complete(&mut self.findings).context("open files")?;
+        self.files.complete(own.monotonic, &mut self.findings).context("open files")?;
         let uses: HashSet<_> =
             self.tasks.iter().filter_map(|task| task.space.as_ref()).flat_map(uses_of).collect();
         self.files.would_restore(&uses, &mut self.findings).context("whether open files can be restored")

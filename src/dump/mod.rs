@@ -26,6 +26,7 @@ use self::{
 use crate::{
     action::{self, Action, ActionScripts},
     cpuinfo,
+    deadline::{self, Deadline, Limit},
     finding::Finding,
     image::{DirStore, DirSync, Store},
     interrupt,
@@ -61,7 +62,10 @@ pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
         Leave::Killed => DirSync::BeforeCommit,
         Leave::Running | Leave::Stopped => DirSync::AtEnd,
     };
+    // A directory of a file system that does not answer is a reason to give up like any other.
+    let opening = Deadline::begin(Limit::Total(settings.timeout));
     let store = DirStore::for_dump_checked(&settings.common.images_dir, settings.common.owner_check, sync)?;
+    opening.finish();
     let stats = dump_to(&store, settings)?;
     store.finish().context("the tree goes on, but its images are not safe")?;
     Ok(stats)
@@ -72,17 +76,19 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     let pid = settings.pid.as_raw();
     let scripts = &settings.common.action_scripts;
     let root = Some(settings.pid);
+    let deadline = Deadline::begin(Limit::Total(settings.timeout));
     look_at_root(pid)?;
     action::run(scripts, Action::PreDump, root)?;
     let mut memory = MemoryDump::new(store);
     memory.reserve(&procfs::walk(pid)).context("room for the pages")?;
     let mut collected = Collected::new(store, settings, Source::Frozen);
-    let _ticker = Ticker::start()?;
-    let check = tree::checker(settings.timeout);
+    let ticker = Ticker::start()?;
+    deadline.next(Limit::Total(settings.timeout));
+    let check = || Ok(deadline.check()?);
     let mut stats = DumpStats::default();
 
     let freezing = Instant::now();
-    let tree = Tree::freeze(pid, &check).context("freeze of the tree")?;
+    let tree = ticker.busy(|| Tree::freeze(pid, &check)).context("freeze of the tree")?;
     stats.freezing_time = freezing.elapsed();
     let frozen = Instant::now();
     if tree.processes.first().is_some_and(|root| matches!(root.state, State::Zombie(_))) {
@@ -100,24 +106,30 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         return Err(Refused(findings).into());
     }
 
+    // Pages may take as long as they take, while there are some that do not stand still.
+    deadline.next(Limit::Idle(settings.standstill));
     let writing = Instant::now();
     images::memory(&mut collected, &mut memory, &mut stats)?;
     stats.memdump_time = writing.elapsed();
     images::tasks(&mut collected, store)?;
     tree.verify().context("the tree changed while it was frozen")?;
-    // The time limit is for the collection: pages may take as long as they take.
-    interrupt::check()?;
+    deadline.check()?;
     cpuinfo::write(store, settings.common.cpu_cap)?;
     images::inventory(store, &mut collected.ids)?;
     if let Some(root) = tree.processes.first() {
         store.guard(pidfd::open(root.pid, 0).context("pidfd of the root")?.as_fd())?;
     }
+    // How long a disk takes to write all of it out cannot be seen from here, and a cache has a limit of its own.
+    deadline.next(Limit::Idle(None));
     store.commit()?;
     // After this nothing can be taken back.
     if let Err(error) = post_dump(store, scripts, root) {
         store.withdraw()?;
         return Err(error);
     }
+    let finishing = deadline::pause();
+    deadline::settle("the images are complete", || ());
+    deadline.finish();
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
     let words = std::mem::take(&mut collected.words);
@@ -126,6 +138,9 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
         stats.frozen_time = frozen.elapsed();
     }
+    // The tree goes on or is gone. Who waits for the images to be on the disk now is crtool alone.
+    deadline::unwatch();
+    drop(finishing);
     Ok(stats)
 }
 

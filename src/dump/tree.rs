@@ -12,8 +12,8 @@ use std::{
 };
 
 use crate::{
+    deadline::{self, Late},
     finding::Finding,
-    interrupt,
     proc::stat::Stat,
     sys::wait,
     tracee::{
@@ -196,6 +196,7 @@ impl Process {
             starttime: 0,
             unheld: Vec::new(),
         };
+        deadline::looking_at(pid, deadline::Object::Task);
         let frozen = groups.of(pid);
         if let Some(group) = &frozen {
             process.unheld.push(Finding {
@@ -269,6 +270,7 @@ impl Process {
         let mut round = Round::default();
         let mut seized = Vec::new();
         self.unheld.clear();
+        self.dead_leader = false;
         for tid in listed.iter().copied().filter(|tid| !held.contains(tid)) {
             let thread = match Seized::seize(tid, &take_ends) {
                 Ok(thread) => Some(thread),
@@ -285,7 +287,7 @@ impl Process {
             let begun = Instant::now();
             let patient = || {
                 let late = match take_ends() {
-                    Err(TraceError::TimedOut(limit)) => Some(TraceError::TimedOut(limit)),
+                    Err(TraceError::Late(Late::TimedOut(limit))) => Some(Late::TimedOut(limit).into()),
                     Ok(()) if begun.elapsed() > PATIENCE && silent::in_vfork(pid, tid) => {
                         Some(TraceError::Vfork(tid))
                     }
@@ -399,16 +401,4 @@ struct Round {
     traced: usize,
     /// Why a thread that is alive could not be seized.
     refused: Option<TraceError>,
-}
-
-/// A check for waits: Ctrl-C and the like, and the time limit.
-pub(super) fn checker(limit: Option<Duration>) -> impl Fn() -> Result<(), TraceError> {
-    let begun = Instant::now();
-    move || {
-        interrupt::check()?;
-        match limit {
-            Some(limit) if begun.elapsed() > limit => Err(TraceError::TimedOut(limit.as_secs())),
-            _ => Ok(()),
-        }
-    }
 }

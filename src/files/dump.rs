@@ -5,6 +5,7 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     rc::Rc,
+    time::Duration,
 };
 
 use nix::{
@@ -30,6 +31,7 @@ use super::{
     restore,
 };
 use crate::{
+    deadline,
     finding::Finding,
     image::{ImageKind, Store, TypedStore, pb},
     proc::{fdinfo, fdinfo::Fdinfo, status},
@@ -119,6 +121,7 @@ impl<'a> FilesDump<'a> {
         let ours = open_dir("self", "fd")?;
         let mut text = Vec::with_capacity(4096);
         for &fd in numbers {
+            deadline::looking_at(pid, deadline::Object::Fd(fd));
             let here = |source: FileError, link: &[u8]| FileError::Fd {
                 pid,
                 fd,
@@ -284,6 +287,7 @@ impl<'a> FilesDump<'a> {
         name: &'static str,
         findings: &mut Vec<Finding>,
     ) -> Result<Option<u32>, FileError> {
+        deadline::looking_at(pid, deadline::Object::Link(name));
         let path = format!("/proc/{pid}/{name}");
         let link = match nix::fcntl::readlink(path.as_str()) {
             Ok(link) => bytes_of(link),
@@ -327,8 +331,10 @@ impl<'a> FilesDump<'a> {
         &self.tables
     }
 
-    /// After the last table and file: completes all entries.
-    pub fn complete(&mut self, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+    /// After the last table and file: completes all entries. The clocks of the tree are taken to have stood when CLOCK_MONOTONIC of
+    /// crtool was `clock`.
+    pub fn complete(&mut self, clock: Duration, findings: &mut Vec<Finding>) -> Result<(), FileError> {
+        self.cx.clock = Some(clock);
         for entry in &mut self.entries {
             let Some(at) = self.places.get(&entry.id).copied() else { continue };
             let Some(kind) = kind_of(entry) else { continue };

@@ -19,11 +19,13 @@ use std::{
     fmt,
     os::fd::{BorrowedFd, OwnedFd},
     rc::Rc,
+    time::Duration,
 };
 
 use super::{DumpTables, FdView, FileError, RestoreTable};
 use crate::{
     image::{Store, pb},
+    ns::time::Running,
     settings::{DumpSettings, RestoreSettings},
     tracee::List,
     view::{Symlinks, View},
@@ -170,6 +172,8 @@ pub struct DumpCx<'a> {
     pub settings: &'a DumpSettings,
     /// No task of the tree runs. Else it is only looked at, and nothing may be touched even for a moment.
     pub(super) frozen: bool,
+    /// CLOCK_MONOTONIC of crtool when the clocks of the tree were where the images say; known when entries are completed.
+    pub(super) clock: Option<Duration>,
     view: OnceCell<Rc<View>>,
     pub(super) states: States,
     pub(super) last_id: u32,
@@ -184,6 +188,7 @@ impl<'a> DumpCx<'a> {
             store,
             settings,
             frozen: true,
+            clock: None,
             view: OnceCell::new(),
             states: States::default(),
             last_id: 0,
@@ -228,6 +233,8 @@ pub struct RestoreCx<'a> {
     pub(super) in_tables: HashSet<u32>,
     /// Files that somebody uses.
     pub(super) taken: HashSet<u32>,
+    /// The clocks of the tree, if they have gone on where they stood.
+    pub(super) clocks: Option<Running>,
 }
 
 impl<'a> RestoreCx<'a> {
@@ -241,6 +248,7 @@ impl<'a> RestoreCx<'a> {
             entries: HashMap::new(),
             in_tables: HashSet::new(),
             taken: HashSet::new(),
+            clocks: None,
         }
     }
 

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
+    ns::time::Running,
     settings::RestoreSettings,
     sys::Errno,
     tracee::{List, Want},
@@ -330,6 +331,11 @@ impl<'a> FilesRestore<'a> {
         let fd = file.fd.as_ref().ok_or_else(|| FileError::entry(id, "it is not open yet"))?;
         self.cx.taken.insert(id);
         Ok(fd.as_raw_fd())
+    }
+
+    /// The clocks of the tree go on; `None`: it has those of crtool.
+    pub(crate) fn set_clocks(&mut self, clocks: Option<Running>) {
+        self.cx.clocks = clocks;
     }
 
     /// The last touch: owners of files, timers. All tasks are in place; none has run yet.

@@ -66,7 +66,7 @@ impl Cycle {
         }
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
-        files.complete(&mut findings)?;
+        files.complete(std::time::Duration::ZERO, &mut findings)?;
         files.would_restore(&HashSet::new(), &mut findings)?;
         if let Some(limit) = self.limit {
             files.check_limits(limit, &mut findings);
@@ -388,6 +388,10 @@ fn owners_of_files() {
     use crate::sys::fown::{
         F_OWNER_PGRP, F_OWNER_PID, F_OWNER_TID, Owner, owner, owner_uids, set_owner_as, set_signal, signal,
     };
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
     let me = Pid::this().as_raw();
     // Not our own: that may be led from another pid namespace.
     let mut leader = std::process::Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
@@ -403,10 +407,6 @@ fn owners_of_files() {
             fd
         })
         .collect();
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root");
-        return;
-    }
     let again = Cycle::new().run(fds, || ());
     for (fd, &(kind, pid, euid)) in again.iter().zip(&owners) {
         assert_eq!(owner(fd.as_fd()).unwrap(), Owner { kind, pid });

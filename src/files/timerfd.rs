@@ -1,17 +1,23 @@
 //! timerfd(2): a timer whose expirations are read.
 //!
 //! Saved: clock, time left (also for absolute timers, as CRIU), interval, flags of the last timerfd_settime, and expirations
-//! not yet read. A timer runs on while the tree is frozen; it starts again in the last step of a restore. What is due at a
-//! time of the wall clock, once, is due at that time after a restore too.
+//! not yet read, all as of the moment at which the clocks of the tree stand in the images. A timer runs on while the tree is frozen;
+//! it starts again in the last step of a restore, with what is left of it then by the clocks of the tree: a periodic one keeps its
+//! phase, and has counted what it missed. What is due at a time of the wall clock, once, is due at that time after a restore too.
 //!
 //! A periodic timer stands still from its first unread expiration on: the kernel counts those that follow when somebody asks.
 //! fdinfo shows no time left then, as for a timer that is not armed; what tells them apart is the unread expiration.
 
-use std::{os::fd::BorrowedFd, time::Duration};
+use std::{collections::HashMap, os::fd::BorrowedFd, time::Duration};
 
-use super::{DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, flags, kind::packed_in};
+use nix::time::{ClockId, clock_gettime};
+
+use super::{
+    DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, flags, kind::packed_in,
+};
 use crate::{
     image::pb,
+    ns::time::from_nanoseconds,
     proc::fdinfo,
     sys::{Errno, event},
 };
@@ -35,12 +41,13 @@ impl FileKind for Timerfd {
         fd.is_anon_inode("[timerfd]")
     }
 
-    fn dump(_cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Self::Entry, FileError> {
+    fn dump(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Self::Entry, FileError> {
         let timer = state(fd)?;
+        cx.state::<Read>().0.insert(id, monotonic()?);
         let (mut vsec, mut vnsec) = timer.it_value;
         if is_expired(timer.ticks, (vsec, vnsec), timer.it_interval) {
-            // At once: what is 0 would not be armed.
-            (vsec, vnsec) = (0, 1);
+            // It has just been asked, so what it stands at has just been counted, and this is the next one.
+            (vsec, vnsec) = timer.it_interval;
         }
         let clock = timer.clockid;
         let due = match (clock, timer.it_interval) {
@@ -71,6 +78,19 @@ impl FileKind for Timerfd {
         })
     }
 
+    fn complete(
+        cx: &mut DumpCx<'_>,
+        _tables: &DumpTables,
+        entry: &mut Self::Entry,
+        _at: Place,
+    ) -> Result<(), FileError> {
+        let read = cx.state::<Read>().0.remove(&entry.id);
+        if let (Some(clock), Some(read)) = (cx.clock, read) {
+            pass(entry, clock.saturating_sub(read));
+        }
+        Ok(())
+    }
+
     fn open(_cx: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<Opened, FileError> {
         value(entry)?;
         let fd = event::timerfd(entry.clockid.cast_signed(), libc::TFD_CLOEXEC)
@@ -85,10 +105,15 @@ impl FileKind for Timerfd {
     }
 
     fn before_resume(
-        _cx: &mut RestoreCx<'_>,
+        cx: &mut RestoreCx<'_>,
         entry: &Self::Entry,
         fd: BorrowedFd<'_>,
     ) -> Result<(), FileError> {
+        value(entry)?;
+        let mut entry = *entry;
+        let elapsed = cx.clocks.map(|clocks| clocks.elapsed()).transpose();
+        pass(&mut entry, elapsed.map_err(FileError::sys("read the clocks"))?.unwrap_or_default());
+        let entry = &entry;
         let mut value = value(entry)?;
         let armed = value.it_value.tv_sec != 0 || value.it_value.tv_nsec != 0;
         if armed && entry.settime_flags & ABSTIME != 0 {
@@ -118,6 +143,38 @@ impl FileKind for Timerfd {
     packed_in!(tfd);
 }
 
+/// When each timer was read, by CLOCK_MONOTONIC of crtool.
+#[derive(Debug, Default)]
+struct Read(HashMap<u32, Duration>);
+
+fn monotonic() -> Result<Duration, FileError> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC);
+    now.map(Duration::from).map_err(FileError::sys("read CLOCK_MONOTONIC"))
+}
+
+/// Lets `gone` pass for a timer that runs. One that is due by the wall clock does not care. One that stands still at an
+/// expiration that has been counted, as other tools save it, goes on with the next one.
+fn pass(entry: &mut pb::TimerfdEntry, gone: Duration) {
+    let time = |sec: u64, ns: u64| Duration::from_secs(sec).saturating_add(Duration::from_nanos(ns));
+    let (left, interval) = (time(entry.vsec, entry.vnsec), time(entry.isec, entry.insec));
+    let stands_still = entry.ticks > 0 && !interval.is_zero() && left <= Duration::from_nanos(1);
+    let left = if stands_still { interval } else { left };
+    if left.is_zero() || entry.due_sec.is_some() {
+        return;
+    }
+    let left = match left.checked_sub(gone) {
+        Some(left) if !left.is_zero() => left,
+        _ if interval.is_zero() => Duration::from_nanos(1),
+        _ => {
+            let late = gone.saturating_sub(left).as_nanos();
+            let missed = u64::try_from(late / interval.as_nanos()).unwrap_or(u64::MAX).saturating_add(1);
+            entry.ticks = entry.ticks.saturating_add(missed);
+            interval - from_nanoseconds(late % interval.as_nanos())
+        }
+    };
+    (entry.vsec, entry.vnsec) = (left.as_secs(), left.subsec_nanos().into());
+}
+
 /// Whether a periodic timer has gone off and waits to be asked: it has no time left, and something to be read.
 fn is_expired(ticks: u64, left: (u64, u64), interval: (u64, u64)) -> bool {
     left == (0, 0) && interval != (0, 0) && ticks > 0
@@ -136,8 +193,8 @@ fn state(fd: &FdView<'_>) -> Result<fdinfo::Timerfd, FileError> {
             "the kernel does not tell the state of this timer",
             "a kernel with CONFIG_PROC_FS and CONFIG_CHECKPOINT_RESTORE does",
         ))?;
-        // A periodic one without time left that has not gone off either: it is not armed, or it goes off right now.
-        let unclear = timer.it_value == (0, 0) && timer.it_interval != (0, 0) && timer.ticks == 0;
+        // A periodic one without time left: it is not armed, or it goes off right now.
+        let unclear = timer.it_value == (0, 0) && timer.it_interval != (0, 0);
         if !unclear || look == LOOKS {
             return Ok(timer);
         }
@@ -348,6 +405,28 @@ mod tests {
             let entry = trial.dump::<Timerfd>(&fd);
             assert!((400.0..=500.0).contains(&left(&trial.restore::<Timerfd>(&entry))));
         }
+    }
+
+    #[test]
+    fn time_passes() {
+        let after = |(sec, ns), interval_ns, ticks, gone_ns| {
+            let mut entry = pb::TimerfdEntry { vsec: sec, vnsec: ns, ticks, ..Default::default() };
+            (entry.isec, entry.insec) = (0, interval_ns);
+            pass(&mut entry, Duration::from_nanos(gone_ns));
+            ((entry.vsec, entry.vnsec), entry.ticks)
+        };
+        assert_eq!(after((5, 0), 0, 0, 1_000_000_001), ((3, 999_999_999), 0));
+        assert_eq!(after((0, 5), 0, 0, 5), ((0, 1), 0));
+        // Due at 5, 12, 19, 26.
+        assert_eq!(after((0, 5), 7, 1, 4), ((0, 1), 1));
+        assert_eq!(after((0, 5), 7, 1, 5), ((0, 7), 2));
+        assert_eq!(after((0, 5), 7, 1, 20), ((0, 6), 4));
+        assert_eq!(after((0, 5), 7, 1, 26), ((0, 7), 5));
+        // Standing still at 0, which is counted; due at 7, 14, 21.
+        assert_eq!(after((0, 1), 7, 1, 20), ((0, 1), 3));
+        assert_eq!(after((0, 0), 7, 1, 6), ((0, 1), 1));
+        assert_eq!(after((0, 0), 7, 0, 20), ((0, 0), 0), "it is not armed");
+        assert_eq!(after((0, 5), 1, u64::MAX, u64::MAX), ((0, 1), u64::MAX));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use nix::sys::statfs::fstatfs;
 use super::scan::{Target, Wanted};
 use super::shared::FileKey;
 use super::{Inside, MemError, SharedMemory, aio, pkeys, vma};
+use crate::deadline;
 use crate::finding::Finding;
 use crate::image::pb;
 use crate::proc::maps::VmaName;
@@ -538,6 +539,7 @@ impl Collector<'_> {
 
     /// The mapped file, opened so that nothing happens to it.
     fn open(&self, area: &Smap) -> Result<OwnedFd, MemError> {
+        deadline::looking_at(self.task.tid, deadline::Object::Mapped(area.vma.start, area.vma.end));
         let file = format!("map_files/{}", area.vma.map_files_name());
         let path = format!("/proc/{}/{file}", self.task.tid);
         open(path.as_str(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|e| MemError::Proc {

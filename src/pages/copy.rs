@@ -19,8 +19,8 @@ use nix::sys::uio::pwritev;
 use super::pagemap::{PagemapWriter, Run};
 use super::{PAGE, PagesError};
 use crate::image::PagesSink;
-use crate::interrupt;
 use crate::sys::{Errno, process_vm};
+use crate::{deadline, interrupt};
 
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
 /// the kernel needs there (measured: larger ones are slower).
@@ -325,6 +325,7 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
         for _ in 0..most {
             // Gigabytes may lie ahead, and the tree is frozen.
             interrupt::check()?;
+            deadline::progress();
             let Some(number) = lock(&self.feed).next_chunk(&mut buffer.spans)? else {
                 stop.1 = false;
                 return Ok(Progress::Done);

@@ -53,6 +53,7 @@ pub fn fill(object: Object<'_>, pages: &Pages) -> Result<(), PagesError> {
     let work = || {
         let mut buffer = Vec::new();
         while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            crate::deadline::progress();
             let parts = parts.get(chunk.parts.clone()).unwrap_or_default();
             if let Err(e) = object.write(chunk, pages, parts, huge, &mut buffer) {
                 next.store(chunks.len(), Ordering::Relaxed);

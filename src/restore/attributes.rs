@@ -33,6 +33,7 @@ impl Construction<'_> {
     pub(super) fn attributes(&mut self) -> Result<()> {
         self.clocks.start()?;
         self.supervisor.clocks = self.clocks.running();
+        self.files.set_clocks(self.clocks.running());
         if self.files.needs_stages() {
             for stage in &STAGES[..3] {
                 if *stage == Stage::Directories {

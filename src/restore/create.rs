@@ -27,9 +27,9 @@ use super::{
     taken, vdso,
 };
 use crate::{
+    deadline,
     files::{Descriptors, FIRST_SHARED, FilesRestore, SUPERVISOR},
     image::{ImageKind, Store, TypedStore, pb},
-    interrupt,
     mem::{pkeys, vma},
     pages::Pages,
     process_tree::{ForkPlan, PlannedPid, Step},
@@ -366,7 +366,7 @@ impl<'i> Construction<'i> {
                     self.puppets.rename(wanted, other);
                     *self.pids.get_mut(first).context("nobody is first")? = other;
                 }
-                Err(Errno::EEXIST) if self.puppets.may_become_free(wanted) => interrupt::check()?,
+                Err(Errno::EEXIST) if self.puppets.may_become_free(wanted) => deadline::check()?,
                 Err(error) => return Err(taken(wanted, error)),
             }
         };

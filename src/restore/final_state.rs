@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{Task, create::Construction};
-use crate::{interrupt, sys::ptrace, task};
+use crate::{deadline, sys::ptrace, task};
 
 /// How long a thread that has ended may be listed: until it gets a processor.
 const END_PATIENCE: Duration = Duration::from_secs(5);
@@ -63,7 +63,7 @@ impl Construction<'_> {
             let Some(stranger) = tids.find(|tid| !task.tids.contains(tid)) else { return Ok(()) };
             ensure!(begun.elapsed() < END_PATIENCE, "thread {stranger} should not be there any more");
             std::thread::sleep(Duration::from_micros(200));
-            interrupt::check()?;
+            deadline::check()?;
         }
     }
 

@@ -48,10 +48,10 @@ use self::{
 use crate::{
     action::{self, Action},
     cpuinfo,
+    deadline::{self, Deadline, Limit},
     exit::{Exit, Incomplete},
     files::{FilesRestore, JobTerminal},
     image::{DirStore, Outcome, Store},
-    interrupt,
     proc::stat,
     settings::RestoreSettings,
     stats::RestoreStats,
@@ -73,6 +73,9 @@ const THREAD_FLAGS: u64 = (libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM) as u64;
 
+/// What is the case when nothing can go wrong any more.
+const RUNS: &str = "the tree is restored and runs";
+
 /// A tree that has been restored.
 #[derive(Debug)]
 pub struct Restored {
@@ -86,7 +89,9 @@ pub struct Restored {
 
 /// Restores a tree from a directory of images.
 pub fn restore(settings: &RestoreSettings) -> Result<Restored> {
+    let opening = Deadline::begin(Limit::Idle(settings.timeout));
     let store = DirStore::open_checked(&settings.common.images_dir, settings.common.owner_check)?;
+    opening.finish();
     restore_from(&store, settings)
 }
 
@@ -94,7 +99,8 @@ pub fn restore(settings: &RestoreSettings) -> Result<Restored> {
 pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Restored> {
     let begun = Instant::now();
     let _ticker = ticker::Ticker::start()?;
-    let _ = crate::sys::task::raise_soft_limit(libc::RLIMIT_NOFILE);
+    let _ = crate::sys::own::raise_open_files();
+    let deadline = Deadline::begin(Limit::Idle(settings.timeout));
     let scripts = &settings.common.action_scripts;
     action::run(scripts, Action::PreRestore, None)?;
 
@@ -107,7 +113,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     clocks.start_early()?;
     let mut tree = Construction::plan(store, &images, forks, files, clocks)?;
     pids_are_free(&images)?;
-    interrupt::check()?;
+    deadline::check()?;
 
     let forking = Instant::now();
     let root = tree.create(settings)?;
@@ -123,7 +129,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     }
     action::run(scripts, Action::PostRestore, Some(root))?;
     action::run(scripts, Action::PreResume, Some(root))?;
-    interrupt::check()?;
+    deadline::check()?;
     let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
     store.report(Outcome::Starting(running.as_fd()))?;
     let mut job = job::terminal(&images, settings, &mut tree.files)?;
@@ -131,6 +137,7 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
         job.hand_over()?;
     }
     tree.commit()?;
+    deadline.finish();
     crate::sys::own::set_out_of_memory_status(Exit::Incomplete.status());
     let let_go = tree.let_go(settings.leave_stopped);
     if let Err(error) = store.report(Outcome::Running(root.as_raw())) {
@@ -168,7 +175,7 @@ fn pids_are_free(images: &Images) -> Result<()> {
                 return Err(taken(*tid, Errno::EEXIST));
             }
             std::thread::sleep(Duration::from_millis(2));
-            interrupt::check()?;
+            deadline::check()?;
         }
     }
     Ok(())

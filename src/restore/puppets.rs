@@ -18,10 +18,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::pid_allocator::PidAllocator;
 use crate::{
-    interrupt,
+    deadline,
     sys::{Errno, mapping::Mapping, ptrace, task, wait, wait::Status},
     task::robust_list::{self, SharedBytes},
-    tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page},
+    tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page, procfs},
 };
 
 const PAGE: usize = 4096;
@@ -106,6 +106,23 @@ pub(super) struct Puppets {
     renamed: HashMap<i32, i32>,
     /// Threads at the exit of a call that crtool made in them.
     within_call: HashSet<i32>,
+    /// Pages that they all had in memory when that was last looked at.
+    resident: u64,
+}
+
+/// Waits for the next report of a thread.
+fn report_of(tid: i32) -> Result<Status> {
+    loop {
+        match wait::wait_raw(tid, 0) {
+            Ok(Some((_, raw))) => {
+                deadline::progress();
+                return Ok(Status::from_raw(raw));
+            }
+            Ok(None) => {}
+            Err(Errno::EINTR) => deadline::check()?,
+            Err(e) => return Err(anyhow!(e).context(format!("wait for thread {tid}"))),
+        }
+    }
 }
 
 impl Puppets {
@@ -121,6 +138,7 @@ impl Puppets {
             taken: None,
             renamed: HashMap::new(),
             within_call: HashSet::new(),
+            resident: 0,
         }
     }
 
@@ -302,16 +320,26 @@ impl Puppets {
                 Ok(Some(report)) => report,
                 Ok(None) => continue,
                 Err(Errno::EINTR) => {
-                    interrupt::check()?;
+                    self.look_for_progress();
+                    deadline::check()?;
                     continue;
                 }
                 Err(e) => return Err(anyhow!(e).context("wait for the tasks being restored")),
             };
+            deadline::progress();
             if self.report(tid, Status::from_raw(raw))? {
                 busy -= 1;
             }
         }
         Ok(())
+    }
+
+    /// Tasks that read their memory report nothing for as long as that takes, but they grow.
+    fn look_for_progress(&mut self) {
+        let resident = self.leaders.iter().filter_map(|pid| procfs::resident_pages(*pid)).sum();
+        if std::mem::replace(&mut self.resident, resident) != resident {
+            deadline::progress();
+        }
     }
 
     /// Takes one report; says whether its thread has come to rest.
@@ -437,7 +465,7 @@ impl Puppets {
         } else if !self.may_become_free(id) {
             return Err(super::taken(id, Errno::EEXIST));
         }
-        interrupt::check()?;
+        deadline::check()?;
         let mut regs = ptrace::get_regs(tid)?;
         let mapped = self.mapped(area)?;
         mapped.area.retry(slot)?;
@@ -499,7 +527,7 @@ impl Puppets {
         for _ in 0..2 {
             ptrace::syscall(tid, 0)?;
             loop {
-                match next_stop(tid)? {
+                match report_of(tid)? {
                     Status::Stopped(signal, 0) if signal == libc::SIGTRAP | 0x80 => break,
                     Status::Stopped(_, _) => ptrace::syscall(tid, 0)?,
                     other => bail!("thread {tid}: {other:?} in a system call of its restore"),
@@ -550,7 +578,7 @@ impl Puppets {
         ptrace::interrupt(tid)?;
         ptrace::cont(tid, 0)?;
         loop {
-            match next_stop(tid)? {
+            match report_of(tid)? {
                 Status::Stopped(_, ptrace::EVENT_STOP) => return Ok(()),
                 Status::Stopped(_, _) => ptrace::cont(tid, 0)?,
                 other => bail!("thread {tid}: {other:?} before its registers were set"),
@@ -567,7 +595,7 @@ impl Puppets {
             task::kill(leader, try_signal)?;
             ptrace::cont(leader, 0)?;
             let event = loop {
-                match next_stop(leader)? {
+                match report_of(leader)? {
                     Status::Stopped(event, ptrace::EVENT_STOP) => break event,
                     Status::Stopped(got, 0) => {
                         // Whatever becomes of the signal, no instruction is executed.
@@ -584,7 +612,7 @@ impl Puppets {
         for tid in tids.iter().skip(1) {
             ptrace::interrupt(*tid)?;
             ptrace::cont(*tid, 0)?;
-            while let Status::Stopped(_, event) = next_stop(*tid)? {
+            while let Status::Stopped(_, event) = report_of(*tid)? {
                 if event == ptrace::EVENT_STOP {
                     break;
                 }
@@ -637,18 +665,6 @@ impl Puppets {
             }
         }
         shared.iter().for_each(SharedBytes::put_back);
-    }
-}
-
-/// The next report of a thread. Whoever may write its memory could make it never come, so crtool can be ended meanwhile.
-fn next_stop(tid: i32) -> Result<Status> {
-    loop {
-        match wait::wait_raw(tid, 0) {
-            Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
-            Ok(None) => {}
-            Err(Errno::EINTR) => interrupt::check()?,
-            Err(e) => return Err(anyhow!(e).context(format!("wait for thread {tid}"))),
-        }
     }
 }
 

@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{create::Construction, images::State};
+use super::{RUNS, create::Construction, images::State};
 use crate::{
+    deadline,
     sys::{Errno, ptrace},
     task,
     tracee::KillGuard,
@@ -19,8 +20,11 @@ impl Construction<'_> {
             ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
         }
         match kill_guard {
-            Ok(mut kill_guard) => kill_guard.disarm(),
-            Err(error) => tracing::debug!("{:#}", anyhow!(error)),
+            Ok(mut kill_guard) => deadline::settle(RUNS, || kill_guard.disarm()),
+            Err(error) => {
+                tracing::debug!("{:#}", anyhow!(error));
+                deadline::settle(RUNS, || ());
+            }
         }
         self.puppets.release();
         Ok(())

@@ -1,5 +1,7 @@
 //! clone3(2) of this process into the runner: the child never runs Rust code.
 
+use std::os::fd::AsRawFd as _;
+
 use libc::pid_t;
 
 use super::{Errno, Result};
@@ -134,6 +136,40 @@ pub fn stand_in(pid: pid_t) -> Result<()> {
     };
     drop(blocked);
     made.map(drop)
+}
+
+/// Descriptors below this are closed one by one by [`table_holder`].
+const MOST_CLOSED: i32 = 1 << 16;
+
+/// Makes a child that shares the descriptor table of this process, and holds it until this process has ended.
+///
+/// A process that ends closes its files before it lets go of its tracees, and the close of one on a file system that does
+/// not answer (FUSE, NFS) takes for ever, even after SIGKILL. As long as somebody else has the table, nothing is
+/// closed. The child has a session of its own, so that what is sent to this process and its group does not reach it.
+/// Nobody is told of its end but who waits for it ([`reap`]).
+pub fn table_holder() -> Result<pid_t> {
+    let own = super::pidfd::open(pid_t::try_from(std::process::id()).map_err(|_| Errno::ERANGE)?, 0)?;
+    let mut ended = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let args = CloneArgs { flags: libc::CLONE_FILES as u64, ..CloneArgs::default() };
+    // The child keeps the number, which nobody else may get.
+    std::mem::forget(own);
+    // SAFETY: `args` and `ended` live across the call. The child, a copy of one thread, makes nothing but system calls
+    // with memory of its own, so it does not matter what other threads of ours were doing.
+    unsafe {
+        let at = &raw const args;
+        let pid = super::ret(libc::syscall(libc::SYS_clone3, at, size_of::<CloneArgs>()))?;
+        if pid == 0 {
+            libc::syscall(libc::SYS_setsid);
+            libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"crtool-files".as_ptr());
+            while libc::syscall(libc::SYS_poll, &raw mut ended, 1, -1) != 1 {}
+            // One after another: what lies before a file that hangs (locks, sockets) is let go all the same.
+            for fd in 0..MOST_CLOSED {
+                libc::syscall(libc::SYS_close, fd);
+            }
+            libc::syscall(libc::SYS_exit_group, 0);
+        }
+        pid_t::try_from(pid).map_err(|_| Errno::ERANGE)
+    }
 }
 
 /// Waits for the end of a child.

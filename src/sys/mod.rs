@@ -35,6 +35,7 @@ pub mod sched;
 pub mod sem;
 pub mod task;
 pub mod ticker;
+pub mod timer;
 pub mod tmpfs;
 pub mod tty;
 pub mod userfault;

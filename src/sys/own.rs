@@ -1,10 +1,13 @@
-//! What would end this process without a word: signals for which nobody asked, memory that cannot be had.
+//! What would end this process without a word (signals for which nobody asked, memory that cannot be had), and its limits.
 //!
 //! A handler, not SIG_IGN, because handlers do not outlive an exec: programs that we start have the signal as they
 //! know it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::{Result, ret_int};
@@ -128,4 +131,30 @@ pub fn at_least(resource: u32, wanted: u64) -> Result<u64> {
         }
     }
     Ok(limit.rlim_cur)
+}
+
+/// What the soft limit of open files was before [`raise_open_files`].
+static OPEN_FILES: OnceLock<u64> = OnceLock::new();
+
+/// Raises the soft limit of open files to the hard one: a process of a large tree takes a descriptor, as does each of its
+/// files. The soft limit is for programs that use select(2).
+pub fn raise_open_files() -> Result<u64> {
+    let first = at_least(libc::RLIMIT_NOFILE, 0)?;
+    OPEN_FILES.get_or_init(|| first);
+    at_least(libc::RLIMIT_NOFILE, u64::MAX)
+}
+
+/// Starts `command` with the limit of open files that this process was started with: it may be such a program.
+pub fn with_first_limits(command: &mut Command) -> &mut Command {
+    let Some(&first) = OPEN_FILES.get() else { return command };
+    // SAFETY: between fork and exec it makes system calls only.
+    unsafe {
+        command.pre_exec(move || {
+            let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+            ret_int(libc::getrlimit64(libc::RLIMIT_NOFILE, &raw mut limit))?;
+            limit.rlim_cur = first.min(limit.rlim_max);
+            ret_int(libc::setrlimit64(libc::RLIMIT_NOFILE, &raw const limit))?;
+            Ok(())
+        })
+    }
 }

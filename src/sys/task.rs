@@ -59,14 +59,3 @@ pub fn tgkill(pid: pid_t, tid: pid_t, signal: i32) -> Result<()> {
     // SAFETY: no pointers.
     ret(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
 }
-
-/// Raises our own soft limit of `resource` to its hard limit.
-pub fn raise_soft_limit(resource: u32) -> Result<()> {
-    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is live for both calls.
-    unsafe {
-        ret_int(libc::getrlimit64(resource, &raw mut limit))?;
-        limit.rlim_cur = limit.rlim_max;
-        ret_int(libc::setrlimit64(resource, &raw const limit)).map(drop)
-    }
-}

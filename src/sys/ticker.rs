@@ -1,6 +1,6 @@
 //! Waits that end in time: signals that interrupt blocking calls.
 //!
-//! While a [`Ticker`] lives, SIGALRM comes ten times a second, and SIGCHLD when a child or a tracee has ended (not when
+//! While a [`Ticker`] lives, SIGALRM comes ten times a second or more often, and SIGCHLD when a child or a tracee has ended (not when
 //! it has stopped). Their handler does nothing but end blocking calls with EINTR, so that a wait can look at its
 //! deadline and at signals held back.
 //!
@@ -76,6 +76,11 @@ impl std::fmt::Debug for Ticker {
     }
 }
 
+/// Microseconds between two signals, as a rule.
+const CALM: i64 = 100_000;
+/// And while threads are being stopped: each of those that execute programs may cost several of them.
+const BUSY: i64 = 5_000;
+
 fn set_timer(usec: i64) -> Result<()> {
     let every = libc::timeval { tv_sec: 0, tv_usec: usec };
     let timer = libc::itimerval { it_interval: every, it_value: every };
@@ -101,8 +106,17 @@ impl Ticker {
     pub fn start() -> Result<Self> {
         let old = [set_handler(SIGNALS[0])?, set_handler(SIGNALS[1])?];
         let this = Self { old };
-        set_timer(100_000)?;
+        set_timer(CALM)?;
         Ok(this)
+    }
+
+    /// SIGALRM comes more often while `work` is done.
+    pub fn busy<R>(&self, work: impl FnOnce() -> R) -> R {
+        // The timer is there already: it cannot be refused.
+        let _ = set_timer(BUSY);
+        let result = work();
+        let _ = set_timer(CALM);
+        result
     }
 }
 

@@ -43,12 +43,27 @@ pub fn wait_raw(tid: pid_t, flags: i32) -> Result<Option<(pid_t, i32)>> {
 /// Takes the report of the end of `tid`, if it has ended; reports of stops stay. ECHILD when there is no such child or
 /// tracee.
 pub fn take_end(tid: pid_t) -> Result<bool> {
+    // Whatever the flags, the kernel also shows that a tracee has stopped: look first, and leave it there.
+    let ended = matches!(look(tid, libc::WNOWAIT)?, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED);
+    if ended {
+        look(tid, 0)?;
+    }
+    Ok(ended)
+}
+
+/// Whether `tid` has something to report that nobody has taken. It stays.
+pub fn has_report(tid: pid_t) -> Result<bool> {
+    Ok(look(tid, libc::WNOWAIT)? != 0)
+}
+
+/// `si_code` of a report, 0 for none.
+fn look(tid: pid_t, more: i32) -> Result<i32> {
     // SAFETY: integers only.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let flags = libc::WEXITED | libc::WNOHANG | libc::__WALL;
+    let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::__WALL | more;
     // SAFETY: `info` is live.
     ret_int(unsafe { libc::waitid(libc::P_PID, tid.cast_unsigned(), &raw mut info, flags) })?;
-    Ok(info.si_signo != 0)
+    Ok(if info.si_signo == 0 { 0 } else { info.si_code })
 }
 
 /// Waits for `tid`, decoded, going on after EINTR.

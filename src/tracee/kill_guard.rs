@@ -14,6 +14,7 @@ use super::{Area, CODE_LEN, List, Memory, Op, RemoteAddr, TraceError, Want};
 use crate::sys::{
     clone::{CloneArgs, clone_into, reap},
     mapping::Mapping,
+    task,
 };
 
 /// Room in the shared memory besides one step for each process: the runner, the other steps.
@@ -68,6 +69,8 @@ impl KillGuard {
         if let Some(mut word) = self.word.take() {
             // The pipe is empty: this fails only when the kill_guard is gone.
             let _ = word.write_all(b".");
+            // It would not hear that if somebody had stopped it.
+            let _ = task::kill(self.pid, libc::SIGKILL);
         }
     }
 }
@@ -75,7 +78,9 @@ impl KillGuard {
 impl Drop for KillGuard {
     /// Not dismissed, it does its work now. Waits for its end.
     fn drop(&mut self) {
-        drop(self.word.take());
+        if self.word.take().is_some() {
+            let _ = task::kill(self.pid, libc::SIGCONT);
+        }
         reap(self.pid);
     }
 }

@@ -51,6 +51,12 @@ pub(crate) fn children(pid: i32, tids: impl IntoIterator<Item = i32>) -> Vec<i32
     all
 }
 
+/// Pages of a process that are in memory; `None` when it is gone.
+pub(crate) fn resident_pages(pid: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    text.split(' ').nth(1)?.parse().ok()
+}
+
 /// The processes of a tree that may run, as far as they can be seen now: parents before their children, siblings by pid.
 pub(crate) fn walk(root: i32) -> Vec<i32> {
     let mut all = Vec::new();

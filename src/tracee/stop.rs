@@ -82,12 +82,9 @@ pub enum TraceError {
         #[source]
         source: Errno,
     },
-    /// Asked to end by a signal.
+    /// Asked to end by a signal, or not done in time.
     #[error(transparent)]
-    Interrupted(#[from] crate::interrupt::Interrupted),
-    /// Not done in time.
-    #[error("not done within {0} seconds (--timeout)")]
-    TimedOut(u64),
+    Late(#[from] crate::deadline::Late),
     /// In vfork, where nobody can stop it.
     #[error("thread {0} is in vfork: it cannot be stopped until its child runs a program or ends; try again")]
     Vfork(i32),
@@ -228,7 +225,17 @@ impl Seized {
     pub fn settle(mut self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Stopped, TraceError> {
         let tid = self.tid;
         loop {
-            match wait_checked(tid, check)? {
+            let again = || {
+                // A request that comes while the thread executes a program is lost now and then (Linux 6.18): it
+                // costs nothing to ask again.
+                let _ = ptrace::interrupt(tid);
+                check()
+            };
+            let status = wait_checked(tid, &again).inspect_err(|_| {
+                // It was waited for already.
+                self.release(Instant::now());
+            })?;
+            match status {
                 Status::Stopped(signal, ptrace::EVENT_STOP) => {
                     let stop = if signal == libc::SIGTRAP { Stop::Running } else { Stop::Group(signal) };
                     self.attached = false;
@@ -300,9 +307,10 @@ pub struct Stopped {
 
 impl Stopped {
     /// Whether it still stands still: nobody else can let it go, but it can be killed, and its id can go to a thread of
-    /// its process that executes a program.
+    /// its process that executes a program. If that one is traced too, it has stopped as well, but its report has not been
+    /// taken.
     pub(crate) fn holds(&self) -> bool {
-        ptrace::get_sigmask(self.tid).is_ok()
+        ptrace::get_sigmask(self.tid).is_ok() && wait::has_report(self.tid) == Ok(false)
     }
 
     /// Its id.
@@ -363,10 +371,21 @@ impl Stopped {
         }
     }
 
-    /// Lets the thread go on as it was (a job-control stop stays in effect).
+    /// Lets the thread go on as it was (a job-control stop stays in effect). [`TraceError::Died`] when it was killed
+    /// meanwhile, as by another thread that was let go before and executes a program.
     pub fn detach(mut self) -> Result<(), TraceError> {
-        self.attached = false;
-        ptrace::detach(self.tid, 0).map_err(|e| TraceError::request("PTRACE_DETACH", self.tid, e))
+        self.let_go()
+    }
+
+    fn let_go(&mut self) -> Result<(), TraceError> {
+        if !std::mem::take(&mut self.attached) {
+            return Ok(());
+        }
+        ptrace::detach(self.tid, 0).map_err(|e| {
+            // Who executes the program waits until the end of this thread has been taken.
+            let _ = wait::take_end(self.tid);
+            TraceError::request("PTRACE_DETACH", self.tid, e)
+        })
     }
 
     /// Forgets the thread, which is gone or about to be killed.
@@ -377,9 +396,7 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        if self.attached {
-            let _ = ptrace::detach(self.tid, 0);
-        }
+        let _ = self.let_go();
     }
 }
 

@@ -25,6 +25,7 @@ const LAYERS: [&[&str]; 7] = [
         "exit",
         "interrupt",
         "ownership",
+        "deadline",
         "pidfile",
         "view",
     ],

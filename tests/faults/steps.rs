@@ -49,7 +49,12 @@ pub fn end_of_dump(site: &mut Site) -> Result<(), String> {
     for at in 1.. {
         let images = site.fresh("images")?;
         let pid = site.pid.to_string();
-        let run = site.begin_stepped(&images.join("inventory.img"), at, &["dump", "-t", &pid], &images)?;
+        let run = site.begin_stepped(
+            &images.join("inventory.img"),
+            at,
+            &["dump", "-t", &pid, "--timeout", "100"],
+            &images,
+        )?;
         let (ended, when) = stepped(run.end()?, at)?;
         if nothing_or_all(site, &tree).map_err(|text| format!("{when}: {text}"))? {
             gone += 1;
@@ -74,7 +79,7 @@ pub fn end_of_restore(site: &mut Site) -> Result<(), String> {
     let images = site.fresh("images")?;
     site.dump_and_kill(&images)?;
     let pidfile = site.dir.join("pidfile");
-    let words = ["restore", "-d", "--pidfile", "pidfile"];
+    let words = ["restore", "-d", "--pidfile", "pidfile", "--timeout", "100"];
     let (mut gone, mut runs) = (0, 0);
     for at in 1.. {
         let _ = fs::remove_file(&pidfile);

@@ -3,8 +3,6 @@
 use std::io;
 use std::os::fd::AsFd as _;
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-
 use super::super::front::Front;
 use super::super::{Failure, pb::FailCode};
 use super::Cache;
@@ -81,10 +79,7 @@ fn refused(added: io::Result<()>) {
 
 /// Each image of some size takes a descriptor.
 fn raise_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
-    });
-    if let Err(e) = raised {
+    if let Err(e) = sys::own::raise_open_files() {
         tracing::warn!("the limit of open files stays as it is: {e}");
     }
 }

@@ -23,6 +23,9 @@ pub const CASES: &[Case] = &[
     Case::new("file_high_numbers", file_high_numbers),
     Case::new("file_gaps_in_numbers", file_gaps_in_numbers),
     Case::new("file_no_stdio", file_no_stdio),
+    Case::new("files_more_than_one_may_open", files_more_than_one_may_open)
+        .only_plain()
+        .peer_fails("it has the limit of one process for all files of the tree"),
     Case::new("files_1000", files_1000),
     Case::new("file_owner_and_signal", file_owner_and_signal),
     Case::new("file_async_pipe", file_async_pipe),
@@ -350,6 +353,34 @@ fn file_no_stdio(gate: &Gate) {
     // The directory itself.
     assert_eq!(open, 1);
     assert_eq!(sys::open(c"/dev/null", libc::O_RDWR), Ok(0));
+}
+
+/// Each process has as many as it may, and all together more than crtool may have.
+fn files_more_than_one_may_open(gate: &Gate) {
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, hard) = nix::sys::resource::getrlimit(limit).expect("getrlimit");
+    nix::sys::resource::setrlimit(limit, hard, hard).expect("setrlimit");
+    fs::write("many", content(100, 5)).expect("write");
+    // Where the limit is high, more than it would take minutes.
+    let each = i32::try_from(hard / 2).unwrap_or(i32::MAX).min(10_000);
+    let children = [1, 2, 3].map(|n| {
+        fork(|| {
+            let place = |fd: i32| i64::from(fd * n % 90);
+            let open = || sys::open(c"many", libc::O_RDONLY).expect("open");
+            let fds: Vec<i32> = (0..each).map(|_| open()).collect();
+            for &fd in &fds {
+                sys::lseek(fd, place(fd), libc::SEEK_SET).expect("lseek");
+            }
+            gate.mark(["one", "two", "three"][n as usize - 1]);
+            gate.wait();
+            for &fd in &fds {
+                assert_eq!(position(fd) as i64, place(fd), "fd {fd}");
+            }
+        })
+    });
+    ["one", "two", "three"].iter().for_each(|name| gate.await_mark(name));
+    gate.ready();
+    children.into_iter().for_each(join);
 }
 
 fn files_1000(gate: &Gate) {
