@@ -39,6 +39,10 @@ pub const ROWS: &[Kind] = &[
     row("threads", "500 threads", "threads:500"),
     row("mappings", "20,000 mappings", "mappings:20000"),
     row("files", "1,000 open files", "files:1000"),
+    row("files-10k", "10,000 open files", "files:10000"),
+    row("1g-of-16", "1 GiB in 16 processes", "spread:1073741824"),
+    row("processes-4k", "4,000 idle processes", "processes:4000"),
+    row("clocks", "16 MiB random, in a time namespace", "clocks:16777216"),
 ];
 
 /// What one run of one tool gave. Times in ms, sizes in MiB.

@@ -7,11 +7,14 @@ use std::{
     env,
     fs::{self, File},
     io::{Seek as _, SeekFrom},
+    os::unix::process::CommandExt as _,
     path::Path,
     process::{Command, ExitCode},
     thread,
+    time::Duration,
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
@@ -19,6 +22,8 @@ use crate::sys;
 
 /// Its kind and size: `random:16777216`.
 pub const KIND: &str = "BENCH_WORKLOAD";
+/// Which of several processes it is, which is not the first of its tree.
+const CHILD: &str = "BENCH_CHILD";
 /// Its directory.
 pub const DIR: &str = "BENCH_DIR";
 
@@ -28,22 +33,28 @@ pub fn main(kind: &str) -> ExitCode {
     let dir = env::var_os(DIR).expect("directory of a workload");
     let dir = Path::new(&dir);
     close_inherited();
-    // An idle child belongs to its parent's session.
-    if kind != "idle" {
+    if kind == "clocks" {
+        sys::enter_time_namespace(DAY).expect("time namespace");
+        let own = env::current_exe().expect("own path");
+        panic!("{}", Command::new(own).env(KIND, format!("random:{count}")).exec());
+    }
+    // A child belongs to its parent's session.
+    let child = env::var_os(CHILD);
+    if child.is_none() {
         nix::unistd::setsid().expect("new session");
     }
     let term: SigSet = [Signal::SIGTERM].into_iter().collect();
     term.thread_block().expect("block SIGTERM");
     let told = || {
-        if kind != "idle" {
-            fs::write(dir.join("ready"), "").expect("say ready");
-        }
+        let name = child.as_ref().map_or("ready".into(), |number| format!("child{}", number.display()));
+        fs::write(dir.join(name), "").expect("say ready");
         term.wait().expect("wait for SIGTERM");
     };
     let intact = match kind {
         "random" => memory(count, 1, told),
         "half" => memory(count, 2, told),
-        "processes" => processes(count, told),
+        "processes" => processes("idle", count, dir, told),
+        "spread" => processes(&format!("random:{}", count / 16), 16, dir, told),
         "idle" => {
             told();
             true
@@ -101,11 +112,24 @@ fn next(state: &mut u64) -> u64 {
     *state
 }
 
-/// A parent with `count` idle children.
-fn processes(count: usize, told: impl FnOnce()) -> bool {
+/// A day, in seconds.
+const DAY: u64 = 86_400;
+
+/// A parent with `count` children of this kind.
+fn processes(kind: &str, count: usize, dir: &Path, told: impl FnOnce()) -> bool {
     let own = env::current_exe().expect("own path");
-    let mut children: Vec<_> =
-        (0..count).map(|_| Command::new(&own).env(KIND, "idle").spawn().expect("start a child")).collect();
+    let start = |number: usize| {
+        let mut command = Command::new(&own);
+        command.env(KIND, kind).env(CHILD, number.to_string()).spawn().expect("start a child")
+    };
+    let mut children: Vec<_> = (0..count).map(start).collect();
+    for number in 0..count {
+        let path = dir.join(format!("child{number}"));
+        while !path.exists() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        fs::remove_file(path).expect("what a child has said");
+    }
     told();
     for child in &children {
         let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
@@ -131,6 +155,8 @@ fn threads(count: usize, told: impl FnOnce()) -> bool {
 
 /// `count` open files, each at a position of its own.
 fn files(dir: &Path, count: usize, told: impl FnOnce()) -> bool {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("getrlimit");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("setrlimit");
     let mut files: Vec<File> = (0..count)
         .map(|number| {
             let path = dir.join(format!("file{number}"));
