@@ -12,7 +12,8 @@ fn dump(target: &mut Target, seccomp: &mut seccomp::Dump) -> (pb::CoreEntry, Vec
     let (pid, regs, xstate) = (target.pid(), target.regs, target.xstate());
     let sigmask = ptrace::get_sigmask(pid).unwrap();
     let mut list = List::new("queries");
-    let thread = thread_queries(&mut list, u64::MAX, None);
+    let capabilities = crate::tracee::read_status(pid, pid).unwrap().cap_eff;
+    let thread = thread_queries(&mut list, capabilities, None);
     let process = process_queries(&mut list, &posix_timer_ids(pid).unwrap());
     let placed = target.run(&list).unwrap();
     let results = target.area.results(&placed).unwrap();
