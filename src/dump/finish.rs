@@ -13,7 +13,7 @@ use crate::{
     settings::Leave,
     sys::{Errno, own, ptrace, task, wait},
     task::robust_list::{self, SharedBytes},
-    tracee::{KillGuard, Thread, TraceError, procfs},
+    tracee::{KillGuard, Thread, procfs},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
@@ -56,10 +56,7 @@ fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
     // Children before parents, so that nobody misses what a child does first.
     for process in tree.processes.into_iter().rev() {
         for thread in process.threads {
-            // One that has been killed since needs no release.
-            if let Err(e) = thread.stopped.detach()
-                && !matches!(e, TraceError::Died(_))
-            {
+            if let Err(e) = thread.stopped.detach() {
                 failed.get_or_insert(anyhow!(e).context(format!("release of task {}", process.pid)));
             }
         }
