@@ -26,6 +26,8 @@ use crate::{
 const CONTINUE: Duration = Duration::from_millis(500);
 const END: Duration = Duration::from_millis(600);
 const KILL: Duration = Duration::from_millis(900);
+/// Whoever is interrupted by a signal ends by itself, if it gets a processor: on a busy machine that may take a while.
+const KILL_INTERRUPTED: Duration = Duration::from_secs(5);
 /// What is left to do after a failure (files to remove) may take so long.
 const CLEANUP: Duration = Duration::from_secs(5);
 /// Progress sets the timers anew not more often than this.
@@ -263,11 +265,11 @@ struct Clock {
 #[derive(Debug)]
 pub(crate) struct Timers {
     /// Continues a process that is stopped.
-    pub(crate) cont: SignalTimer,
+    pub(crate) cont: Option<SignalTimer>,
     /// For the watchdog's thread.
     pub(crate) end: &'static PollTimer,
     /// Ends a process in which no thread runs.
-    pub(crate) kill: SignalTimer,
+    pub(crate) kill: Option<SignalTimer>,
 }
 
 static CLOCK: Mutex<Clock> = Mutex::new(Clock {
@@ -303,8 +305,10 @@ impl Clock {
         let after = |grace: Duration| end.map(|end| (end + grace).saturating_duration_since(Instant::now()));
         // The kernel refuses none of these: the timers are there, the times are valid.
         let _ = timers.end.set(after(END));
-        let _ = timers.cont.set(after(CONTINUE));
-        let _ = timers.kill.set(after(KILL));
+        let kill = if self.interrupted.is_some() { KILL_INTERRUPTED } else { KILL };
+        for (timer, grace) in [(&timers.cont, CONTINUE), (&timers.kill, kill)] {
+            let _ = timer.as_ref().map(|timer| timer.set(after(grace)));
+        }
     }
 
     /// Why the process has to end now, if it has to.

@@ -10,7 +10,7 @@
 //! | at once | waits fail (`Deadline::check`): the usual way out |
 //! | 0.5 s | SIGCONT, from a timer of the kernel: for a crtool that is stopped |
 //! | 0.6 s | the thread says what happened and ends the process with the status of a failure |
-//! | 0.9 s | SIGKILL, from a timer of the kernel: for one in which no thread runs (a debugger, a frozen cgroup) |
+//! | 0.9 s (5 s after a signal) | SIGKILL, from a timer of the kernel: for one in which no thread runs (a debugger, a frozen cgroup) |
 //!
 //! The kernel holds the clock, so nobody's parent, process group or signals change, and no process can be stopped in
 //! crtool's place. Only the descriptors need somebody else: see [`table_holder`].
@@ -58,7 +58,17 @@ impl Watchdog {
         // They are there until the process ends, for the thread may be in the middle of anything.
         let end: &'static PollTimer = Box::leak(Box::new(PollTimer::new()?));
         let quit: &'static EventFd = Box::leak(Box::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?));
-        let (cont, kill) = (SignalTimer::new(libc::SIGCONT)?, SignalTimer::new(libc::SIGKILL)?);
+        // Each takes one of the signals that may be pending (ulimit -i).
+        let timer = |signal: i32| match SignalTimer::new(signal) {
+            Ok(timer) => Some(timer),
+            Err(error) => {
+                tracing::warn!(
+                    "if crtool is stopped, its time limit does not hold: no timer for that: {error}"
+                );
+                None
+            }
+        };
+        let (cont, kill) = (timer(libc::SIGCONT), timer(libc::SIGKILL));
         let watched = gettid().as_raw();
         // Signals are for the calling thread; those that are held back are seen through their descriptor.
         let mut old = SigSet::empty();
@@ -74,10 +84,17 @@ impl Watchdog {
                 tracing::warn!("if crtool hangs in a file of the tree, the tree stays frozen: no process to hold its descriptors: {error}");
             })
             .ok();
-        let mut this = Self { thread: None, quit, holder };
-        this.thread = Some(thread?);
-        deadline::watch(Timers { cont, end, kill }, holds);
-        Ok(this)
+        let thread = thread
+            .inspect_err(|error| {
+                tracing::warn!(
+                    "if crtool hangs, its time limit does not hold: no thread to watch over it: {error}"
+                );
+            })
+            .ok();
+        if thread.is_some() {
+            deadline::watch(Timers { cont, end, kill }, holds);
+        }
+        Ok(Self { thread, quit, holder })
     }
 }
 

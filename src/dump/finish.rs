@@ -13,7 +13,7 @@ use crate::{
     settings::Leave,
     sys::{Errno, own, ptrace, task, wait},
     task::robust_list::{self, SharedBytes},
-    tracee::{KillGuard, Thread, procfs},
+    tracee::{KillGuard, Thread, TraceError, procfs},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
@@ -55,8 +55,12 @@ pub(super) fn decide(
 fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
     // Children before parents, so that nobody misses what a child does first.
     for process in tree.processes.into_iter().rev() {
+        // A thread may be gone because another one executes a program; with the process it is another matter.
+        let lives = || procfs::stat(process.pid).is_ok_and(|stat| !procfs::is_dead(&stat));
         for thread in process.threads {
-            if let Err(e) = thread.stopped.detach() {
+            if let Err(e) = thread.stopped.detach()
+                && !(matches!(e, TraceError::Died(_)) && lives())
+            {
                 failed.get_or_insert(anyhow!(e).context(format!("release of task {}", process.pid)));
             }
         }

@@ -187,16 +187,16 @@ pub fn limits(site: &mut Site) -> Result<(), String> {
         ("--fsize=2000:", "the size of files (ulimit -f)"),
         ("--nofile=8", "Too many open files"),
         ("--stack=65536", "the limit of the stack (ulimit -s) is 64 KiB, and crtool needs 1024"),
-        ("--as=24000000", "memory"),
+        (&format!("--as={}", least_space(site)? + (1 << 20)), "memory"),
         ("--data=2500000", "memory"),
-        ("--stack=1048576", ""),
-        ("--nproc=1", ""),
-        ("--memlock=0", ""),
-        ("--core=0", ""),
-        ("--sigpending=0", ""),
-        ("--msgqueue=0", ""),
-        ("--rss=1", ""),
-        ("--rttime=1", ""),
+        ("--stack=1048576:", ""),
+        ("--nproc=1:", ""),
+        ("--memlock=0:", ""),
+        ("--core=0:", ""),
+        ("--sigpending=0:", ""),
+        ("--msgqueue=0:", ""),
+        ("--rss=1:", ""),
+        ("--rttime=1:", ""),
     ] {
         let images = site.fresh("images")?;
         let run = site.run_limited(limits, &dump, &images)?;
@@ -224,6 +224,17 @@ pub fn limits(site: &mut Site) -> Result<(), String> {
     }
     site.same(&before)?;
     site.finish()
+}
+
+/// The least address space in which the program can be loaded: how much that is, depends on how it was built.
+fn least_space(site: &mut Site) -> Result<u64, String> {
+    let images = site.fresh("images")?;
+    for mib in 4..4096u64 {
+        if site.run_limited(&format!("--as={}", mib << 20), &["--version"], &images)?.end == End::Exited(0) {
+            return Ok(mib << 20);
+        }
+    }
+    Err("the program cannot be loaded into 4 GiB".into())
 }
 
 /// No more tasks may be made than the tool itself, or one or two more.

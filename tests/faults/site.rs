@@ -29,7 +29,7 @@ pub struct Site {
     pub pid: i32,
     pub reaper: Reaper,
     random: u64,
-    tool: PathBuf,
+    pub tool: PathBuf,
 }
 
 /// A run of the tool that has ended.
