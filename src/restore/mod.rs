@@ -1,4 +1,4 @@
-//! A restore: read, plan, create, move, dress, final state, let go; or undo.
+//! A restore: read, plan, create, move, attributes, final state, let go; or undo.
 //!
 //! The supervisor (this process) does all the thinking; puppets, the processes that it makes, execute lists of system
 //! calls. This module knows the order only:
