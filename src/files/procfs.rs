@@ -150,6 +150,15 @@ pub(super) fn check(fd: &FdView<'_>, root: i32, at_its_name: bool) -> Result<boo
     Ok(true)
 }
 
+/// What the text of smaps or numa_maps says of where areas are. How many of their pages are there, and who else has
+/// them, changes from one moment to the next, also while the task stands still.
+fn areas(text: &[u8]) -> Vec<u8> {
+    let whole = text.iter().rposition(|&b| b == b'\n').and_then(|end| text.get(..end)).unwrap_or_default();
+    let first_word = |line: &[u8]| line.split(|&b| b == b' ').next().map(<[u8]>::to_vec);
+    let words = whole.split(|&b| b == b'\n').filter_map(first_word);
+    words.filter(|word| word.last() != Some(&b':')).collect::<Vec<_>>().join(&b' ')
+}
+
 /// Whether a file that shows memory shows that which the task has now. A program that was run since has another.
 fn check_memory(fd: &FdView<'_>, pid: i32) -> Result<(), FileError> {
     let name = fd.link.rsplit(|&b| b == b'/').next().unwrap_or_default();
@@ -186,6 +195,10 @@ fn check_memory(fd: &FdView<'_>, pid: i32) -> Result<(), FileError> {
         let got = pread(from, &mut bytes, i64::try_from(at).ok()?).ok()?;
         bytes.truncate(got);
         Some(bytes)
+    };
+    let read = |from: BorrowedFd<'_>| match name {
+        b"smaps" | b"smaps_rollup" | b"numa_maps" => read(from).map(|text| areas(&text)),
+        _ => read(from),
     };
     let (then, now) = (read(fd.file()?), read(now.as_fd()));
     if then.as_ref().is_some_and(|bytes| !bytes.is_empty()) && then == now {
@@ -337,6 +350,16 @@ pub(super) fn unopened(cx: &mut RestoreCx<'_>) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stays_of_a_text_about_memory() {
+        let text = |rss: &str| {
+            format!("1000-2000 r--p 0 08:01 5 /bin/x\nRss:  {rss} kB\n3000-4000 rw-p 0 0:0 0\nRss:   4 k")
+        };
+        assert_eq!(areas(text("4").as_bytes()), b"1000-2000 3000-4000");
+        assert_eq!(areas(text("8").as_bytes()), areas(text("4").as_bytes()));
+        assert_eq!(areas(b"1000 default file=/bin/x mapped=3\n3000 default anon=2\n"), b"1000 3000");
+    }
 
     #[test]
     fn what_a_path_needs() {
