@@ -223,7 +223,7 @@ impl Terminal {
         let tools = Path::new(env!("CARGO_BIN_EXE_crtool")).parent().expect("directory").to_owned();
         // What the harness has left open must not be the job's; and a shell that is not interactive forgets PS1.
         let start = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
-            exec env \"PS1=$PROMPT42\" setsid -c \"$@\"";
+            exec env --default-signal=INT,QUIT,HUP,TSTP,TTIN,TTOU \"PS1=$PROMPT42\" setsid -c \"$@\"";
         let shell = Command::new("bash")
             .args(["-c", start, "start"])
             .args(program)
