@@ -107,7 +107,7 @@ pub fn timeout(site: &mut Site) -> Result<(), String> {
 pub fn stuck(site: &mut Site) -> Result<(), String> {
     let before = site.picture()?;
     let images = site.fresh("images")?;
-    let run = site.dump(&["--timeout", "2"], &images)?;
+    let run = site.dump(&["--timeout", "5"], &images)?;
     run.failed_cleanly()?;
     if !run.said.contains("vfork") {
         return Err(format!("the reason is not said: {}", run.said));
