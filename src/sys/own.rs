@@ -141,7 +141,29 @@ static OPEN_FILES: OnceLock<u64> = OnceLock::new();
 pub fn raise_open_files() -> Result<u64> {
     let first = at_least(libc::RLIMIT_NOFILE, 0)?;
     OPEN_FILES.get_or_init(|| first);
-    at_least(libc::RLIMIT_NOFILE, u64::MAX)
+    let most = at_least(libc::RLIMIT_NOFILE, u64::MAX)?;
+    make_room_for_descriptors(most);
+    Ok(most)
+}
+
+/// Room for so many descriptors is made in advance.
+const ROOM_FOR_DESCRIPTORS: u64 = 16_384;
+
+/// Makes the descriptor table large while one thread has it: each time a table grows that several threads share, the kernel
+/// waits for an RCU grace period (about ten milliseconds), and it grows by doubling.
+fn make_room_for_descriptors(most: u64) {
+    let last = i32::try_from(ROOM_FOR_DESCRIPTORS.min(most).saturating_sub(1)).unwrap_or(0);
+    // SAFETY: both descriptors are numbers; the second one is ours alone.
+    unsafe {
+        // Any that is open will do; where none is, there is no need.
+        for fd in 0..3 {
+            let high = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, last);
+            if high >= 0 {
+                libc::close(high);
+                break;
+            }
+        }
+    }
 }
 
 /// Starts `command` with the limit of open files that this process was started with: it may be such a program.
