@@ -226,7 +226,9 @@ impl<'t> Injection<'t> {
     /// crtool died: by the header a later injection knows the area.
     fn map(&mut self, at: RemoteAddr, len: usize) -> Result<(), TraceError> {
         let mut area = Area::with_code(at, len, Memory::File(Arc::clone(&self.memory)));
-        let unmap = (libc::SYS_munmap, [at.0, len as u64, 0, 0, 0, 0]);
+        // If crtool dies, filters are in force again: one that forbids munmap would kill the task. An unused mapping does not.
+        let filtered = read_status(self.pid, self.agent.tid())?.seccomp.is_some_and(|mode| mode != 0);
+        let unmap = (!filtered).then_some((libc::SYS_munmap, [at.0, len as u64, 0, 0, 0, 0]));
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
         let code = libc::PROT_READ | libc::PROT_EXEC;
         let data = libc::PROT_READ | libc::PROT_WRITE;
@@ -242,12 +244,12 @@ impl<'t> Injection<'t> {
                 written = area.flush();
             }
         };
-        let mut mapped = self.call(libc::SYS_mmap, mmap(code | data), Some(unmap), &mut write)?;
+        let mut mapped = self.call(libc::SYS_mmap, mmap(code | data), unmap, &mut write)?;
         // PR_SET_MDWE forbids memory that can be written and executed, and memory that becomes executable; code that was
         // so from the beginning and is written from outside it cannot forbid.
         let separate = mapped == -i64::from(libc::EACCES);
         if separate {
-            mapped = self.call(libc::SYS_mmap, mmap(code), Some(unmap), &mut write)?;
+            mapped = self.call(libc::SYS_mmap, mmap(code), unmap, &mut write)?;
         }
         if (-4095..0).contains(&mapped) {
             return Err(failed("mmap of the list area", mapped));
