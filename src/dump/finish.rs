@@ -53,16 +53,35 @@ pub(super) fn decide(
 
 /// Lets everybody go, also when that fails for one; `failed` is what went wrong before.
 fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
-    // Children before parents, so that nobody misses what a child does first.
+    let mut dying = Vec::new();
+    // Children before parents, so that nobody misses what a child does first; leaders after the other threads, because
+    // the end of a leader is reported only after all others have ended.
     for process in tree.processes.into_iter().rev() {
-        // A thread may be gone because another one executes a program; with the process it is another matter.
-        let lives = || procfs::stat(process.pid).is_ok_and(|stat| !procfs::is_dead(&stat));
-        for thread in process.threads {
-            if let Err(e) = thread.stopped.detach()
-                && !(matches!(e, TraceError::Died(_)) && lives())
-            {
-                failed.get_or_insert(anyhow!(e).context(format!("release of task {}", process.pid)));
+        for thread in process.threads.into_iter().rev() {
+            let tid = thread.tid();
+            thread.stopped.forget();
+            match ptrace::detach(tid, 0) {
+                Ok(()) => {}
+                Err(Errno::ESRCH) => dying.push((process.pid, tid)),
+                Err(e) => {
+                    failed.get_or_insert(anyhow!(e).context(format!("release of task {tid}")));
+                }
             }
+        }
+    }
+    // Not before all have been let go: whoever executes a program, and so ends these, waits for their ends to be taken.
+    for (pid, tid) in dying {
+        let end = loop {
+            match wait::wait(tid) {
+                Ok(wait::Status::Stopped(..) | wait::Status::Continued) => {}
+                end => break end,
+            }
+        };
+        // A thread that another one ends by executing a program exits with 0, and a leader whose pid it takes is not
+        // there any more: such a process goes on. The report tells it from one that was killed, which may take a while
+        // to be seen dead in /proc.
+        if matches!(end, Ok(wait::Status::Signaled(..))) {
+            failed.get_or_insert(anyhow!(TraceError::Died(tid)).context(format!("release of task {pid}")));
         }
     }
     failed.map_or(Ok(()), |e| Err(e.context(SAFE)))
