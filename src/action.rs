@@ -30,14 +30,6 @@ pub enum Action {
     PreResume,
     /// The tree runs.
     PostResume,
-    /// Traffic of the tree has to stop.
-    NetworkLock,
-    /// Traffic may flow again.
-    NetworkUnlock,
-    /// The root task stands in its new, still empty namespaces.
-    SetupNamespaces,
-    /// Its namespaces are filled.
-    PostSetupNamespaces,
 }
 
 impl Action {
@@ -50,10 +42,6 @@ impl Action {
             Self::PostRestore => "post-restore",
             Self::PreResume => "pre-resume",
             Self::PostResume => "post-resume",
-            Self::NetworkLock => "network-lock",
-            Self::NetworkUnlock => "network-unlock",
-            Self::SetupNamespaces => "setup-namespaces",
-            Self::PostSetupNamespaces => "post-setup-namespaces",
         }
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use crtool::{
     image::{DirStore, ImageKind, Store, TypedStore, pb},
     mem::vma,
-    pages::PagemapReader,
+    pages::pagemap::PagemapReader,
 };
 
 const CLOCK: &str = "

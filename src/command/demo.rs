@@ -6,7 +6,7 @@
 //! destination are two directories below one of the demo's own. At every end, also after Ctrl-C, the processes
 //! and the directory are gone.
 
-mod cast;
+mod processes;
 mod screen;
 mod workload;
 
@@ -34,7 +34,7 @@ use crate::{
     image::{ImageKind, framing::EntryReader, pb},
     interrupt,
 };
-use cast::{Cast, Tool};
+use processes::{Processes, Tool};
 use screen::Screen;
 use workload::Progress;
 
@@ -59,29 +59,29 @@ pub fn run() -> anyhow::Result<()> {
 
 struct Demo {
     // Fields are dropped in this order: first whoever uses the directory.
-    cast: Cast,
-    stage: Stage,
+    processes: Processes,
+    workspace: Workspace,
     screen: Screen,
 }
 
 /// The directory of the demo, gone at its end.
-struct Stage(PathBuf);
+struct Workspace(PathBuf);
 
-impl Stage {
+impl Workspace {
     fn build() -> anyhow::Result<Self> {
         let template = env::temp_dir().join("crtool-demo-XXXXXX");
         let dir = nix::unistd::mkdtemp(&template).with_context(|| format!("make {}", template.display()))?;
-        let stage = Self(dir);
-        for side in [stage.source(), stage.destination()] {
+        let workspace = Self(dir);
+        for side in [workspace.source(), workspace.destination()] {
             fs::create_dir(&side).with_context(|| format!("make {}", side.display()))?;
         }
-        let trial = stage.0.join("room");
+        let trial = workspace.0.join("room");
         File::create(&trial)
             .and_then(|mut file| file.write_all(&vec![1; ROOM]))
             .with_context(|| format!("{} needs {} MiB of room", env::temp_dir().display(), ROOM >> 20))
             .context("set TMPDIR to a directory that has it")?;
         fs::remove_file(trial)?;
-        Ok(stage)
+        Ok(workspace)
     }
 
     fn source(&self) -> PathBuf {
@@ -93,7 +93,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for Workspace {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -103,9 +103,9 @@ impl Demo {
     fn new() -> anyhow::Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "dump and restore need root: run the demo as root");
         interrupt::watch().context("hold back of signals")?;
-        let stage = Stage::build()?;
-        let cast = Cast::new(&stage.0)?;
-        Ok(Self { cast, stage, screen: Screen::new() })
+        let workspace = Workspace::build()?;
+        let processes = Processes::new(&workspace.0)?;
+        Ok(Self { processes, workspace, screen: Screen::new() })
     }
 
     fn show(mut self) -> anyhow::Result<()> {
@@ -124,11 +124,11 @@ impl Demo {
         let first = self.count(Progress::default(), COUNTING)?;
         self.screen.say("count", &format!("1 ... {}", first.last));
 
-        let destination = self.stage.destination();
+        let destination = self.workspace.destination();
         let mut waiting = self.tool("restore", &["--remote", "-d"], &destination)?;
-        let dump = self.tool("dump", &["--remote", "-t", &pid.to_string()], &self.stage.source())?;
+        let dump = self.tool("dump", &["--remote", "-t", &pid.to_string()], &self.workspace.source())?;
         self.finish(dump, Some(&mut waiting))?;
-        let saved = Carried::read(&self.stage.source()).context("statistics of the dump")?;
+        let saved = Carried::read(&self.workspace.source()).context("statistics of the dump")?;
         self.screen.say(
             "dump",
             &format!(
@@ -139,7 +139,7 @@ impl Demo {
             ),
         );
         self.finish(waiting, None)?;
-        self.cast.restored(pid);
+        self.processes.restored(pid);
         let second = self.count(first, COUNTING)?;
         self.screen.say(
             "restore",
@@ -160,12 +160,12 @@ impl Demo {
         let mut command = Command::new("/proc/self/exe");
         command
             .arg("demo")
-            .env(workload::DIR, &self.stage.0)
+            .env(workload::DIR, &self.workspace.0)
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        self.cast.workload(&mut command)
+        self.processes.workload(&mut command)
     }
 
     /// Starts a cache on a port that is free, and tells which.
@@ -176,7 +176,7 @@ impl Demo {
             let port = free.local_addr()?.port();
             drop(free);
             tries += 1;
-            match self.daemon("image-cache", port, &self.stage.destination()) {
+            match self.daemon("image-cache", port, &self.workspace.destination()) {
                 Err(error) if tries < PORTS && format!("{error:#}").contains("in use") => {}
                 result => return result.map(|()| port),
             }
@@ -184,7 +184,7 @@ impl Demo {
     }
 
     fn proxy(&mut self, port: u16) -> anyhow::Result<()> {
-        self.daemon("image-proxy", port, &self.stage.source())
+        self.daemon("image-proxy", port, &self.workspace.source())
     }
 
     /// Starts a daemon; returns when it can be reached.
@@ -203,7 +203,7 @@ impl Demo {
             self.rest(GLANCE)?;
             now = self.progress(now)?;
             self.screen.watch("count", now.last);
-            if let Some(end) = self.cast.ended()? {
+            if let Some(end) = self.processes.ended()? {
                 bail!("the workload ended too early: {end:?}");
             }
         }
@@ -211,7 +211,7 @@ impl Demo {
     }
 
     fn progress(&self, from: Progress) -> anyhow::Result<Progress> {
-        from.read(&self.stage.0).context("what the workload wrote")
+        from.read(&self.workspace.0).context("what the workload wrote")
     }
 
     /// Starts this program's own `command`.
@@ -228,7 +228,7 @@ impl Demo {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&said).with_context(|| format!("make {}", said.display()))?);
-        self.cast.tool(command, &mut child, said)
+        self.processes.tool(command, &mut child, said)
     }
 
     /// Waits until `tool` has done its work, and looks at `other` meanwhile: if that fails, `tool` waits in vain.
@@ -236,7 +236,7 @@ impl Demo {
         let begin = Instant::now();
         loop {
             // A dead child that nobody reaps still has its pid: dump and restore wait for that.
-            self.cast.ended()?;
+            self.processes.ended()?;
             if tool.done()? {
                 return Ok(());
             }
@@ -253,7 +253,7 @@ impl Demo {
     fn wait(&mut self) -> anyhow::Result<WaitStatus> {
         let begin = Instant::now();
         loop {
-            if let Some(status) = self.cast.ended()? {
+            if let Some(status) = self.processes.ended()? {
                 return Ok(status);
             }
             ensure!(begin.elapsed() < PATIENCE, "the workload does not end");

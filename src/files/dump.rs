@@ -55,7 +55,7 @@ struct Known {
 type ObjectKey = (u64, u64, bool, Vec<u8>);
 
 /// The open files of a tree while it is dumped.
-#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+#[allow(missing_debug_implementations)] // stores are no Debug
 pub struct FilesDump<'a> {
     pub(super) cx: DumpCx<'a>,
     tables: DumpTables,
@@ -326,11 +326,6 @@ impl<'a> FilesDump<'a> {
         Ok(cwd.zip(root).map(|(cwd_id, root_id)| pb::FsEntry { cwd_id, root_id, umask }))
     }
 
-    /// The tables read so far.
-    pub fn tables(&self) -> &DumpTables {
-        &self.tables
-    }
-
     /// After the last table and file: completes all entries. The clocks of the tree are taken to have stood when CLOCK_MONOTONIC of
     /// crtool was `clock`.
     pub fn complete(&mut self, clock: Duration, findings: &mut Vec<Finding>) -> Result<(), FileError> {
@@ -431,11 +426,6 @@ impl<'a> FilesDump<'a> {
                 finding(table.pid, "descriptors", error);
             }
         }
-    }
-
-    /// What `files.img` will hold; all of it once it is complete.
-    pub fn entries(&self) -> &[pb::FileEntry] {
-        &self.entries
     }
 
     /// What `fdinfo-N.img` will hold for a descriptor table.

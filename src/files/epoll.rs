@@ -313,7 +313,7 @@ mod tests {
         let at = Place { pid: dumped.pid, fd: epoll.as_raw_fd() };
         trial.cx(|cx| Epoll::complete(cx, &DumpTables(vec![dumped.clone()]), &mut entry, at))?;
         let new = trial.restore::<Epoll>(&entry);
-        let mut restored = RestoreTable { files_id: 1, pid: 0, ..RestoreTable::default() };
+        let mut restored = RestoreTable::default();
         for fd in &dumped.fds {
             let number = if fd.id == 1 { new.as_raw_fd() } else { fd.fd };
             restored.fds.insert(number, TableFd { id: fd.id, cloexec: true });

@@ -164,7 +164,7 @@ impl States {
 }
 
 /// What a kind has at hand while a tree is dumped.
-#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+#[allow(missing_debug_implementations)] // stores are no Debug
 pub struct DumpCx<'a> {
     /// Where images go.
     pub store: &'a dyn Store,
@@ -219,7 +219,7 @@ impl<'a> DumpCx<'a> {
 }
 
 /// What a kind has at hand while a tree is restored.
-#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+#[allow(missing_debug_implementations)] // stores are no Debug
 pub struct RestoreCx<'a> {
     /// Where images are.
     pub store: &'a dyn Store,

@@ -108,8 +108,6 @@ pub struct DumpTables(pub Vec<DumpTable>);
 /// One descriptor table of a tree that is restored: number -> (id in `files.img`, FD_CLOEXEC).
 #[derive(Debug, Clone, Default)]
 pub struct RestoreTable {
-    /// Its id.
-    pub files_id: u32,
     /// The task whose list installs it.
     pub pid: i32,
     /// Its descriptors.

@@ -49,7 +49,7 @@ impl File {
 }
 
 /// The open files of a tree while it is restored.
-#[expect(missing_debug_implementations, reason = "stores are no Debug")]
+#[allow(missing_debug_implementations)] // stores are no Debug
 pub struct FilesRestore<'a> {
     pub(super) cx: RestoreCx<'a>,
     /// In the order of `files.img`.
@@ -264,7 +264,7 @@ impl<'a> FilesRestore<'a> {
         let mut table = match self.tables.get(&files_id) {
             Some(table) => table.clone(),
             // CRIU writes no image for a table without descriptors.
-            None => RestoreTable { files_id, ..RestoreTable::default() },
+            None => RestoreTable::default(),
         };
         table.pid = pid;
         let mut wanted = BTreeMap::new();
@@ -457,7 +457,7 @@ fn read_table(
     files_id: u32,
     files: &HashMap<u32, File>,
 ) -> Result<RestoreTable, FileError> {
-    let mut table = RestoreTable { files_id, ..RestoreTable::default() };
+    let mut table = RestoreTable::default();
     for entry in store.read_all::<pb::FdinfoEntry>(ImageKind::Fdinfo, u64::from(files_id))? {
         let Some(file) = files.get(&entry.id) else {
             return Err(FileError::entry(entry.id, format!("fd {} names it, but it is not there", entry.fd)));

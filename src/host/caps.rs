@@ -24,7 +24,7 @@ const fn useful(bit: u8, name: &'static str, limit: &'static str) -> Capability 
 }
 
 /// In the order of their numbers.
-pub static CAPABILITIES: &[Capability] = &[
+pub(super) static CAPABILITIES: &[Capability] = &[
     useful(0, "CHOWN", "deleted files cannot get their owner back"),
     useful(1, "DAC_OVERRIDE", "files of other users may not open"),
     useful(3, "FOWNER", "modes of files of other users cannot be set"),

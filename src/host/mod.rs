@@ -13,7 +13,7 @@ mod tasks;
 
 use std::io;
 
-pub use caps::{CAPABILITIES, Capability, missing as missing_capabilities};
+pub use caps::missing as missing_capabilities;
 
 use crate::{proc::ParseError, sys::Errno};
 

@@ -143,6 +143,7 @@ impl<R: Read> EntryReader<R> {
     }
 
     /// As [`Self::inner_bytes`], decoded. Required fields are there.
+    #[cfg(any(test, feature = "internals"))]
     pub fn inner<M: Message + Name + Default>(&mut self) -> Result<M, ImageError> {
         self.inner_bytes()?;
         self.decoded()

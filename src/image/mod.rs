@@ -11,6 +11,7 @@ pub mod store;
 pub mod wire;
 
 pub use error::ImageError;
+#[cfg(any(test, feature = "internals"))]
 pub use extras::HasExtra;
 pub use names::ImageKind;
 pub use store::{
@@ -19,7 +20,7 @@ pub use store::{
 };
 
 /// Image messages, generated from `proto/images`. Text fields are `Vec<u8>`: see `build.rs`.
-#[allow(missing_debug_implementations, unreachable_pub, clippy::all)]
+#[allow(missing_debug_implementations, unreachable_pub, dead_code, clippy::all)] // all of the format
 pub mod pb {
     include!(concat!(env!("OUT_DIR"), "/images.rs"));
 }

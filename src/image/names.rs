@@ -75,6 +75,7 @@ macro_rules! image_kinds {
 
         impl ImageKind {
             /// Every kind, in the order of the table.
+            #[cfg(any(test, feature = "internals"))]
             pub const ALL: &'static [ImageKind] = &[$(ImageKind::$kind),*];
         }
     };
@@ -215,6 +216,7 @@ impl ImageKind {
     }
 
     /// Protobuf name of the entries' message (in package `images`); none for raw images.
+    #[cfg(any(test, feature = "internals"))]
     pub fn message(self) -> Option<&'static str> {
         self.row().message
     }

@@ -58,6 +58,7 @@ pub struct MappedFile<'a> {
     /// O_RDWR when it is mapped shared and may be written, else O_RDONLY.
     pub flags: i32,
     /// It is a memfd, the object with this id.
+    #[cfg_attr(not(feature = "internals"), allow(dead_code))] // tests look at it
     pub memfd: Option<u32>,
 }
 
@@ -573,6 +574,7 @@ impl Collector<'_> {
         if !self.may_be_mapped_again(area, path, &file)? {
             return Ok(None);
         }
+        // Asking for its object also has its content written.
         let memfd = if memfd { Some(self.shared.object(file.as_fd())?) } else { None };
         let id = self
             .files

@@ -32,7 +32,7 @@ pub const THP_EXCEPT_ADVISED: u32 = 3;
 pub use collect::{AddressSpace, MappedFile, Task, VmaFiles, collect};
 pub use dump::MemoryDump;
 pub use error::MemError;
-pub use inside::{Inside, Queries, queries, room};
+pub use inside::{Inside, queries, room};
 pub use shared::SharedMemory;
 
 use crate::{image::pb, tracee::List};

@@ -190,7 +190,7 @@ mod tests {
 
     use super::*;
     use crate::image::MemStore;
-    use crate::pages::PagemapReader;
+    use crate::pages::pagemap::PagemapReader;
     use crate::pages::pagemap::{Placed, Run};
 
     fn memfd(len: u64) -> File {

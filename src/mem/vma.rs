@@ -38,8 +38,6 @@ pub const VVAR: u32 = 1 << 12;
 pub const AIORING: u32 = 1 << 13;
 /// The mapped file is a memfd (beside a FILE_ bit, or alone when shared).
 pub const MEMFD: u32 = 1 << 14;
-/// A shadow stack.
-pub const SHADOW_STACK: u32 = 1 << 15;
 /// No area but guard pages in others: MADV_GUARD_INSTALL.
 pub const GUARD: u32 = 1 << 16;
 
@@ -100,11 +98,6 @@ pub fn advice(flags: VmFlags) -> Option<u64> {
         .filter(|(flag, _)| flags.difference(implied).contains(*flag))
         .fold(0, |bits, (_, madv)| bits | 1u64 << madv);
     (bits != 0).then_some(bits)
-}
-
-/// The pieces of advice in a `madv` field, lowest first.
-pub fn advice_numbers(madv: u64) -> impl Iterator<Item = i32> {
-    (0..64).filter(move |bit| madv & (1 << bit) != 0)
 }
 
 /// The mmap flags of an area, without those that come from what is mapped (MAP_ANONYMOUS).
@@ -229,6 +222,5 @@ mod tests {
         ] {
             assert_eq!(advice(area(flags, false, 4).flags), want, "{flags}");
         }
-        assert_eq!(advice_numbers(1 << 10 | 1 << 18).collect::<Vec<_>>(), [10, 18]);
     }
 }

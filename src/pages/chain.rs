@@ -49,6 +49,7 @@ impl Piece {
     }
 
     /// Whether nothing is in it.
+    #[allow(dead_code)] // beside `len`
     pub fn is_empty(&self) -> bool {
         self.start >= self.end
     }

@@ -531,7 +531,7 @@ mod tests {
 
     use super::*;
     use crate::image::{ImageKind, MemStore, Store};
-    use crate::pages::PagemapReader;
+    use crate::pages::pagemap::PagemapReader;
     use crate::pages::pagemap::{LAZY, PRESENT};
 
     /// Memory whose pages are told from their addresses; some are zero.

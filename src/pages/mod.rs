@@ -12,7 +12,7 @@ pub mod pagemap;
 
 pub use chain::{Pages, Piece};
 pub use error::PagesError;
-pub use pagemap::{PagemapReader, PagemapWriter, Run};
+pub use pagemap::{PagemapWriter, Run};
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;

@@ -11,7 +11,7 @@ mod fsnotify;
 use super::locks::Lock;
 use super::scan::{Scan, lines};
 use fsnotify::Fanotify;
-pub use fsnotify::{FanotifyGroup, FanotifyMark, FanotifyObject, FileHandle, InotifyWatch};
+pub use fsnotify::{FanotifyGroup, FanotifyMark, InotifyWatch};
 
 const FILE: &str = "fdinfo";
 
@@ -89,6 +89,7 @@ pub struct Pidfd {
 
 impl Fdinfo {
     /// The text behind `key:` of a line that has no field of its own.
+    #[cfg(test)]
     pub fn other_value(&self, key: &str) -> Option<&[u8]> {
         self.other.iter().find_map(|line| {
             let mut s = Scan::new(line);

@@ -55,6 +55,7 @@ impl Vma {
     }
 
     /// False for every area that [`parse`] returns.
+    #[allow(dead_code)] // beside `len`
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -10,8 +10,6 @@ pub mod auxv;
 pub mod cgroup;
 pub mod children;
 pub mod fdinfo;
-pub mod filesystems;
-pub mod idmap;
 pub mod limits;
 pub mod locks;
 pub mod maps;
@@ -25,7 +23,6 @@ pub mod status;
 pub mod sysvipc;
 pub mod timens;
 pub mod timers;
-pub mod uptime;
 
 /// A file of /proc that does not look as the kernel writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -2,7 +2,7 @@
 //!
 //! The rules of the kernel behind it:
 //!
-//! - A task is born into the session and group that its maker has at that moment. It leaves a session only by becoming
+//! - A task is made in the session and group that its maker has at that moment. It leaves a session only by becoming
 //!   the leader of its own, so children that are still in the session their parent had before are made before the
 //!   parent's setsid(2), the others after it.
 //! - A child of P that is in the session of somebody below P was left to P when its own parent died. It is made by a
@@ -231,7 +231,7 @@ struct Planner<'t> {
     index_of: HashMap<i32, usize>,
     children: Vec<Vec<usize>>,
     /// The session that a task is made in; `None` for leaders of which no child asks for one.
-    born: Vec<Option<i32>>,
+    made_in: Vec<Option<i32>>,
     /// Made before the setsid of its parent.
     early: BTreeSet<usize>,
     /// Not made by its parent.
@@ -266,7 +266,7 @@ impl<'t> Planner<'t> {
             outside,
             index_of: tasks.iter().enumerate().map(|(index, task)| (task.pid, index)).collect(),
             children,
-            born: tasks.iter().map(|t| (!t.leads_session()).then_some(t.sid)).collect(),
+            made_in: tasks.iter().map(|t| (!t.leads_session()).then_some(t.sid)).collect(),
             early: BTreeSet::new(),
             guests: BTreeMap::new(),
             processes: processes.collect(),
@@ -323,22 +323,22 @@ impl<'t> Planner<'t> {
         for index in (0..self.tasks.len()).rev() {
             let task = self.tasks[index];
             for child in self.children[index].clone() {
-                let Some(needed) = self.born[child].filter(|needed| *needed != task.sid) else { continue };
-                let free = self.born[index].is_none_or(|born| born == needed);
+                let Some(needed) = self.made_in[child].filter(|needed| *needed != task.sid) else { continue };
+                let free = self.made_in[index].is_none_or(|made_in| made_in == needed);
                 if task.leads_session() && free && self.can_be_made_in(index, needed) {
-                    self.born[index] = Some(needed);
+                    self.made_in[index] = Some(needed);
                     self.early.insert(child);
                 } else {
                     foreign.entry(needed).or_default().insert(child);
                 }
             }
         }
-        if let (Some(Some(born)), Some(root)) = (self.born.first(), self.tasks.first())
-            && *born != self.outside.sid
+        if let (Some(Some(made_in)), Some(root)) = (self.made_in.first(), self.tasks.first())
+            && *made_in != self.outside.sid
         {
             return Err(Impossible {
                 pid: root.pid,
-                reason: format!("its session {born} is led from outside the tree"),
+                reason: format!("its session {made_in} is led from outside the tree"),
             });
         }
         for (session, members) in foreign {
@@ -391,7 +391,7 @@ impl<'t> Planner<'t> {
         for child in early {
             self.early.insert(child);
             if let Some(parent) = self.parent(child) {
-                self.born[parent] = Some(session);
+                self.made_in[parent] = Some(session);
             }
         }
         let helper = self.add_helper(PlannedPid::Exact(session), host, host);
@@ -426,7 +426,7 @@ impl<'t> Planner<'t> {
                     break;
                 }
                 let leads = self.tasks[parent].leads_session();
-                if !leads || self.born[parent].is_some_and(|born| born != session) {
+                if !leads || self.made_in[parent].is_some_and(|made_in| made_in != session) {
                     return None;
                 }
                 early.insert(at);

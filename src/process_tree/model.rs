@@ -100,7 +100,7 @@ fn run(plan: &ForkPlan, outside: Outside) -> Result<(Vec<Option<Process>>, Vec<b
         objects,
         alive: true,
     };
-    model.born(plan.first, first)?;
+    model.made(plan.first, first)?;
     let mut joins = Vec::new();
     for step in &plan.moves {
         let changes = model.step(*step, outside)?;
@@ -141,7 +141,7 @@ impl Model<'_> {
     }
 
     /// A process that has just been made, and all it makes.
-    fn born(&mut self, index: usize, process: Process) -> Result<(), Failed> {
+    fn made(&mut self, index: usize, process: Process) -> Result<(), Failed> {
         match self.processes.get_mut(index) {
             Some(place @ None) => *place = Some(process),
             _ => return Err((process.pid, "it would be made twice".into())),

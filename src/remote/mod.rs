@@ -27,7 +27,7 @@ pub mod ring;
 pub mod wire;
 
 /// Messages of `proto/remote.proto`.
-#[allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant)]
+#[allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant, clippy::enum_variant_names)]
 pub mod pb {
     include!(concat!(env!("OUT_DIR"), "/remote.rs"));
 }

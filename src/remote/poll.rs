@@ -33,6 +33,7 @@ impl Interest {
     /// Writing.
     pub const WRITE: Self = Self { read: false, write: true, edge: false };
     /// Both.
+    #[cfg(test)]
     pub const BOTH: Self = Self { read: true, write: true, edge: false };
 
     /// What either wants.

@@ -25,7 +25,7 @@ pub(super) struct ParentMemory<'a> {
     pub(super) pages: &'a Pages,
 }
 
-/// How the pages of a child differ from those it was born with.
+/// How the pages of a child differ from those it got at fork(2).
 #[derive(Debug, Default)]
 pub(super) struct Differing {
     /// To be read from the child's image.

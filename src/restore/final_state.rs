@@ -1,8 +1,9 @@
 //! The fourth act: what nobody may touch afterwards. From here on every task is what it was, but for being held.
 //!
 //! For each thread the pending signals are queued: by itself, because only a task itself may be sent any siginfo, and by
-//! calls that crtool makes one by one, because a list ends in a SIGSTOP, which takes back a SIGCONT that pends. Then `dumpable` is set and the area unmapped, in this order and at the very end: what makes a task open
-//! to others of its user comes when nothing of ours is executed in it any more.
+//! calls that crtool makes one by one, because a list ends in a SIGSTOP, which takes back a SIGCONT that pends. Then
+//! `dumpable` is set and the area unmapped, in this order and at the very end: what makes a task open to others of its
+//! user comes when nothing of ours is executed in it any more.
 
 use std::{
     collections::HashSet,

@@ -69,6 +69,7 @@ pub fn epoll(flags: i32) -> Result<OwnedFd> {
 }
 
 /// EPOLL_CTL_ADD of our descriptor `target`.
+#[cfg(test)]
 pub fn epoll_add(epoll: BorrowedFd<'_>, target: i32, events: u32, data: u64) -> Result<()> {
     let mut event = libc::epoll_event { events, u64: data };
     // SAFETY: `event` is read.
@@ -77,6 +78,7 @@ pub fn epoll_add(epoll: BorrowedFd<'_>, target: i32, events: u32, data: u64) -> 
 }
 
 /// Takes at most one event, without waiting: true when there was one.
+#[cfg(test)]
 pub fn epoll_take(epoll: BorrowedFd<'_>) -> Result<bool> {
     let mut event = libc::epoll_event { events: 0, u64: 0 };
     // SAFETY: the kernel writes at most one event.

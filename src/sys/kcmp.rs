@@ -20,8 +20,6 @@ pub enum Kind {
     Fs = 3,
     /// Signal handlers.
     Sighand = 4,
-    /// I/O contexts.
-    Io = 5,
     /// System V semaphore undo lists.
     Sysvsem = 6,
 }

@@ -26,8 +26,6 @@ pub enum Access {
     Read,
     /// Read and write.
     ReadWrite,
-    /// Read, write and execute.
-    All,
 }
 
 impl Access {
@@ -35,7 +33,6 @@ impl Access {
         match self {
             Self::Read => libc::PROT_READ,
             Self::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
-            Self::All => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
         }
     }
 }
@@ -97,6 +94,7 @@ impl Mapping {
     }
 
     /// Whether it has no bytes.
+    #[allow(dead_code)] // beside `len`
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -265,17 +263,13 @@ impl AnonShared {
         self.0.addr()
     }
 
-    /// Copies `bytes` to `offset`. ERANGE when they do not fit.
-    pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
-        self.0.write(offset, bytes)
-    }
-
     /// Its length in bytes.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
     /// Whether it has no bytes.
+    #[allow(dead_code)] // beside `len`
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

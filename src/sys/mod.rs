@@ -11,7 +11,6 @@ pub mod eventfd;
 pub mod fd;
 pub mod fork;
 pub mod fown;
-pub mod futex;
 pub mod handle;
 
 pub mod inode;

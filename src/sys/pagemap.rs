@@ -9,8 +9,6 @@ use super::{Result, pod, ret_int};
 
 /// Page categories, `PAGE_IS_*`.
 pub mod category {
-    /// Write-protection by userfaultfd is possible here.
-    pub const WPALLOWED: u64 = 1 << 0;
     /// Written since it was write-protected.
     pub const WRITTEN: u64 = 1 << 1;
     /// Backed by a file (or shared memory).
@@ -21,10 +19,6 @@ pub mod category {
     pub const SWAPPED: u64 = 1 << 4;
     /// The shared zero page.
     pub const PFNZERO: u64 = 1 << 5;
-    /// Part of a huge page.
-    pub const HUGE: u64 = 1 << 6;
-    /// Soft-dirty.
-    pub const SOFT_DIRTY: u64 = 1 << 7;
     /// A guard region (Linux 6.15).
     pub const GUARD: u64 = 1 << 8;
 }

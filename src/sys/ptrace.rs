@@ -12,8 +12,6 @@ pub const O_TRACESYSGOOD: u64 = 1;
 pub const O_EXITKILL: u64 = 1 << 20;
 /// Suspends the tracee's seccomp filters while traced (needs CAP_SYS_ADMIN).
 pub const O_SUSPEND_SECCOMP: u64 = 1 << 21;
-/// Register note of general registers.
-pub const NT_PRSTATUS: i32 = 1;
 /// Register note of the bitmap of ioperm(2).
 pub const NT_386_IOPERM: i32 = 0x201;
 /// Register note of the whole xsave area.
@@ -24,7 +22,6 @@ pub const EVENT_STOP: i32 = 128;
 const PTRACE_SETOPTIONS: u32 = 0x4200;
 const PTRACE_SEIZE: u32 = 0x4206;
 const PTRACE_INTERRUPT: u32 = 0x4207;
-const PTRACE_LISTEN: u32 = 0x4208;
 const PTRACE_PEEKSIGINFO: u32 = 0x4209;
 const PTRACE_GETSIGMASK: u32 = 0x420a;
 const PTRACE_SETSIGMASK: u32 = 0x420b;
@@ -49,10 +46,6 @@ pub fn seize(tid: pid_t, options: u64) -> Result<()> {
 /// PTRACE_INTERRUPT: asks for a stop; wait for it.
 pub fn interrupt(tid: pid_t) -> Result<()> {
     request(PTRACE_INTERRUPT, tid, 0, 0).map(drop)
-}
-/// PTRACE_LISTEN: lets a group-stopped task stay stopped but report changes.
-pub fn listen(tid: pid_t) -> Result<()> {
-    request(PTRACE_LISTEN, tid, 0, 0).map(drop)
 }
 /// PTRACE_CONT with a signal to deliver (0 for none).
 pub fn cont(tid: pid_t, signal: i32) -> Result<()> {

@@ -13,27 +13,6 @@ pub fn get_robust_list(tid: pid_t) -> Result<(u64, u64)> {
     Ok((head, len))
 }
 
-/// sched_getscheduler(tid), with the reset-on-fork bit.
-pub fn sched_policy(tid: pid_t) -> Result<i32> {
-    // SAFETY: no pointers.
-    ret_int(unsafe { libc::sched_getscheduler(tid) })
-}
-
-/// Real-time priority, from sched_getparam(tid).
-pub fn sched_priority(tid: pid_t) -> Result<i32> {
-    let mut param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `param` is live.
-    ret_int(unsafe { libc::sched_getparam(tid, &raw mut param) })?;
-    Ok(param.sched_priority)
-}
-
-/// Nice value, from getpriority(PRIO_PROCESS, tid).
-pub fn nice(tid: pid_t) -> Result<i32> {
-    // SAFETY: no pointers. The raw call returns 20 - nice, so -1 is always an error.
-    let value = ret(unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) })?;
-    Ok(20 - i32::try_from(value).unwrap_or(20))
-}
-
 /// ioprio_get(IOPRIO_WHO_PROCESS, tid); 0 is the calling thread.
 pub fn ioprio(tid: pid_t) -> Result<u32> {
     // SAFETY: no pointers.

@@ -55,12 +55,10 @@ mod xcomp;
 
 pub use dumpable::dumpable_to_set;
 pub use error::{Result, TaskError};
-pub use inside::{
-    ProcessInside, ProcessQueries, ThreadInside, ThreadQueries, process_queries, thread_queries,
-};
+pub use inside::{ProcessInside, ThreadInside, process_queries, thread_queries};
 pub use pending::{PendingStop, pending_signals, pending_stop, signal_of};
 pub use posix_timer::ids as posix_timer_ids;
-pub use state::{FinalState, final_state};
+pub use state::final_state;
 pub use supervisor::Supervisor;
 
 use std::time::Duration;

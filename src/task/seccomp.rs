@@ -39,11 +39,6 @@ pub struct Dump {
 }
 
 impl Dump {
-    /// None yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Adds the filters of a thread in filter mode.
     pub(super) fn thread(
         &mut self,
@@ -248,7 +243,7 @@ mod tests {
 
     #[test]
     fn equal_chains_share_entries() {
-        let mut dump = Dump::new();
+        let mut dump = Dump::default();
         let first = dump.add(filter(None));
         let second = dump.add(filter(Some(first)));
         assert_eq!((first, second), (0, 1));

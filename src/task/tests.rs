@@ -72,7 +72,7 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
     // As long as it runs no signal may come in between.
     ptrace::set_sigmask(from.pid(), u64::MAX).unwrap();
     from.run(&list).unwrap();
-    let mut filters = seccomp::Dump::new();
+    let mut filters = seccomp::Dump::default();
     let (before, findings, inside_before) = dump(&mut from, &mut filters);
     assert!(findings.is_empty(), "{findings:?}");
     let filters = filters.finish();
@@ -96,7 +96,7 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
     plan_thread(&plan, &mut list).unwrap();
     to.run(&list).unwrap();
     last_calls(&to, &image, mm.dumpable());
-    let mut filters_after = seccomp::Dump::new();
+    let mut filters_after = seccomp::Dump::default();
     let (after, findings, inside_after) = dump(&mut to, &mut filters_after);
     assert!(findings.is_empty(), "{findings:?}");
     assert_eq!(filters_after.finish(), filters);
@@ -165,7 +165,7 @@ fn process(core: &pb::CoreEntry) -> &pb::TaskCoreEntry {
 #[test]
 fn nothing_is_odd_about_a_usual_child() {
     let mut target = Target::new();
-    let (core, findings, inside) = dump(&mut target, &mut seccomp::Dump::new());
+    let (core, findings, inside) = dump(&mut target, &mut seccomp::Dump::default());
     assert!(findings.is_empty(), "{findings:?}");
     assert_eq!(inside.dumpable, 1);
     let tc = process(&core);
@@ -280,13 +280,13 @@ fn what_came_while_it_was_made_is_dropped() {
     call(&mut list, "kill", libc::SYS_kill, &[to.pid().into(), libc::SIGCHLD.into()]);
     to.run(&list).unwrap();
     let supervisor = Supervisor::probe().unwrap();
-    let (core, ..) = dump(&mut Target::new(), &mut seccomp::Dump::new());
+    let (core, ..) = dump(&mut Target::new(), &mut seccomp::Dump::default());
     let (pid, filters) = (to.pid(), seccomp::Plan::default());
     let plan = ThreadPlan { core: &core, pid, tid: pid, seccomp: &filters, supervisor: &supervisor };
     let mut list = List::new("restore");
     plan_thread(&plan, &mut list).unwrap();
     to.run(&list).unwrap();
-    let (after, ..) = dump(&mut to, &mut seccomp::Dump::new());
+    let (after, ..) = dump(&mut to, &mut seccomp::Dump::default());
     assert_eq!(process(&after).signals_s.as_ref().unwrap().signals, []);
 }
 
@@ -489,7 +489,7 @@ fn what_is_not_carried_is_named() {
     // Signals of the thread are blocked for it, so that nothing is dispatched.
     call(&mut list, "dispatch", libc::SYS_prctl, &[59u64.into(), 1u64.into(), 0u64.into(), u64::MAX.into()]);
     target.run(&list).unwrap();
-    let (_, findings, _) = dump(&mut target, &mut seccomp::Dump::new());
+    let (_, findings, _) = dump(&mut target, &mut seccomp::Dump::default());
     let all: Vec<&str> = findings.iter().map(|f| f.what.as_str()).collect();
     assert!(matches!(all[..], [what] if what.contains("syscall user dispatch")), "{all:?}");
 }
@@ -505,7 +505,7 @@ fn damaged_images_are_planned_or_refused() {
     ptrace::set_sigmask(from.pid(), u64::MAX).unwrap();
     call(&mut list, "kill", libc::SYS_kill, &[from.pid().into(), 10u64.into()]);
     from.run(&list).unwrap();
-    let mut filters = seccomp::Dump::new();
+    let mut filters = seccomp::Dump::default();
     let (mut core, ..) = dump(&mut from, &mut filters);
     let filters = filters.finish();
     // Vector registers are most of the bytes, and have a test of their own.

@@ -128,12 +128,12 @@ fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
 }
 
 /// Reads /proc/TID/maps.
-pub fn read_maps(tid: i32) -> Result<Vec<Vma>, TraceError> {
+pub(crate) fn read_maps(tid: i32) -> Result<Vec<Vma>, TraceError> {
     Ok(maps::parse(&proc_bytes(format!("/proc/{tid}/maps"))?)?)
 }
 
 /// Reads /proc/PID/task/TID/status.
-pub fn read_status(pid: i32, tid: i32) -> Result<TaskStatus, TraceError> {
+pub(crate) fn read_status(pid: i32, tid: i32) -> Result<TaskStatus, TraceError> {
     Ok(crate::proc::status::parse(&proc_bytes(format!("/proc/{pid}/task/{tid}/status"))?)?)
 }
 

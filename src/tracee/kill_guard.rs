@@ -2,9 +2,9 @@
 //!
 //! A tree is killed, or let go, one thread at a time, and `kill -9` of crtool may come between any two. The
 //! kill_guard is a copy of crtool that executes nothing but a list. It sleeps on a pipe that only crtool holds at the
-//! other end: a byte tells it that there is nothing to do, the end of the pipe that crtool is gone. So the fate of a
-//! whole tree is decided by one system call: its clone when the tree is to die, its dismissal when the tree is to
-//! live. It does not see to it that nobody runs for a moment in between: that is EXITKILL's part.
+//! other end: a byte tells it that there is nothing to do, the end of the pipe that crtool is gone. So one system call
+//! decides for the whole tree: from clone(2) of the kill_guard on, the tree is killed if crtool is; from write(2) of
+//! that byte on, it lives. It does not see to it that nobody runs for a moment in between: that is EXITKILL's part.
 
 use std::{fs::File, io::Write as _, os::fd::AsRawFd as _, sync::Arc};
 
@@ -24,14 +24,14 @@ const STEP: usize = 128;
 
 /// The kill_guard at its post.
 #[derive(Debug)]
-pub struct KillGuard {
+pub(crate) struct KillGuard {
     pid: i32,
     word: Option<File>,
 }
 
 impl KillGuard {
-    /// Makes the kill_guard. From its birth until its dismissal, these processes are killed in this order if crtool dies.
-    pub fn arm(pids: &[i32]) -> Result<Self, TraceError> {
+    /// Makes the kill_guard. From then until it is dismissed, these processes are killed in this order if crtool dies.
+    pub(crate) fn arm(pids: &[i32]) -> Result<Self, TraceError> {
         let failed = |what| move |source| TraceError::KillGuard { what, source };
         let (end, word) = pipe2(OFlag::O_CLOEXEC).map_err(failed("pipe"))?;
         let len = (ROOM + pids.len() * STEP).next_multiple_of(4096);
@@ -65,7 +65,7 @@ impl KillGuard {
     }
 
     /// Tells it that there is nothing left to do, without waiting for its end.
-    pub fn disarm(&mut self) {
+    pub(crate) fn disarm(&mut self) {
         if let Some(mut word) = self.word.take() {
             // The pipe is empty: this fails only when the kill_guard is gone.
             let _ = word.write_all(b".");

@@ -1,7 +1,7 @@
 //! A list of system calls, as data.
 //!
 //! A [`List`] is built without knowing where it will lie: arguments may be plain values, addresses of
-//! data that travels with the list ([`Data`]), or results of earlier calls. [`Area::place`](super::Area::place)
+//! data that travels with the list ([`Data`]), or results of earlier calls. `Area::place`
 //! gives it addresses. The runner (`sys/runner.rs`) executes it; nothing here touches a target.
 //!
 //! ```

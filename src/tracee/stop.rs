@@ -180,7 +180,7 @@ impl Seized {
     ///
     /// The kernel makes us wait while the thread's process executes a program (execve); that in turn waits for the
     /// exit reports of the process's other threads. So whoever holds some of them takes these reports in `check`,
-    /// which is called whenever a signal comes (see [`Ticker`](crate::sys::ticker::Ticker)) and may also end the wait.
+    /// which is called whenever a signal comes (see `sys::ticker`) and may also end the wait.
     pub fn seize(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
         let attempt = |options| -> Result<Result<(), Errno>, TraceError> {
             loop {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use crtool::image::{ImageKind, Store, TypedStore, pb};
 use crtool::mem::vma;
-use crtool::pages::PagemapReader;
+use crtool::pages::pagemap::PagemapReader;
 
 use crate::PAGE;
 

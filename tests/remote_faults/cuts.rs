@@ -6,7 +6,7 @@ use crtool::remote::wire::Kind;
 
 use crate::forwarder::{Fault, Forwarder, Frame, Spot};
 use crate::hosts::Host;
-use crate::kills::{Fate, Plan, Victim, expect, settle};
+use crate::kills::{Outcome, Plan, Victim, expect, settle};
 use crate::reaper::End;
 use crate::site::{PROXY, Site, Way};
 
@@ -45,7 +45,7 @@ impl Road {
         way: Way,
         spot: Spot,
         name: &str,
-    ) -> Result<(Option<Kind>, Fate), String> {
+    ) -> Result<(Option<Kind>, Outcome), String> {
         let forwarder = self.at(site.at);
         if spot.frame == Frame::First(Kind::Hello) {
             // It is said when a proxy starts.
@@ -61,30 +61,30 @@ impl Road {
         if dump.end != End::Exited(0) && dump.said.trim().lines().count() == 0 {
             return Err(format!("the dump does not say why it ended with {:?}", dump.end));
         }
-        let fate =
+        let outcome =
             settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\nthe dump: {dump:?}"))?;
-        expect(fate, dump.end)?;
+        expect(outcome, dump.end)?;
         let hit = forwarder.hit();
         forwarder.arm(None);
-        Ok((hit, fate))
+        Ok((hit, outcome))
     }
 }
 
 /// What must have become of the tree, where that is certain.
-fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Fate> {
+fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Outcome> {
     let cut = matches!(spot.fault, Fault::Before | Fault::InHeader | Fault::BeforeEnd);
     match hit {
-        None => Some(Fate::Moved),
+        None => Some(Outcome::Moved),
         // A proxy may try to connect again before the first snapshot.
         Some(Kind::Hello) => None,
         Some(Kind::SnapshotBegin | Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd) => {
-            Some(Fate::Stayed)
+            Some(Outcome::Stayed)
         }
-        Some(Kind::Commit) if cut => Some(Fate::Stayed),
+        Some(Kind::Commit) if cut => Some(Outcome::Stayed),
         Some(Kind::Commit) => None,
         // The source never hears that it can go on.
-        Some(Kind::Prepared) if cut && way == Way::Direct => Some(Fate::Stayed),
-        Some(Kind::Confirm) if way == Way::Proxied => Some(Fate::Moved),
+        Some(Kind::Prepared) if cut && way == Way::Direct => Some(Outcome::Stayed),
+        Some(Kind::Confirm) if way == Way::Proxied => Some(Outcome::Moved),
         // Through a proxy they may be about an earlier snapshot.
         _ => None,
     }
@@ -92,9 +92,11 @@ fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Fate> {
 
 /// One migration with a fault; whether it has happened.
 fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str) -> Result<bool, String> {
-    let (hit, fate) = road.migrate(site, way, spot, name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+    let (hit, outcome) = road.migrate(site, way, spot, name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
     match certain(way, spot, hit) {
-        Some(must) if must != fate => Err(format!("{name}, {spot:?}, which was {hit:?}: the tree {fate:?}")),
+        Some(must) if must != outcome => {
+            Err(format!("{name}, {spot:?}, which was {hit:?}: the tree {outcome:?}"))
+        }
         _ => Ok(hit.is_some()),
     }
 }
@@ -154,9 +156,9 @@ pub fn flips(site: &mut Site) -> Result<(), String> {
         for bit in [184, 2, 46] {
             let fault = Fault::Flip { bit, header: true };
             let spot = Spot { from_source: true, frame: Frame::First(Kind::Confirm), fault };
-            let (hit, fate) = road.migrate(site, way, spot, &format!("{way:?} last word {bit}"))?;
-            if (hit, fate) != (Some(Kind::Confirm), Fate::Moved) {
-                return Err(format!("{way:?}, bit {bit} of {hit:?}: the tree {fate:?}"));
+            let (hit, outcome) = road.migrate(site, way, spot, &format!("{way:?} last word {bit}"))?;
+            if (hit, outcome) != (Some(Kind::Confirm), Outcome::Moved) {
+                return Err(format!("{way:?}, bit {bit} of {hit:?}: the tree {outcome:?}"));
             }
         }
         site.finish()?;
@@ -193,8 +195,8 @@ pub fn split(site: &mut Site) -> Result<(), String> {
         for number in 0..12 {
             let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
             let spot = Spot { from_source: true, frame: Frame::Number(frame), fault: Fault::Split(3000) };
-            let (_, fate) = road.migrate(site, way, spot, &format!("split {number}"))?;
-            if fate != Fate::Moved {
+            let (_, outcome) = road.migrate(site, way, spot, &format!("split {number}"))?;
+            if outcome != Outcome::Moved {
                 return Err(format!("{spot:?}: a frame in pieces was not taken"));
             }
         }
@@ -206,11 +208,13 @@ pub fn split(site: &mut Site) -> Result<(), String> {
 /// A pause that is shorter than the time-out is none; after a longer one everyone has given up, and says so.
 pub fn stalls(site: &mut Site) -> Result<(), String> {
     let road = Road::open(site, Way::Proxied)?;
-    for (number, seconds, fate) in [(0, 2, Fate::Moved), (1, 2, Fate::Moved), (2, 40, Fate::Stayed)] {
+    for (number, seconds, outcome) in
+        [(0, 2, Outcome::Moved), (1, 2, Outcome::Moved), (2, 40, Outcome::Stayed)]
+    {
         let frame = Frame::Number(road.frames.0 / 2 + number);
         let spot = Spot { from_source: true, frame, fault: Fault::Stall(Duration::from_secs(seconds)) };
         let (_, became) = road.migrate(site, Way::Proxied, spot, &format!("stall {number}"))?;
-        if became != fate {
+        if became != outcome {
             return Err(format!("after a pause of {seconds} s the tree {became:?}"));
         }
     }

@@ -36,7 +36,7 @@ pub struct Plan {
 
 /// What became of the tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
+pub enum Outcome {
     /// It is where it was.
     Stayed,
     /// It is on the other host.
@@ -96,7 +96,7 @@ fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
         };
     }
     let mut aim = Aim::within(usual);
-    let (wanted, mut cut, mut fates) = (Site::times(times), 0, [0; 3]);
+    let (wanted, mut cut, mut outcomes) = (Site::times(times), 0, [0; 3]);
     for number in 0..wanted * PATIENCE {
         if cut == wanted {
             break;
@@ -105,7 +105,7 @@ fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
         let late = number % 3 == 0;
         let moment = if late { aim.later() } else { aim }.moment(|limit| site.random(limit));
         let name = format!("{:?} {number}", plan.victim);
-        let (fate, in_time) = one(site, plan, &name, moment).map_err(|text| {
+        let (outcome, in_time) = one(site, plan, &name, moment).map_err(|text| {
             format!("{plan:?}, number {number}, killed after {moment:?} of {aim:?}: {text}")
         })?;
         // As fast as the machine is just now.
@@ -115,12 +115,12 @@ fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
             false => aim.too_late(moment),
         }
         cut += usize::from(in_time);
-        fates[fate as usize] += 1;
-        if fate == Fate::LostWithCache {
+        outcomes[outcome as usize] += 1;
+        if outcome == Outcome::LostWithCache {
             site.start_tree(0)?;
         }
     }
-    let [stayed, moved, lost] = fates;
+    let [stayed, moved, lost] = outcomes;
     println!("{plan:?}: {cut} killed, {stayed} trees stayed, {moved} moved, {lost} were lost with the cache");
     if cut < wanted {
         return Err(format!("only {cut} were killed before their end: the moments are badly chosen"));
@@ -130,7 +130,7 @@ fn series(site: &mut Site, plan: Plan, times: usize) -> Result<(), String> {
 
 /// One migration in which the victim is killed so long after its start; afterwards the tree works in one place. Also
 /// tells whether what it took part in had not ended before.
-fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Fate, bool), String> {
+fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Outcome, bool), String> {
     site.daemons(plan.way)?;
     let (from, to) = (site.at, site.at.other());
     let mut restore = if plan.early { Some(site.begin_restore(name)?) } else { None };
@@ -168,8 +168,8 @@ fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Fat
         }
         restore = None;
     }
-    let fate = settle(site, plan, name, restore, ended.end)?;
-    expect(fate, ended.end).map(|fate| (fate, in_time))
+    let outcome = settle(site, plan, name, restore, ended.end)?;
+    expect(outcome, ended.end).map(|outcome| (outcome, in_time))
 }
 
 fn kill_daemon(pid: Option<i32>) {
@@ -179,17 +179,17 @@ fn kill_daemon(pid: Option<i32>) {
 }
 
 /// What the dump said when it ended is what became of the tree.
-pub fn expect(fate: Fate, dump: End) -> Result<Fate, String> {
+pub fn expect(outcome: Outcome, dump: End) -> Result<Outcome, String> {
     let stays = match dump {
         End::Exited(0 | 2) => Some(false),
         End::Exited(1) => Some(true),
         _ => None,
     };
     match stays {
-        Some(stays) if stays != (fate == Fate::Stayed) => {
-            Err(format!("the dump ended with {dump:?}, but {fate:?}"))
+        Some(stays) if stays != (outcome == Outcome::Stayed) => {
+            Err(format!("the dump ended with {dump:?}, but {outcome:?}"))
         }
-        _ => Ok(fate),
+        _ => Ok(outcome),
     }
 }
 
@@ -200,7 +200,7 @@ pub fn settle(
     name: &str,
     waiting: Option<Tool>,
     dump: End,
-) -> Result<Fate, String> {
+) -> Result<Outcome, String> {
     let (from, to) = (site.at, site.at.other());
     let mut waiting = waiting;
     let begin = std::time::Instant::now();
@@ -217,7 +217,7 @@ pub fn settle(
             match ended.end {
                 End::Exited(0) => {
                     site.arrived().map_err(|e| format!("after a restore that waited: {e}"))?;
-                    return Ok(Fate::Moved);
+                    return Ok(Outcome::Moved);
                 }
                 End::Exited(1) if !ended.said.trim().is_empty() => {}
                 end => return Err(format!("the waiting restore ended with {end:?}: {}", ended.said)),
@@ -232,7 +232,7 @@ pub fn settle(
                 }
                 site.begin_restore(name)?.end()?.succeeded()?;
                 site.arrived()?;
-                return Ok(Fate::Moved);
+                return Ok(Outcome::Moved);
             }
             Some(State::InDoubt) if plan.way == Way::Direct || site.pid_of(from, PROXY).is_none() => {
                 // Nobody is left who could tell the cache.
@@ -244,7 +244,7 @@ pub fn settle(
                     tool.end()?.succeeded()?;
                 }
                 site.arrived()?;
-                return Ok(Fate::Moved);
+                return Ok(Outcome::Moved);
             }
             None | Some(State::Failed | State::Dropped)
                 if site.pid_of(to, CACHE).is_some() || dump != End::Exited(0) =>
@@ -253,7 +253,7 @@ pub fn settle(
                     && !gives_up(&tool)?
                 {
                     site.arrived()?;
-                    return Ok(Fate::Moved);
+                    return Ok(Outcome::Moved);
                 }
                 return stayed(site, dump);
             }
@@ -262,7 +262,7 @@ pub fn settle(
                     && !gives_up(&tool)?
                 {
                     site.arrived()?;
-                    return Ok(Fate::Moved);
+                    return Ok(Outcome::Moved);
                 }
                 return gone_with_cache(site);
             }
@@ -290,22 +290,22 @@ fn gives_up(tool: &Tool) -> Result<bool, String> {
 }
 
 /// Nothing came of the migration.
-fn stayed(site: &mut Site, dump: End) -> Result<Fate, String> {
+fn stayed(site: &mut Site, dump: End) -> Result<Outcome, String> {
     // The dump may have killed the tree when the cache had said that it has everything, and died.
     if dump != End::Exited(1) && site.pid_of(site.at.other(), CACHE).is_none() && !site.runs_on(site.at)? {
         return gone_with_cache(site);
     }
     site.works()?;
-    Ok(Fate::Stayed)
+    Ok(Outcome::Stayed)
 }
 
 /// The cache was killed when it had the tree: it may have been restored, or is lost.
-fn gone_with_cache(site: &mut Site) -> Result<Fate, String> {
+fn gone_with_cache(site: &mut Site) -> Result<Outcome, String> {
     site.leaves(site.at)?;
     let to = site.at.other();
     if site.runs_on(to)? {
         site.arrived()?;
-        return Ok(Fate::Moved);
+        return Ok(Outcome::Moved);
     }
-    Ok(Fate::LostWithCache)
+    Ok(Outcome::LostWithCache)
 }

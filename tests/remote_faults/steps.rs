@@ -17,7 +17,7 @@ use nix::{
 
 use crate::cuts::{KINDS, Road};
 use crate::forwarder::{Fault, Frame, Spot};
-use crate::kills::{Fate, Plan, Victim, expect, settle};
+use crate::kills::{Outcome, Plan, Victim, expect, settle};
 use crate::reaper::End;
 use crate::site::{CACHE, Ended, LIMIT, PROXY, Site, Tool, Way};
 use crate::stepper::Stepper;
@@ -176,18 +176,18 @@ fn series(site: &mut Site, plan: Plan, restore: bool) -> Result<(), String> {
     let counted = Plan { victim: Victim::Nobody, ..plan };
     let (_, steps, _) = one(site, counted, restore, 0, &format!("count {:?}", plan.victim))?;
     let chosen = some(steps);
-    let (mut kills, mut fates) = (0, [0; 3]);
+    let (mut kills, mut outcomes) = (0, [0; 3]);
     for &at in &chosen {
         let name = format!("{:?} at {at}", plan.victim);
-        let (fate, _, killed) = one(site, plan, restore, at, &name)
+        let (outcome, _, killed) = one(site, plan, restore, at, &name)
             .map_err(|text| format!("{plan:?}, step {at} of {steps}, restore {restore}: {text}"))?;
         kills += usize::from(killed);
-        fates[fate as usize] += 1;
-        if fate == Fate::LostWithCache {
+        outcomes[outcome as usize] += 1;
+        if outcome == Outcome::LostWithCache {
             site.start_tree(0)?;
         }
     }
-    let [stayed, moved, lost] = fates;
+    let [stayed, moved, lost] = outcomes;
     let of = if restore { "restore" } else { "dump" };
     println!(
         "{:?} {:?} at {of}: {steps} steps, {kills} killed, {stayed} trees stayed, {moved} moved, {lost} were lost with the cache",
@@ -207,7 +207,7 @@ fn one(
     restore: bool,
     at: usize,
     name: &str,
-) -> Result<(Fate, usize, bool), String> {
+) -> Result<(Outcome, usize, bool), String> {
     site.daemons(plan.way)?;
     let (from, to) = (site.at, site.at.other());
     let daemon = match plan.victim {
@@ -245,20 +245,20 @@ fn one(
             _ => {}
         }
     }
-    let fate = settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\n{stepped:?}"))?;
-    let fate = expect(fate, dump.end)?;
+    let outcome = settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\n{stepped:?}"))?;
+    let outcome = expect(outcome, dump.end)?;
     match &restored {
         // Without a cache it is there, or lost, as the restore says.
         Some(ended) if killed && plan.victim == Victim::Cache => {
-            let must = if ended.end == End::Exited(0) { Fate::Moved } else { Fate::LostWithCache };
-            if fate != must {
-                return Err(format!("the tree {fate:?}, and the restore: {ended:?}"));
+            let must = if ended.end == End::Exited(0) { Outcome::Moved } else { Outcome::LostWithCache };
+            if outcome != must {
+                return Err(format!("the tree {outcome:?}, and the restore: {ended:?}"));
             }
         }
-        Some(ended) if fate != Fate::Moved => return Err(format!("the tree {fate:?}: {ended:?}")),
+        Some(ended) if outcome != Outcome::Moved => return Err(format!("the tree {outcome:?}: {ended:?}")),
         _ => {}
     }
-    Ok((fate, count, killed))
+    Ok((outcome, count, killed))
 }
 
 /// The dump, the proxy and the cache, at the first frame of each kind, just before or just after it goes on its way.
@@ -270,7 +270,7 @@ pub fn kinds(site: &mut Site) -> Result<(), String> {
     for (way, victims) in victims {
         let road = Road::open(site, way)?;
         for &victim in victims {
-            let (mut kills, mut fates) = (0, [0; 3]);
+            let (mut kills, mut outcomes) = (0, [0; 3]);
             for (number, (from_source, kind, _)) in KINDS.into_iter().enumerate() {
                 // The greeting of a proxy comes before any dump, and the last news after it.
                 if kind == Kind::Hello && way == Way::Proxied || kind == Kind::Restored {
@@ -280,16 +280,16 @@ pub fn kinds(site: &mut Site) -> Result<(), String> {
                     let after = (number + turn) % 2 == 0;
                     let name = format!("{way:?} {victim:?} {kind:?} {from_source} {after}");
                     let plan = Plan { way, victim, early: false };
-                    let (fate, killed) = at_frame(&road, site, plan, (from_source, kind, after), &name)
+                    let (outcome, killed) = at_frame(&road, site, plan, (from_source, kind, after), &name)
                         .map_err(|e| format!("{name}: {e}"))?;
                     kills += usize::from(killed);
-                    fates[fate as usize] += 1;
-                    if fate == Fate::LostWithCache {
+                    outcomes[outcome as usize] += 1;
+                    if outcome == Outcome::LostWithCache {
                         site.start_tree(0)?;
                     }
                 }
             }
-            let [stayed, moved, lost] = fates;
+            let [stayed, moved, lost] = outcomes;
             println!(
                 "{way:?} {victim:?}: {kills} killed, {stayed} trees stayed, {moved} moved, {lost} were lost with the cache"
             );
@@ -305,7 +305,7 @@ fn at_frame(
     plan: Plan,
     (from_source, kind, after): (bool, Kind, bool),
     name: &str,
-) -> Result<(Fate, bool), String> {
+) -> Result<(Outcome, bool), String> {
     site.daemons(plan.way)?;
     let (from, to) = (site.at, site.at.other());
     let forwarder = road.at(from);
@@ -338,6 +338,6 @@ fn at_frame(
             _ => {}
         }
     }
-    let fate = settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\n{dump:?}"))?;
-    Ok((expect(fate, dump.end)?, killed))
+    let outcome = settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\n{dump:?}"))?;
+    Ok((expect(outcome, dump.end)?, killed))
 }

@@ -98,6 +98,7 @@ struct Writing {
 
 impl DirStore {
     /// For a restore: reads the images in `path`.
+    #[cfg(any(test, feature = "internals"))]
     pub fn open(path: &Path) -> Result<DirStore, ImageError> {
         DirStore::open_checked(path, OwnerCheck::On)
     }
@@ -117,6 +118,7 @@ impl DirStore {
     }
 
     /// For a dump: writes images into the existing directory `path`. What is there is not touched before commit.
+    #[cfg(any(test, feature = "internals"))]
     pub fn for_dump(path: &Path) -> Result<DirStore, ImageError> {
         DirStore::for_dump_checked(path, OwnerCheck::On, Sync::Never)
     }

@@ -28,6 +28,7 @@ impl MemStore {
     }
 
     /// An empty store that builds on another.
+    #[cfg(any(test, feature = "internals"))]
     pub fn on(parent: &MemStore) -> MemStore {
         MemStore { parent: Some(Box::new(parent.clone())), ..MemStore::default() }
     }

@@ -27,6 +27,7 @@ pub use serve::Cache;
 /// What a connection does to a cache that holds at most 16 MiB: `bytes` come in pieces as long as the numbers in
 /// `cuts` say, then it is lost. Without sockets, for fuzzing. The memory that is still taken by what can never be
 /// restored, which must be none.
+#[cfg(any(test, feature = "internals"))]
 pub fn swallow(bytes: &[u8], cuts: &[u8]) -> u64 {
     use super::pb::snapshot_info::State;
     let mut snapshots = snapshots::Snapshots::new(Some(16 << 20));

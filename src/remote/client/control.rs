@@ -56,6 +56,7 @@ pub fn release(work_dir: &Path, name: &str) -> Result<(), Failure> {
 }
 
 /// Waits until the proxy hears what became of a snapshot.
+#[cfg(any(test, feature = "internals"))]
 pub fn wait_restored(work_dir: &Path, name: &str, patience: Duration) -> Result<pb::Restored, Failure> {
     let wait_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
     let what = local_request::What::WaitRestored(pb::WaitRestored { name: checked(name)?, wait_ms });

@@ -71,6 +71,7 @@ impl Listeners {
     }
 
     /// The port, also where it was left to the kernel.
+    #[cfg(test)]
     pub fn port(&self) -> u16 {
         self.sockets.first().map_or(0, |(_, addr)| addr.port())
     }

@@ -47,8 +47,10 @@ pub enum NetError {
     Connect { peer: String, source: io::Error },
     #[error("{what} {peer}: {}", plainly(source))]
     Io { what: &'static str, peer: String, source: io::Error },
+    #[cfg(test)]
     #[error("{peer}: the connection was closed")]
     Closed { peer: String },
+    #[cfg(test)]
     #[error("{peer}: nothing moved for {} s", patience.as_secs_f32())]
     Silent { peer: String, patience: Duration },
     #[error(transparent)]
@@ -97,6 +99,7 @@ fn plainly(error: &io::Error) -> String {
 impl From<NetError> for Failure {
     fn from(error: NetError) -> Self {
         let code = match error {
+            #[cfg(test)]
             NetError::Silent { .. } => FailCode::FailTimeout,
             NetError::Interrupted(_) => FailCode::FailAborted,
             _ => FailCode::FailLost,
@@ -301,6 +304,7 @@ impl Stream {
     }
 
     /// Fills `into`, waiting; fails when nothing came for `patience`.
+    #[cfg(test)]
     pub fn read_exact_within(&mut self, into: &mut [u8], patience: Duration) -> Result<(), NetError> {
         let mut done = 0;
         let mut until = Instant::now() + patience;
@@ -321,11 +325,13 @@ impl Stream {
     }
 
     /// Sends all of `from`, waiting; fails when nothing could be sent for `patience`.
+    #[cfg(test)]
     pub fn write_all_within(&mut self, from: &[u8], patience: Duration) -> Result<(), NetError> {
         self.write_slices_within(&mut [IoSlice::new(from)], patience)
     }
 
     /// As [`write_all_within`](Self::write_all_within), from several places; the slices are used up.
+    #[cfg(test)]
     pub fn write_slices_within(
         &mut self,
         from: &mut [IoSlice<'_>],
@@ -360,6 +366,7 @@ impl Stream {
         }
     }
 
+    #[cfg(test)]
     fn must_wait(&self, want: Interest, until: Instant, patience: Duration) -> Result<(), NetError> {
         if self.wait(want, until)? == Interest::NONE {
             return Err(NetError::Silent { peer: self.peer.clone(), patience });

@@ -27,13 +27,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, SFlag, fstat, fstatat, mkdirat};
+use nix::sys::stat::{Mode, SFlag, fstat, fstatat, major, minor, mkdirat};
 use nix::unistd::{UnlinkatFlags, syncfs, unlinkat};
 
 use super::{DIRECTORY, INVENTORY, PARENT, PATIENCE, io_error, names_in, same};
 use crate::image::error::ImageError;
 use crate::image::names::ImageKind;
 use crate::ownership;
+use crate::proc::locks::{self, Lock, LockKind};
 use crate::settings::OwnerCheck;
 
 pub(super) const LEAVING: &str = ".crtool-leaving";
@@ -254,13 +255,13 @@ fn busy(path: &Path, locked: &File, what: &'static str) -> ImageError {
 /// The process that has locked a file, as /proc/locks tells.
 fn holder(locked: &File) -> Option<i32> {
     let stat = fstat(locked).ok()?;
-    let (major, minor) = (nix::sys::stat::major(stat.st_dev), nix::sys::stat::minor(stat.st_dev));
-    let id = format!("{major:02x}:{minor:02x}:{}", stat.st_ino);
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    // 7: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF
-    let line = locks.lines().find(|line| line.contains("FLOCK") && line.contains(&id))?;
-    let mut words = line.split_whitespace().rev().skip_while(|word| *word != id).skip(1);
-    words.next()?.parse().ok().filter(|pid| *pid > 0)
+    let dev = (major(stat.st_dev), minor(stat.st_dev));
+    let locks = locks::parse(&fs::read("/proc/locks").ok()?).ok()?;
+    let is_it = |lock: &&Lock| {
+        let numbers = (u64::from(lock.dev.0), u64::from(lock.dev.1));
+        lock.kind == LockKind::Flock && !lock.waits && numbers == dev && lock.ino == stat.st_ino
+    };
+    locks.iter().find(is_it).map(|lock| lock.pid).filter(|pid| *pid > 0)
 }
 
 /// A directory that a dump may have left, if it is there.

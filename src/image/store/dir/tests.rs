@@ -11,28 +11,28 @@ use super::*;
 
 /// What becomes of a process at a change that it is about to make to a directory.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Fate {
+enum Fault {
     /// It goes on.
-    Lives,
+    None,
     /// It is killed after so many more: none of those that follow is made.
-    Dies(usize),
+    Killed(usize),
     /// After so many more one fails.
-    Fails(usize),
+    Error(usize),
 }
 
 thread_local! {
-    static FATE: Cell<Fate> = const { Cell::new(Fate::Lives) };
+    static FAULT: Cell<Fault> = const { Cell::new(Fault::None) };
 }
 
 pub(super) fn next() -> Result<(), Errno> {
-    let (now, result) = match FATE.get() {
-        Fate::Lives => (Fate::Lives, Ok(())),
-        Fate::Dies(0) => (Fate::Dies(0), Err(Errno::EINTR)),
-        Fate::Fails(0) => (Fate::Lives, Err(Errno::ENOSPC)),
-        Fate::Dies(n) => (Fate::Dies(n - 1), Ok(())),
-        Fate::Fails(n) => (Fate::Fails(n - 1), Ok(())),
+    let (now, result) = match FAULT.get() {
+        Fault::None => (Fault::None, Ok(())),
+        Fault::Killed(0) => (Fault::Killed(0), Err(Errno::EINTR)),
+        Fault::Error(0) => (Fault::None, Err(Errno::ENOSPC)),
+        Fault::Killed(n) => (Fault::Killed(n - 1), Ok(())),
+        Fault::Error(n) => (Fault::Error(n - 1), Ok(())),
     };
-    FATE.set(now);
+    FAULT.set(now);
     result
 }
 
@@ -149,20 +149,20 @@ fn killed_at_each_change_of_a_commit_and_of_what_clears_up() {
     let (mut olds, mut news) = (0, 0);
     for n in 0.. {
         let dir = with_old();
-        FATE.set(Fate::Dies(n));
+        FAULT.set(Fault::Killed(n));
         let dumped = dump(dir.path(), NEW, "new");
-        let survived = FATE.get() != Fate::Dies(0);
-        FATE.set(Fate::Lives);
+        let survived = FAULT.get() != Fault::Killed(0);
+        FAULT.set(Fault::None);
         let found = restorable(dir.path());
         assert!(dumped.is_err() || found == "new", "change {n}");
         *(if found == "old" { &mut olds } else { &mut news }) += 1;
         let left = picture(dir.path());
         for m in 0.. {
-            FATE.set(Fate::Dies(m));
+            FAULT.set(Fault::Killed(m));
             let begun = DirStore::for_dump(dir.path());
             let cleared = begun.is_ok();
             drop(begun);
-            FATE.set(Fate::Lives);
+            FAULT.set(Fault::None);
             assert_eq!(restorable(dir.path()), found, "changes {n} and {m}: {left:?}");
             if cleared {
                 break;
@@ -183,10 +183,10 @@ fn a_change_that_fails_leaves_the_old_snapshot() {
     for n in 0.. {
         let dir = with_old();
         let before = picture(dir.path());
-        FATE.set(Fate::Fails(n));
+        FAULT.set(Fault::Error(n));
         let dumped = dump(dir.path(), NEW, "new");
-        let survived = FATE.get() != Fate::Lives;
-        FATE.set(Fate::Lives);
+        let survived = FAULT.get() != Fault::None;
+        FAULT.set(Fault::None);
         if dumped.is_err() {
             failed += 1;
             assert_eq!(restorable(dir.path()), "old", "change {n}");

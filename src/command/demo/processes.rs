@@ -1,4 +1,4 @@
-//! The processes of the demo: started here, and all gone when [`Cast`] is.
+//! The processes of the demo: started here, and all gone when [`Processes`] is.
 //!
 //! Daemons and the restored workload are no children of the demo at first: whoever started them ends, and
 //! they come to the demo as the nearest subreaper. All of them have [`MARK`] with the demo's directory in their
@@ -32,14 +32,14 @@ const MARK: &str = "CRTOOL_DEMO_STAGE";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// All processes of the demo.
-pub(super) struct Cast {
+pub(super) struct Processes {
     mark: Vec<u8>,
     dir: PathBuf,
     /// The workload while it is our child.
     workload: Option<Pid>,
 }
 
-impl Cast {
+impl Processes {
     /// Nobody yet. `dir` is the demo's directory.
     pub(super) fn new(dir: &Path) -> anyhow::Result<Self> {
         nix::sys::prctl::set_child_subreaper(true).context("set child subreaper")?;
@@ -97,7 +97,7 @@ impl Cast {
     }
 }
 
-impl Drop for Cast {
+impl Drop for Processes {
     fn drop(&mut self) {
         let begin = Instant::now();
         let mut told = Vec::new();
