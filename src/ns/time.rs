@@ -83,10 +83,30 @@ pub(crate) struct Clocks {
 }
 
 impl Clocks {
-    /// As crtool reads them.
+    /// As crtool reads them, both at one moment as nearly as can be: a thread that loses its processor between the two
+    /// readings would change how far they are apart, so the closest of some readings is taken.
     pub(crate) fn now() -> Result<Self> {
+        /// Readings that are so close are good enough; one of each clock takes some 30 ns.
+        const CLOSE: Duration = Duration::from_micros(5);
+        const READINGS: usize = 16;
         let read = |id| clock_gettime(id).map(Duration::from).map_err(TimeError::Clock);
-        Ok(Self { monotonic: read(ClockId::CLOCK_MONOTONIC)?, boottime: read(ClockId::CLOCK_BOOTTIME)? })
+        let reading = || -> Result<(Duration, Self)> {
+            let before = read(ClockId::CLOCK_MONOTONIC)?;
+            let boottime = read(ClockId::CLOCK_BOOTTIME)?;
+            let monotonic = read(ClockId::CLOCK_MONOTONIC)?;
+            Ok((monotonic.saturating_sub(before), Self { monotonic, boottime }))
+        };
+        let (mut took, mut clocks) = reading()?;
+        for _ in 1..READINGS {
+            if took < CLOSE {
+                break;
+            }
+            let again = reading()?;
+            if again.0 < took {
+                (took, clocks) = again;
+            }
+        }
+        Ok(clocks)
     }
 
     /// The clocks `shift` later; a clock does not go below zero.

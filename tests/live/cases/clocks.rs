@@ -78,8 +78,15 @@ fn clocks_go_on(gate: &Gate) {
             [libc::CLOCK_MONOTONIC, libc::CLOCK_MONOTONIC_RAW, libc::CLOCK_BOOTTIME, libc::CLOCK_REALTIME];
         ids.map(clock)
     };
-    let before = all();
-    let apart = |at: [Duration; 4]| at[2].abs_diff(at[0]);
+    // The closest readings: on a busy machine a thread may lose its processor between two clocks.
+    let apart = || {
+        let reading = || {
+            let (first, boottime, last) = (monotonic(), boottime(), monotonic());
+            (last - first, boottime.abs_diff(last))
+        };
+        (0..50).map(|_| reading()).min().expect("readings").1
+    };
+    let was = apart();
     let control = gate.clone_for_thread();
     let watcher = std::thread::spawn(move || {
         let mut last = all();
@@ -109,9 +116,10 @@ fn clocks_go_on(gate: &Gate) {
             );
         }
     }
-    let (was, is) = (apart(before), apart(all()));
+    let is = apart();
     assert!(
-        was.abs_diff(is) < Duration::from_millis(5),
+        // The peer reads them one after the other, and may lose its processor between them.
+        was.abs_diff(is) < Duration::from_millis(100),
         "the clocks were {was:?} apart, now they are {is:?}"
     );
     // Ticks since boot, of this boot.
