@@ -19,6 +19,7 @@ use std::{
 use crate::{
     exit::Exit,
     interrupt::{self, Interrupted},
+    sys::pid::HostPid,
     sys::timer::{PollTimer, SignalTimer},
 };
 
@@ -216,10 +217,10 @@ pub enum Object {
     Mapped(u64, u64),
 }
 
-static AT: Mutex<Option<(i32, Object)>> = Mutex::new(None);
+static AT: Mutex<Option<(HostPid, Object)>> = Mutex::new(None);
 
 /// Remembers what of which task is being looked at, for the message of a command that hangs there.
-pub fn looking_at(pid: i32, object: Object) {
+pub fn looking_at(pid: HostPid, object: Object) {
     *AT.lock().unwrap_or_else(PoisonError::into_inner) = Some((pid, object));
 }
 

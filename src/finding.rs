@@ -2,11 +2,13 @@
 
 use std::fmt;
 
+use crate::sys::pid::HostPid;
+
 /// One thing that cannot be saved: which task, which object, why, and what the user can do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The task.
-    pub pid: i32,
+    pub pid: HostPid,
     /// The object, such as `fd 7 (socket:[4711])`.
     pub what: String,
     /// Why it cannot be saved.

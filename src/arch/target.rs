@@ -14,7 +14,7 @@ use std::{
 use libc::user_regs_struct;
 
 use crate::{
-    sys::{ptrace, wait, wait::Status},
+    sys::{pid::HostPid, ptrace, wait, wait::Status},
     tracee::{Area, List, Memory, Op, Placed, RemoteAddr, RemoteMemory, TraceError},
 };
 
@@ -23,7 +23,7 @@ const AREA_AT: u64 = 0x1000_0000_0000;
 const AREA_LEN: usize = 1 << 20;
 
 /// Waits until a child that is or will be `sleep` sleeps: its program is there, and all its memory.
-pub(crate) fn until_asleep(pid: i32) {
+pub(crate) fn until_asleep(pid: HostPid) {
     let sleeps = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep, libc::SYS_restart_syscall];
     let asleep = || {
         let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
@@ -56,7 +56,7 @@ impl Target {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
+        let pid = HostPid::new(child.id().cast_signed());
         until_asleep(pid);
         let options = ptrace::O_TRACESYSGOOD | ptrace::O_EXITKILL | ptrace::O_SUSPEND_SECCOMP;
         ptrace::seize(pid, options).unwrap();
@@ -77,8 +77,8 @@ impl Target {
         target
     }
 
-    pub(crate) fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).unwrap()
+    pub(crate) fn pid(&self) -> HostPid {
+        HostPid::new(self.child.id().cast_signed())
     }
 
     pub(crate) fn read(&self, at: u64, bytes: &mut [u8]) {

@@ -10,6 +10,7 @@ use crate::{
     remote::client::RemoteDump,
     settings::{DumpSettings, RemoteSettings, ReportSettings},
     stats::DumpStats,
+    sys::pid::HostPid,
 };
 
 /// Dumps a tree.
@@ -37,7 +38,7 @@ fn to_cache(
     settings: &DumpSettings,
     remote: &RemoteSettings,
 ) -> anyhow::Result<(DumpStats, anyhow::Result<()>)> {
-    crate::dump::look_at_root(settings.pid.as_raw())?;
+    crate::dump::look_at_root(HostPid::new(settings.pid.as_raw()))?;
     let store = RemoteDump::connect(remote, settings)?;
     let stats =
         crate::dump::dump_to(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))?;

@@ -37,6 +37,7 @@ use crate::{
     sys::{
         Errno,
         clone::{reap, table_holder},
+        pid::HostPid,
         task,
         timer::{PollTimer, SignalTimer, exit_now},
     },
@@ -106,7 +107,7 @@ impl Drop for Watchdog {
             let _ = thread.join();
         }
         if let Some(holder) = self.holder.take() {
-            let _ = task::kill(holder, libc::SIGKILL);
+            let _ = task::kill(HostPid::new(holder), libc::SIGKILL);
             reap(holder);
         }
     }

@@ -16,13 +16,13 @@ use crate::{
     finding::Finding,
     image::MemStore,
     settings::DumpSettings,
-    sys::ticker::Ticker,
+    sys::{pid::HostPid, ticker::Ticker},
     tracee::{procfs, silent::FrozenGroups},
 };
 
 /// Names everything in the tree of `settings.pid` that would stop a dump with these settings.
 pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
-    let root = settings.pid.as_raw();
+    let root = HostPid::new(settings.pid.as_raw());
     look_at_root(root)?;
     let ticker = Ticker::start()?;
     let deadline = Deadline::begin(Limit::Total(settings.timeout));
@@ -34,7 +34,7 @@ pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
         let held = ticker.busy(|| Process::hold(pid, &mut groups, &check));
         let Some(mut process) = held.context("stop of a task")? else { continue };
         if pid == root {
-            process.ppid = 0;
+            process.ppid = HostPid::NONE;
         }
         collected.process(&process, &check)?;
     }
@@ -73,7 +73,7 @@ mod tests {
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        until_asleep(child.id().cast_signed());
+        until_asleep(HostPid::new(child.id().cast_signed()));
         let findings = survey(&child, false);
         let before = fs::read(format!("/proc/{}/status", child.id())).unwrap();
         let _ = child.kill();
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn a_job_of_ours_needs_shell_job() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        until_asleep(child.id().cast_signed());
+        until_asleep(HostPid::new(child.id().cast_signed()));
         let [without, with] = [false, true].map(|shell_job| survey(&child, shell_job));
         let _ = child.kill();
         let _ = child.wait();

@@ -29,9 +29,11 @@ use crate::{
         threads::Namespaces,
         time::{Clocks, TimeDump},
     },
+    process_tree::ids::in_tree,
     settings::DumpSettings,
     sys::{
         kcmp::{Kind, kcmp},
+        pid::HostPid,
         pidfd,
     },
     task::{self, robust_list::SharedBytes},
@@ -50,14 +52,14 @@ pub(super) enum Source {
 /// The messages of one living process.
 #[derive(Debug)]
 pub(super) struct Task {
-    pub(super) pid: i32,
+    pub(super) pid: HostPid,
     pub(super) ids: pb::TaskKobjIdsEntry,
     /// Its areas, as `mm-PID.img` will have them, and which of their pages are wanted; until they are written.
     pub(super) space: Option<AddressSpace>,
     /// `None`: refused, see the findings.
     pub(super) fs: Option<pb::FsEntry>,
     /// Of all its threads, the leader's first.
-    pub(super) cores: Vec<(i32, pb::CoreEntry)>,
+    pub(super) cores: Vec<(HostPid, pb::CoreEntry)>,
     /// Its clocks when its timers were read.
     timers_read: [[u64; 2]; 2],
 }
@@ -69,7 +71,7 @@ pub(super) struct Collected<'s> {
     /// Living processes.
     pub(super) tasks: Vec<Task>,
     /// Core images of zombies.
-    pub(super) dead: Vec<(i32, pb::CoreEntry)>,
+    pub(super) dead: Vec<(HostPid, pb::CoreEntry)>,
     /// Open and mapped files, descriptor tables.
     pub(super) files: FilesDump<'s>,
     /// Objects of shared memory.
@@ -105,7 +107,7 @@ impl VmaFiles for Mapped<'_, '_> {
         // maps escapes newlines; the link of the descriptor does not.
         let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", mapped.file.as_raw_fd()).as_str());
         let link = link.map_or_else(|_| mapped.path.to_vec(), |l| l.as_bytes().to_vec());
-        let id = self.0.file_for(mapped.pid, &link, mapped.file.as_fd(), writable, self.1)?;
+        let id = self.0.file_for(mapped.pid.get(), &link, mapped.file.as_fd(), writable, self.1)?;
         // 0 only beside a finding, which ends the dump.
         Ok(id.unwrap_or(0))
     }
@@ -140,7 +142,7 @@ impl<'s> Collected<'s> {
         }
     }
 
-    fn finding(&mut self, pid: i32, what: impl Into<String>, reason: impl Into<String>, hint: &str) {
+    fn finding(&mut self, pid: HostPid, what: impl Into<String>, reason: impl Into<String>, hint: &str) {
         self.findings.push(Finding { pid, what: what.into(), reason: reason.into(), hint: hint.into() });
     }
 
@@ -178,11 +180,13 @@ impl<'s> Collected<'s> {
         if self.tables.insert(ids.files_id) {
             let fd = task_fd(agent, pid)?;
             self.files
-                .table(agent, ids.files_id, fd.as_fd(), &mut self.findings)
+                .table(agent.get(), ids.files_id, fd.as_fd(), &mut self.findings)
                 .with_context(|| format!("descriptors of task {pid}"))?;
         }
-        let fs =
-            self.files.fs(agent, &mut self.findings).with_context(|| format!("directories of task {pid}"))?;
+        let fs = self
+            .files
+            .fs(agent.get(), &mut self.findings)
+            .with_context(|| format!("directories of task {pid}"))?;
         let mut space =
             self.space(pid, agent, &inside).with_context(|| format!("address space of task {pid}"))?;
         if !owns_space {
@@ -207,7 +211,7 @@ impl<'s> Collected<'s> {
             );
         }
         let is_new = self.spaces.insert(ids.vm_id);
-        if process.ppid != 0 && process.exit_signal != libc::SIGCHLD {
+        if process.ppid != HostPid::NONE && process.exit_signal != libc::SIGCHLD {
             self.finding(
                 pid,
                 "exit signal",
@@ -243,8 +247,8 @@ impl<'s> Collected<'s> {
         Ok(is_new)
     }
 
-    fn space(&mut self, pid: i32, agent: i32, inside: &Inside) -> Result<AddressSpace> {
-        let exe = self.files.link_of_task(agent, "exe", &mut self.findings).context("program")?;
+    fn space(&mut self, pid: HostPid, agent: HostPid, inside: &Inside) -> Result<AddressSpace> {
+        let exe = self.files.link_of_task(agent.get(), "exe", &mut self.findings).context("program")?;
         let task = mem::Task {
             pid,
             tid: agent,
@@ -265,9 +269,9 @@ impl<'s> Collected<'s> {
     /// Words that are cleared at the end of threads, where files are mapped shared.
     fn words_cleared(
         &mut self,
-        agent: i32,
+        agent: HostPid,
         space: &AddressSpace,
-        cores: &[(i32, pb::CoreEntry)],
+        cores: &[(HostPid, pb::CoreEntry)],
     ) -> Result<()> {
         let shared = |area: &&pb::VmaEntry| area.status & mem::vma::FILE_SHARED != 0;
         let areas: Vec<_> = space.entry.vmas.iter().filter(shared).collect();
@@ -280,7 +284,7 @@ impl<'s> Collected<'s> {
         Ok(())
     }
 
-    fn cores(&mut self, process: &Process, inside: &Inside) -> Result<Vec<(i32, pb::CoreEntry)>> {
+    fn cores(&mut self, process: &Process, inside: &Inside) -> Result<Vec<(HostPid, pb::CoreEntry)>> {
         let agent = process.agent().context("no thread")?;
         let stop_signal = match process.state {
             State::Stopped(signal) => Some(signal),
@@ -362,27 +366,27 @@ fn uses_of(space: &AddressSpace) -> impl Iterator<Item = (u32, FileUse)> + '_ {
 }
 
 fn pstree_entry(process: &Process) -> pb::PstreeEntry {
-    let mut threads: Vec<u32> = process.threads.iter().map(|t| t.tid().cast_unsigned()).collect();
+    let mut threads: Vec<u32> = process.threads.iter().map(|t| in_tree(t.tid()).bits()).collect();
     if process.dead_leader || threads.is_empty() {
-        threads.insert(0, process.pid.cast_unsigned());
+        threads.insert(0, in_tree(process.pid).bits());
     }
     pb::PstreeEntry {
-        pid: process.pid.cast_unsigned(),
-        ppid: process.ppid.cast_unsigned(),
-        pgid: process.pgid.cast_unsigned(),
-        sid: process.sid.cast_unsigned(),
+        pid: in_tree(process.pid).bits(),
+        ppid: in_tree(process.ppid).bits(),
+        pgid: in_tree(process.pgid).bits(),
+        sid: in_tree(process.sid).bits(),
         threads,
     }
 }
 
 /// A pidfd for pidfd_getfd: of the process, or of a thread when the leader is dead.
-fn task_fd(tid: i32, pid: i32) -> Result<OwnedFd> {
+fn task_fd(tid: HostPid, pid: HostPid) -> Result<OwnedFd> {
     let flags = if tid == pid { 0 } else { pidfd::PIDFD_THREAD };
-    pidfd::open(tid, flags).with_context(|| format!("pidfd of task {pid}"))
+    pidfd::open(tid.get(), flags).with_context(|| format!("pidfd of task {pid}"))
 }
 
 /// The core image of a zombie.
-fn zombie(pid: i32, status: i32) -> pb::CoreEntry {
+fn zombie(pid: HostPid, status: i32) -> pb::CoreEntry {
     pb::CoreEntry {
         mtype: pb::core_entry::March::X8664 as i32,
         tc: Some(Box::new(pb::TaskCoreEntry {

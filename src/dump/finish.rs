@@ -11,7 +11,7 @@ use super::{
 use crate::{
     exit::{Exit, Incomplete},
     settings::Leave,
-    sys::{Errno, own, ptrace, task, wait},
+    sys::{Errno, own, pid::HostPid, ptrace, task, wait},
     task::robust_list::{self, SharedBytes},
     tracee::{KillGuard, Thread, TraceError, procfs},
 };
@@ -91,7 +91,7 @@ fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
 fn kill(tree: Tree, mut words: Vec<SharedBytes>, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
     let alive = || tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_)));
     // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
-    let pids: Vec<i32> = alive().map(|p| p.pid).collect();
+    let pids: Vec<HostPid> = alive().map(|p| p.pid).collect();
     let mut kill_guard = match KillGuard::arm(&pids) {
         Ok(kill_guard) => Some(kill_guard),
         Err(error) => {
@@ -144,7 +144,7 @@ fn kill(tree: Tree, mut words: Vec<SharedBytes>, told: &dyn Fn(bool) -> Result<(
 
 /// Takes the end of everybody, and waits a while for their parents to do so.
 fn reap(tree: Tree) {
-    let mut pids: Vec<(i32, u64)> = tree.processes.iter().map(|p| (p.pid, p.starttime)).collect();
+    let mut pids: Vec<(HostPid, u64)> = tree.processes.iter().map(|p| (p.pid, p.starttime)).collect();
     // As their tracer we are told first; only then are their parents.
     for process in tree.processes.into_iter().rev() {
         let mut threads = process.threads;
@@ -166,7 +166,7 @@ fn reap(tree: Tree) {
         pids.retain(|(pid, start)| procfs::stat(*pid).is_ok_and(|s| s.starttime == *start));
         let Some((pid, _)) = pids.first().copied() else { return };
         if Instant::now() > deadline {
-            let parent = procfs::stat(pid).map_or(0, |s| s.ppid);
+            let parent = procfs::stat(pid).map_or(HostPid::NONE, |s| s.ppid);
             let name = procfs::stat(parent)
                 .map(|s| String::from_utf8_lossy(&s.comm).into_owned())
                 .unwrap_or_default();

@@ -8,6 +8,7 @@ use crate::{
     sys::{
         Errno,
         kcmp::{Kind, kcmp},
+        pid::HostPid,
     },
 };
 
@@ -16,7 +17,7 @@ use crate::{
 struct Objects {
     kind: Kind,
     /// (task that has it, id), sorted.
-    known: Vec<(i32, u32)>,
+    known: Vec<(HostPid, u32)>,
     next: u32,
     source: Source,
 }
@@ -26,7 +27,7 @@ impl Objects {
         Self { kind, known: Vec::new(), next, source }
     }
 
-    fn id(&mut self, tid: i32) -> Result<u32, Errno> {
+    fn id(&mut self, tid: HostPid) -> Result<u32, Errno> {
         let mut error = None;
         let found = self.known.binary_search_by(|(other, _)| {
             kcmp(*other, tid, self.kind, 0, 0).unwrap_or_else(|e| match e {
@@ -111,7 +112,7 @@ impl Ids {
     }
 
     /// Ids of a task, through a living thread of it.
-    pub(super) fn task(&mut self, tid: i32) -> Result<pb::TaskKobjIdsEntry, Errno> {
+    pub(super) fn task(&mut self, tid: HostPid) -> Result<pb::TaskKobjIdsEntry, Errno> {
         let ids = pb::TaskKobjIdsEntry {
             vm_id: self.vm.id(tid)?,
             files_id: self.files.id(tid)?,

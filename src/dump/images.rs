@@ -9,6 +9,7 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::MemoryDump,
     ns::time,
+    process_tree::ids::in_tree,
     stats::DumpStats,
 };
 
@@ -23,7 +24,9 @@ pub(super) fn memory(
 ) -> Result<()> {
     for task in &mut collected.tasks {
         if let Some(space) = task.space.take() {
-            memory.task(task.pid, space, stats).with_context(|| format!("memory of task {}", task.pid))?;
+            memory
+                .task(in_tree(task.pid), space, stats)
+                .with_context(|| format!("memory of task {}", task.pid))?;
         }
     }
     memory.shared(&collected.shared, stats).context("shared memory")
@@ -36,12 +39,12 @@ pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<
         time::write(store, &root.ids, &collected.own_ids, clocks)?;
     }
     for (pid, core) in &collected.dead {
-        store.write_one(ImageKind::Core, u64::from(pid.cast_unsigned()), core)?;
+        store.write_one(ImageKind::Core, u64::from(in_tree(*pid).bits()), core)?;
     }
     for task in std::mem::take(&mut collected.tasks) {
-        let image = u64::from(task.pid.cast_unsigned());
+        let image = u64::from(in_tree(task.pid).bits());
         for (tid, core) in &task.cores {
-            store.write_one(ImageKind::Core, u64::from(tid.cast_unsigned()), core)?;
+            store.write_one(ImageKind::Core, u64::from(in_tree(*tid).bits()), core)?;
         }
         store.write_one(ImageKind::Ids, image, &task.ids)?;
         if let Some(fs) = &task.fs {

@@ -33,7 +33,7 @@ use crate::{
     mem::MemoryDump,
     settings::{DumpSettings, Leave},
     stats::DumpStats,
-    sys::{pidfd, ticker::Ticker},
+    sys::{pid::HostPid, pidfd, ticker::Ticker},
     tracee::{TraceError, procfs},
 };
 
@@ -73,7 +73,7 @@ pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
 
 /// Dumps a tree into `store`, and commits it.
 pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> {
-    let pid = settings.pid.as_raw();
+    let pid = HostPid::new(settings.pid.as_raw());
     let scripts = &settings.common.action_scripts;
     let root = Some(settings.pid);
     let deadline = Deadline::begin(Limit::Total(settings.timeout));
@@ -117,7 +117,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     cpuinfo::write(store, settings.common.cpu_cap)?;
     images::inventory(store, &mut collected.ids)?;
     if let Some(root) = tree.processes.first() {
-        store.guard(pidfd::open(root.pid, 0).context("pidfd of the root")?.as_fd())?;
+        store.guard(pidfd::open(root.pid.get(), 0).context("pidfd of the root")?.as_fd())?;
     }
     // How long a disk takes to write all of it out cannot be seen from here, and a cache has a limit of its own.
     deadline.next(Limit::Idle(None));
@@ -155,7 +155,7 @@ fn post_dump(store: &dyn Store, scripts: &ActionScripts, root: Option<Pid>) -> R
 }
 
 /// What can be said about a pid that is no tree to dump, before anybody is bothered with it.
-pub fn look_at_root(pid: i32) -> Result<()> {
+pub fn look_at_root(pid: HostPid) -> Result<()> {
     /// PF_KTHREAD.
     const KERNEL: u32 = 0x0020_0000;
     let stat = match procfs::stat(pid) {
@@ -171,16 +171,16 @@ pub fn look_at_root(pid: i32) -> Result<()> {
     // What cannot be read here is told by what needs it.
     if let Ok(bytes) = std::fs::read(format!("/proc/{pid}/status"))
         && let Ok(status) = crate::proc::status::parse(&bytes)
-        && status.tgid != pid
+        && status.tgid != pid.get()
     {
         bail!("{pid} is a thread of process {}: dump that one", status.tgid);
     }
     not_ourselves(pid)
 }
 
-fn not_ourselves(pid: i32) -> Result<()> {
-    let mut at = std::process::id().cast_signed();
-    while at > 0 {
+fn not_ourselves(pid: HostPid) -> Result<()> {
+    let mut at = HostPid::own();
+    while at != HostPid::NONE {
         if at == pid {
             bail!("task {pid} is crtool itself or one of its ancestors: it cannot be frozen from within");
         }

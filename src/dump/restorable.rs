@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
-use nix::unistd::{getpgrp, getsid};
+use nix::unistd::{Pid, getpgrp, getsid};
 
 use super::collect::Collected;
 use crate::{
@@ -15,8 +15,12 @@ use crate::{
     image::pb,
     mem::{pkeys, vma},
     proc::limits::{self, Limit},
-    process_tree::{self, ForkPlan, Listed, Outside, Sharing},
+    process_tree::{
+        self, ForkPlan, Listed, Outside, Sharing,
+        ids::{in_tree, on_host},
+    },
     settings::DumpSettings,
+    sys::pid::{HostPid, NsPid},
     task::{self, Supervisor, TaskError},
     tracee::{
         List, procfs,
@@ -53,24 +57,30 @@ struct Checks {
     host: Vec<Finding>,
 }
 
-fn finding(pid: i32, what: impl Into<String>, reason: impl Into<String>, hint: &str) -> Finding {
+fn finding(pid: HostPid, what: impl Into<String>, reason: impl Into<String>, hint: &str) -> Finding {
     Finding { pid, what: what.into(), reason: reason.into(), hint: hint.into() }
 }
 
+/// How crtool sees a task that is going to be in the images.
+fn pid_of(entry: &pb::PstreeEntry) -> HostPid {
+    on_host(NsPid::new(entry.pid.cast_signed()))
+}
+
 /// The address spaces that have been collected, with whose they are.
-fn spaces<'c>(collected: &'c Collected<'_>) -> impl Iterator<Item = (i32, &'c pb::MmEntry)> {
+fn spaces<'c>(collected: &'c Collected<'_>) -> impl Iterator<Item = (HostPid, &'c pb::MmEntry)> {
     collected.tasks.iter().filter_map(|task| Some((task.pid, &task.space.as_ref()?.entry)))
 }
 
 impl Checks {
     /// Who would fork whom; `None` if that is not known, or cannot be.
     fn forks(&mut self, collected: &Collected<'_>) -> Result<Option<ForkPlan>> {
-        let tasks: BTreeMap<i32, &pb::TaskKobjIdsEntry> =
-            collected.tasks.iter().map(|task| (task.pid, &task.ids)).collect();
-        let dead: BTreeSet<i32> = collected.dead.iter().map(|(pid, _)| *pid).collect();
+        let tasks: BTreeMap<NsPid, &pb::TaskKobjIdsEntry> =
+            collected.tasks.iter().map(|task| (in_tree(task.pid), &task.ids)).collect();
+        let dead: BTreeSet<NsPid> = collected.dead.iter().map(|(pid, _)| in_tree(*pid)).collect();
         let mut listed = Vec::with_capacity(collected.pstree.len());
         for entry in &collected.pstree {
-            let [pid, ppid, pgid, sid] = [entry.pid, entry.ppid, entry.pgid, entry.sid].map(u32::cast_signed);
+            let [pid, ppid, pgid, sid] =
+                [entry.pid, entry.ppid, entry.pgid, entry.sid].map(|id| NsPid::new(id.cast_signed()));
             let sharing = tasks.get(&pid).map(|ids| Sharing {
                 vm: ids.vm_id,
                 sighand: ids.sighand_id,
@@ -83,12 +93,13 @@ impl Checks {
             }
             listed.push(Listed { pid, ppid, pgid, sid, sharing });
         }
-        let outside = Outside { sid: getsid(None)?.as_raw(), pgid: getpgrp().as_raw() };
+        let own = |id: Pid| in_tree(HostPid::new(id.as_raw()));
+        let outside = Outside { sid: own(getsid(None)?), pgid: own(getpgrp()) };
         match process_tree::plan(&process_tree::shapes(&listed, outside), outside) {
             Ok(forks) => Ok(Some(forks)),
             Err(error) => {
                 let reason = format!("this shape of a tree cannot be made again: {}", error.reason);
-                self.findings.push(finding(error.pid, "process tree", reason, ""));
+                self.findings.push(finding(on_host(error.pid), "process tree", reason, ""));
                 Ok(None)
             }
         }
@@ -97,14 +108,15 @@ impl Checks {
     /// Ids of dead leaders of sessions and groups: helpers must have them, and whoever is outside of the tree and in such
     /// a session or group keeps the id taken.
     fn ids_of_the_dead(&mut self, forks: &ForkPlan, collected: &Collected<'_>) -> Result<()> {
-        let ids: BTreeSet<i32> = forks.ids_of_the_dead().collect();
+        let ids: BTreeSet<HostPid> = forks.ids_of_the_dead().map(on_host).collect();
         if ids.is_empty() {
             return Ok(());
         }
-        let inside: BTreeSet<i32> = collected.pstree.iter().map(|entry| entry.pid.cast_signed()).collect();
-        let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+        let inside: BTreeSet<HostPid> = collected.pstree.iter().map(pid_of).collect();
+        let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
         for entry in std::fs::read_dir("/proc").context("list of processes")?.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).map(HostPid::new)
+            else {
                 continue;
             };
             if inside.contains(&pid) {
@@ -140,7 +152,7 @@ impl Checks {
             threads: most(|task| task.cores.len()),
         };
         if let Err(bytes) = room::place(&used, need) {
-            let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+            let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
             let reason = format!(
                 "a restore needs {} MiB of addresses that are free at the same place in all tasks",
                 bytes.div_ceil(1 << 20)
@@ -154,7 +166,7 @@ impl Checks {
         let path = "/proc/sys/vm/max_map_count";
         let most: usize = std::fs::read_to_string(path).context(path)?.trim().parse().context(path)?;
         for (pid, mm) in spaces(collected) {
-            if let Err(error) = vma::check(mm, pid) {
+            if let Err(error) = vma::check(mm, in_tree(pid)) {
                 self.findings.push(finding(pid, "address space", format!("{error:#}"), ""));
             }
             // Guards are no mappings of their own, nor is the vsyscall page one of the task's.
@@ -207,12 +219,12 @@ impl Checks {
     /// What tasks are besides memory and files.
     fn state(&mut self, collected: &Collected<'_>) -> Result<()> {
         let supervisor = Supervisor::probe().context("state of crtool")?;
-        let processes: Vec<(i32, Vec<&pb::CoreEntry>)> = collected
+        let processes: Vec<(NsPid, Vec<&pb::CoreEntry>)> = collected
             .tasks
             .iter()
-            .map(|task| (task.pid, task.cores.iter().map(|(_, core)| core).collect()))
+            .map(|task| (in_tree(task.pid), task.cores.iter().map(|(_, core)| core).collect()))
             .collect();
-        let root = collected.pstree.first().map_or(0, |entry| entry.pid.cast_signed());
+        let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
         let seccomp = match task::seccomp::Plan::new(collected.seccomp.entry(), &processes) {
             Ok(plan) => plan,
             Err(error) => return self.task_error(root, error),
@@ -229,8 +241,8 @@ impl Checks {
                     task::pending_signals(core)?;
                     let plan = task::ThreadPlan {
                         core,
-                        pid: task.pid,
-                        tid: *tid,
+                        pid: in_tree(task.pid),
+                        tid: in_tree(*tid),
                         seccomp: &seccomp,
                         supervisor: &supervisor,
                     };
@@ -242,14 +254,14 @@ impl Checks {
                 self.task_error(task.pid, error)?;
             }
             let knows_keys = task.cores.iter().any(|(_, core)| pkeys::known_to(core));
-            if let Err(error) = pkeys::plan(mm, task.pid, knows_keys) {
+            if let Err(error) = pkeys::plan(mm, in_tree(task.pid), knows_keys) {
                 self.host.push(finding(task.pid, "address space", error.to_string(), ""));
             }
         }
         Ok(())
     }
 
-    fn task_error(&mut self, pid: i32, error: TaskError) -> Result<()> {
+    fn task_error(&mut self, pid: HostPid, error: TaskError) -> Result<()> {
         match error {
             TaskError::Unsupported { what, reason } => {
                 self.host.push(finding(pid, what, format!("it could not be restored here: {reason}"), ""));

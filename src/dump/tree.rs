@@ -15,7 +15,7 @@ use crate::{
     deadline::{self, Late},
     finding::Finding,
     proc::stat::Stat,
-    sys::wait,
+    sys::{pid::HostPid, wait},
     tracee::{
         Seized, Stop, Thread, TraceError, procfs,
         silent::{self, FrozenGroups},
@@ -40,13 +40,13 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Process {
     /// Process id.
-    pub(super) pid: i32,
-    /// Its parent within the tree; 0 for the root.
-    pub(super) ppid: i32,
+    pub(super) pid: HostPid,
+    /// Its parent within the tree; none for the root.
+    pub(super) ppid: HostPid,
     /// Process group.
-    pub(super) pgid: i32,
+    pub(super) pgid: HostPid,
     /// Session.
-    pub(super) sid: i32,
+    pub(super) sid: HostPid,
     /// What it is doing.
     pub(super) state: State,
     /// Its threads, the leader first; empty for a zombie, and for one that cannot be held.
@@ -70,7 +70,7 @@ pub(super) struct Tree {
 
 impl Tree {
     /// Holds everything below and including `root`.
-    pub(super) fn freeze(root: i32, check: Check<'_>) -> Result<Self, TraceError> {
+    pub(super) fn freeze(root: HostPid, check: Check<'_>) -> Result<Self, TraceError> {
         let mut groups = FrozenGroups::default();
         let first = Process::hold(root, &mut groups, check)?.ok_or(TraceError::Died(root))?;
         let mut tree = Self { processes: vec![first] };
@@ -98,8 +98,8 @@ impl Tree {
     /// Holds those of `pids` that are not known yet; says whether any was there to be held.
     fn hold_new(
         &mut self,
-        pids: Vec<i32>,
-        known: &mut HashSet<i32>,
+        pids: Vec<HostPid>,
+        known: &mut HashSet<HostPid>,
         groups: &mut FrozenGroups,
         check: Check<'_>,
     ) -> Result<bool, TraceError> {
@@ -121,10 +121,10 @@ impl Tree {
     }
 
     /// The tree in order, when nobody runs any more; `parents` is who has whom for a child now.
-    fn finished(mut self, parents: &HashMap<i32, i32>) -> Result<Self, TraceError> {
+    fn finished(mut self, parents: &HashMap<HostPid, HostPid>) -> Result<Self, TraceError> {
         if let Some(root) = self.processes.first_mut() {
             // Who its parent is belongs to the world outside.
-            root.ppid = 0;
+            root.ppid = HostPid::NONE;
         }
         for process in self.processes.iter_mut().skip(1) {
             // Its parent may have died since: then it has another one, in the tree or not.
@@ -137,8 +137,8 @@ impl Tree {
     /// Parents before their children, siblings by pid.
     fn order(&mut self) {
         let Some(root) = self.processes.first().map(|p| p.pid) else { return };
-        let mut below: HashMap<i32, Vec<i32>> = HashMap::new();
-        let mut rest: HashMap<i32, Process> = HashMap::with_capacity(self.processes.len());
+        let mut below: HashMap<HostPid, Vec<HostPid>> = HashMap::new();
+        let mut rest: HashMap<HostPid, Process> = HashMap::with_capacity(self.processes.len());
         for process in std::mem::take(&mut self.processes) {
             below.entry(process.ppid).or_default().push(process.pid);
             rest.insert(process.pid, process);
@@ -159,7 +159,7 @@ impl Tree {
                 thread.stopped.regs()?;
             }
             if !matches!(process.state, State::Zombie(_)) {
-                let held: HashSet<i32> = process.threads.iter().map(Thread::tid).collect();
+                let held: HashSet<HostPid> = process.threads.iter().map(Thread::tid).collect();
                 let now = procfs::tids(process.pid);
                 if now.is_empty() || now.iter().any(|t| !held.contains(t) && *t != process.pid) {
                     return Err(TraceError::Died(process.pid));
@@ -180,15 +180,15 @@ const REFUSALS: usize = 20;
 impl Process {
     /// Holds all threads of a process, and reads what they cannot change any more. `None`: there is no such process.
     pub(super) fn hold(
-        pid: i32,
+        pid: HostPid,
         groups: &mut FrozenGroups,
         check: Check<'_>,
     ) -> Result<Option<Self>, TraceError> {
         let mut process = Self {
             pid,
-            ppid: 0,
-            pgid: 0,
-            sid: 0,
+            ppid: HostPid::NONE,
+            pgid: HostPid::NONE,
+            sid: HostPid::NONE,
             state: State::Alive,
             threads: Vec::new(),
             dead_leader: false,
@@ -248,8 +248,8 @@ impl Process {
     /// Tries to hold those of the threads `listed` that are not held yet.
     fn hold_threads(
         &mut self,
-        listed: &[i32],
-        ours: &RefCell<Vec<i32>>,
+        listed: &[HostPid],
+        ours: &RefCell<Vec<HostPid>>,
         check: Check<'_>,
     ) -> Result<Round, TraceError> {
         let pid = self.pid;
@@ -266,7 +266,7 @@ impl Process {
             ours.borrow_mut().retain(|tid| !matches!(wait::take_end(*tid), Ok(true)));
             check()
         };
-        let held: HashSet<i32> = self.threads.iter().map(Thread::tid).collect();
+        let held: HashSet<HostPid> = self.threads.iter().map(Thread::tid).collect();
         let mut round = Round::default();
         let mut seized = Vec::new();
         self.unheld.clear();
@@ -325,7 +325,7 @@ impl Process {
     /// Why a thread could not be seized: it is dead, gone, traced by somebody else, or by us under another id.
     fn not_seized(
         &mut self,
-        tid: i32,
+        tid: HostPid,
         error: TraceError,
         round: &mut Round,
     ) -> Result<Option<Seized>, TraceError> {
@@ -337,7 +337,7 @@ impl Process {
             }
             Err(_) => Ok(None),
             Ok(_) => match error {
-                TraceError::Traced { tracer, .. } if tracer == nix::unistd::gettid().as_raw() => {
+                TraceError::Traced { tracer, .. } if tracer.get() == nix::unistd::gettid().as_raw() => {
                     Seized::adopt(tid).map(Some).or_else(|error| match error {
                         TraceError::Died(_) => Ok(None),
                         error => Err(error),
@@ -382,7 +382,7 @@ impl Process {
     }
 
     /// Its children, zombies too.
-    fn children(&self) -> Vec<i32> {
+    fn children(&self) -> Vec<HostPid> {
         if !self.unheld.is_empty() {
             return procfs::children(self.pid, procfs::tids(self.pid));
         }

@@ -36,7 +36,7 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     proc::{fdinfo, fdinfo::Fdinfo, status},
     settings::{DumpSettings, RestoreSettings},
-    sys::{Errno, kcmp},
+    sys::{Errno, kcmp, pid::HostPid},
 };
 
 /// What two descriptors of one description have in common, read cheaply.
@@ -121,7 +121,7 @@ impl<'a> FilesDump<'a> {
         let ours = open_dir("self", "fd")?;
         let mut text = Vec::with_capacity(4096);
         for &fd in numbers {
-            deadline::looking_at(pid, deadline::Object::Fd(fd));
+            deadline::looking_at(HostPid::new(pid), deadline::Object::Fd(fd));
             let here = |source: FileError, link: &[u8]| FileError::Fd {
                 pid,
                 fd,
@@ -135,7 +135,7 @@ impl<'a> FilesDump<'a> {
                 Ok(link) => bytes_of(link),
                 Err(Errno::ENAMETOOLONG) => {
                     findings.push(Finding {
-                        pid,
+                        pid: HostPid::new(pid),
                         what: format!("fd {fd}"),
                         reason: "the path of the file is longer than 4 KiB".into(),
                         hint: String::new(),
@@ -182,8 +182,8 @@ impl<'a> FilesDump<'a> {
                     let middle = usize::midpoint(low, high);
                     let Some(other) = known.get(middle) else { break };
                     let order = kcmp::kcmp(
-                        other.pid,
-                        view.pid,
+                        HostPid::new(other.pid),
+                        HostPid::new(view.pid),
                         kcmp::Kind::File,
                         u64::from(other.fd.cast_unsigned()),
                         u64::from(view.fd.cast_unsigned()),
@@ -214,7 +214,7 @@ impl<'a> FilesDump<'a> {
     /// Dumps what `view` shows.
     fn take(&mut self, view: &FdView<'_>, findings: &mut Vec<Finding>) -> Result<Option<u32>, FileError> {
         let mut finding = |reason: String, hint: String| {
-            findings.push(Finding { pid: view.pid, what: what_of(view), reason, hint });
+            findings.push(Finding { pid: HostPid::new(view.pid), what: what_of(view), reason, hint });
         };
         let refused = |rows: &'static [Refusal]| rows.iter().find(|row| row.owns(view));
         if let Some(row) = refused(refused::FIRST) {
@@ -287,7 +287,7 @@ impl<'a> FilesDump<'a> {
         name: &'static str,
         findings: &mut Vec<Finding>,
     ) -> Result<Option<u32>, FileError> {
-        deadline::looking_at(pid, deadline::Object::Link(name));
+        deadline::looking_at(HostPid::new(pid), deadline::Object::Link(name));
         let path = format!("/proc/{pid}/{name}");
         let link = match nix::fcntl::readlink(path.as_str()) {
             Ok(link) => bytes_of(link),
@@ -298,7 +298,7 @@ impl<'a> FilesDump<'a> {
                     _ => "program",
                 };
                 findings.push(Finding {
-                    pid,
+                    pid: HostPid::new(pid),
                     what: what.into(),
                     reason:
                         "its path is longer than 4095 bytes (PATH_MAX): it cannot be opened again by one name"
@@ -336,7 +336,7 @@ impl<'a> FilesDump<'a> {
             match (kind.complete)(&mut self.cx, &self.tables, entry, at) {
                 Ok(()) => {}
                 Err(FileError::Unsupported { reason, hint }) => findings.push(Finding {
-                    pid: at.pid,
+                    pid: HostPid::new(at.pid),
                     what: format!("fd {} ({})", at.fd, kind.name),
                     reason: reason.into_owned(),
                     hint: hint.into_owned(),
@@ -382,7 +382,7 @@ impl<'a> FilesDump<'a> {
                 }
             };
             let (pid, what) = self.met.get(&id).cloned().unwrap_or_default();
-            findings.push(Finding { pid, what, reason, hint });
+            findings.push(Finding { pid: HostPid::new(pid), what, reason, hint });
         };
         let parts = restore::parts(&cx.entries);
         for entry in self.entries.iter().filter(|entry| self.met.contains_key(&entry.id)) {
@@ -403,7 +403,7 @@ impl<'a> FilesDump<'a> {
         let mut finding = |pid, what: &str, error: FileError| {
             if let FileError::Unsupported { reason, hint } = error {
                 findings.push(Finding {
-                    pid,
+                    pid: HostPid::new(pid),
                     what: what.into(),
                     reason: reason.into_owned(),
                     hint: hint.into_owned(),

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     image::pb,
     proc::fdinfo::kernel_dev,
-    sys::{Errno, event, kcmp},
+    sys::{Errno, event, kcmp, pid::HostPid},
     tracee::{Arg, List, Want},
 };
 
@@ -154,7 +154,14 @@ fn find(
         for fd in table.fds.iter().filter(same).chain(others) {
             let number = fd.fd.cast_unsigned();
             let efd = slot.at.fd.cast_unsigned();
-            let found = kcmp::kcmp_epoll(table.pid, number, slot.at.pid, efd, slot.number, slot.offset);
+            let found = kcmp::kcmp_epoll(
+                HostPid::new(table.pid),
+                number,
+                HostPid::new(slot.at.pid),
+                efd,
+                slot.number,
+                slot.offset,
+            );
             match found {
                 Ok(std::cmp::Ordering::Equal)
                     if number == slot.number || !used.contains(&(number, fd.id)) =>

@@ -14,6 +14,7 @@ use crate::{
         locks::{Lock, LockKind, LockMode, LockType},
         status,
     },
+    sys::pid::HostPid,
     tracee::{List, Want},
 };
 
@@ -95,7 +96,7 @@ fn name_of(lock: &Lock) -> &'static str {
 fn finding(pid: i32, fd: &DumpedFd, lock: &Lock, reason: &str, hint: &str) -> Finding {
     let what =
         format!("fd {} ({} on inode {} of {}:{})", fd.fd, name_of(lock), lock.ino, lock.dev.0, lock.dev.1);
-    Finding { pid, what, reason: reason.into(), hint: hint.into() }
+    Finding { pid: HostPid::new(pid), what, reason: reason.into(), hint: hint.into() }
 }
 
 fn entry(pid: i32, fd: &DumpedFd, lock: &Lock) -> Result<pb::FileLockEntry, &'static str> {

@@ -120,7 +120,7 @@ pub(super) fn in_tree(pid: i32, root: i32) -> Result<bool, FileError> {
             return Ok(false);
         }
         let Some(text) = read(format!("/proc/{pid}/stat"))? else { return Ok(false) };
-        pid = stat::parse(&text)?.ppid;
+        pid = stat::parse(&text)?.ppid.get();
     }
     Ok(false)
 }

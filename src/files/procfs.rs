@@ -27,7 +27,7 @@ use super::{
 use crate::{
     image::{ImageKind, TypedStore, pb},
     proc::auxv,
-    sys::{self, Errno, clone},
+    sys::{self, Errno, clone, pid::HostPid},
     tracee::{List, Want},
 };
 
@@ -217,7 +217,7 @@ pub(super) struct StandIns(Vec<i32>);
 impl Drop for StandIns {
     fn drop(&mut self) {
         for pid in self.0.drain(..) {
-            let _ = sys::task::kill(pid, libc::SIGKILL);
+            let _ = sys::task::kill(HostPid::new(pid), libc::SIGKILL);
             clone::reap(pid);
         }
     }

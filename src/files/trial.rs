@@ -17,6 +17,7 @@ use super::{
 use crate::{
     image::MemStore,
     settings::{DumpSettings, RestoreSettings},
+    sys::pid::HostPid,
     tracee::{GadgetCache, Injection, List, Seized, Thread},
 };
 
@@ -125,7 +126,7 @@ pub(super) fn run_list(files: &[&OwnedFd], list: List) {
     let child = Command::new("/bin/sleep").arg("1000").spawn();
     inheritable(false);
     let mut child = child.unwrap();
-    let tid = child.id().cast_signed();
+    let tid = HostPid::new(child.id().cast_signed());
     let stopped = Seized::seize(tid, &|| Ok(())).and_then(|seized| seized.settle(&|| Ok(()))).unwrap();
     let seccomp = stopped.seccomp_suspended();
     let mut thread = Thread::new(stopped).unwrap();

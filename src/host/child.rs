@@ -16,6 +16,7 @@ use nix::{
 use crate::sys::{
     self, Errno,
     mapping::{self, Access, Mapping},
+    pid::HostPid,
     probe::{Call, NOT_MADE, Word, fork_calls},
 };
 
@@ -110,7 +111,7 @@ impl Script {
         let ((said, said_by_child), (heard_by_child, go)) = (self.said, self.go);
         // So that the death of the child is seen as the end of the pipe.
         drop((said_by_child, heard_by_child));
-        let child = Child { pid, results, said, go, _data: self.data };
+        let child = Child { pid: HostPid::new(pid), results, said, go, _data: self.data };
         child.wait()?;
         Ok(child)
     }
@@ -119,7 +120,7 @@ impl Script {
 /// A child that has made calls; killed and reaped when dropped.
 #[derive(Debug)]
 pub(crate) struct Child {
-    pid: i32,
+    pid: HostPid,
     results: Mapping,
     said: OwnedFd,
     go: OwnedFd,
@@ -128,7 +129,7 @@ pub(crate) struct Child {
 
 impl Child {
     /// Its pid.
-    pub(crate) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> HostPid {
         self.pid
     }
 
@@ -207,7 +208,7 @@ mod tests {
         script.rest();
         let probed = script.call(libc::SYS_kill, &[pid.into(), 0.into()]);
         let child = script.start().unwrap();
-        assert_eq!(child.result(pid), Ok(i64::from(child.pid())));
+        assert_eq!(child.result(pid), Ok(i64::from(child.pid().get())));
         assert_eq!(child.result(bad), Err(Errno::EBADF));
         assert_eq!(child.result(probed), Err(Errno::ESRCH), "not made yet");
         child.go().unwrap();

@@ -15,7 +15,7 @@ use nix::sys::{
 };
 
 use super::{Trouble, call, child::Script, expect};
-use crate::sys::{self, Errno, mapping, pod};
+use crate::sys::{self, Errno, mapping, pid::HostPid, pod};
 
 fn fdinfo(fd: &impl AsFd) -> Result<String, Trouble> {
     let fd = fd.as_fd().as_raw_fd();
@@ -52,7 +52,7 @@ pub(super) fn kcmp_epoll() -> Result<(), Trouble> {
     let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
     call("epoll_ctl", epoll.add(&watched, event))?;
     let number = |fd: &dyn AsRawFd| fd.as_raw_fd().unsigned_abs();
-    let pid = nix::unistd::getpid().as_raw();
+    let pid = HostPid::own();
     let (efd, tfd) = (number(&epoll.0), number(&watched));
     let same = |fd| call("KCMP_EPOLL_TFD", sys::kcmp::kcmp_epoll(pid, fd, pid, efd, tfd, 0));
     expect(

@@ -10,7 +10,7 @@ use std::{
 use super::{Trouble, call, child::Script, expect};
 use crate::{
     proc::{children as proc_children, timers},
-    sys::{self, Errno, clone::CloneArgs, pod, ptrace},
+    sys::{self, Errno, clone::CloneArgs, pid::HostPid, pod, ptrace},
 };
 
 const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
@@ -55,7 +55,7 @@ pub(super) fn children() -> Result<(), Trouble> {
     let child = call("fork", Script::new().and_then(Script::start))?;
     let text = std::fs::read("/proc/thread-self/children").map_err(Trouble::Proc)?;
     let pids = proc_children::parse(&text)?;
-    expect(pids.contains(&child.pid()), "a child is not listed")
+    expect(pids.contains(&child.pid().get()), "a child is not listed")
 }
 
 /// The same open file is equal to itself, another one is not.
@@ -63,7 +63,7 @@ pub(super) fn kcmp() -> Result<(), Trouble> {
     let one = File::open("/dev/null").map_err(Trouble::Proc)?;
     let same = one.try_clone().map_err(Trouble::Proc)?;
     let other = File::open("/dev/null").map_err(Trouble::Proc)?;
-    let pid = nix::unistd::getpid().as_raw();
+    let pid = HostPid::own();
     let compare = |a: &File, b: &File| {
         let [a, b] = [a, b].map(|file| i64::from(file.as_raw_fd()).cast_unsigned());
         call("kcmp", sys::kcmp::kcmp(pid, pid, sys::kcmp::Kind::File, a, b))
@@ -78,13 +78,13 @@ pub(super) fn kcmp() -> Result<(), Trouble> {
 pub(super) fn pidfd_getfd() -> Result<(), Trouble> {
     let child = call("fork", Script::new().and_then(Script::start))?;
     let file = File::open("/dev/null").map_err(Trouble::Proc)?;
-    let me = nix::unistd::getpid().as_raw();
-    let pidfd = call("pidfd_open", sys::pidfd::open(me, 0))?;
+    let me = HostPid::own();
+    let pidfd = call("pidfd_open", sys::pidfd::open(me.get(), 0))?;
     let fetched = call("pidfd_getfd", sys::pidfd::getfd(pidfd.as_fd(), file.as_raw_fd()))?;
     let [a, b] = [file.as_raw_fd(), fetched.as_raw_fd()].map(|fd| i64::from(fd).cast_unsigned());
     let order = call("kcmp", sys::kcmp::kcmp(me, me, sys::kcmp::Kind::File, a, b))?;
     // And out of another process.
-    let pidfd = call("pidfd_open", sys::pidfd::open(child.pid(), 0))?;
+    let pidfd = call("pidfd_open", sys::pidfd::open(child.pid().get(), 0))?;
     call("pidfd_getfd", sys::pidfd::getfd(pidfd.as_fd(), 0)).or_else(|trouble| match trouble {
         // The child has no standard input where we have none.
         Trouble::Call(_, Errno::EBADF) => Ok(pidfd),

@@ -22,6 +22,7 @@ use super::{MemError, vma};
 use crate::{
     image::pb,
     pages::{PAGE, Pages},
+    sys::pid::{HostPid, NsPid},
     tracee::{Arg, List, Want},
 };
 
@@ -72,7 +73,7 @@ impl Header {
 }
 
 /// The ring at `start` of a stopped task: what `mm_entry` says of it. `None` when there is no whole ring.
-pub fn dump(tid: i32, start: u64, end: u64) -> Result<Option<pb::AioRingEntry>, MemError> {
+pub fn dump(tid: HostPid, start: u64, end: u64) -> Result<Option<pb::AioRingEntry>, MemError> {
     let failed = |source| MemError::Proc { pid: tid, file: "mem".into(), source };
     let memory = File::open(format!("/proc/{tid}/mem")).map_err(failed)?;
     let mut bytes = [0; HEADER as usize];
@@ -134,7 +135,7 @@ struct Ring {
 }
 
 fn ring(
-    pid: i32,
+    pid: NsPid,
     mm: &pb::MmEntry,
     entry: &pb::AioRingEntry,
     pages: &Pages,
@@ -176,7 +177,7 @@ pub struct Rings(Vec<Ring>);
 
 impl Rings {
     /// Reads and checks what an image says of rings.
-    pub fn read(pid: i32, mm: &pb::MmEntry, pages: &Pages) -> Result<Self, MemError> {
+    pub fn read(pid: NsPid, mm: &pb::MmEntry, pages: &Pages) -> Result<Self, MemError> {
         let areas = mm.vmas.iter().filter(|area| area.status & vma::AIORING != 0).count();
         if areas != mm.aios.len() {
             let what = format!("{areas} areas of asynchronous I/O, but {} rings", mm.aios.len());
@@ -198,7 +199,7 @@ impl Rings {
 
     /// Makes the contexts, when all other areas are mapped and before pages are filled: rings at their addresses, with the
     /// kernel's own counts. `file` is a descriptor that can be read, of a file that says so at once when nothing is asked for.
-    pub fn plan(&self, list: &mut List, pid: i32, file: i32) {
+    pub fn plan(&self, list: &mut List, pid: NsPid, file: i32) {
         // The kernel chooses where a ring comes first; it must not choose where another one goes.
         for ring in &self.0 {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
@@ -234,7 +235,7 @@ impl Rings {
     }
 
     /// When pages are filled, which brings the headers: the contexts' own ids.
-    pub fn plan_ids(&self, list: &mut List, pid: i32) {
+    pub fn plan_ids(&self, list: &mut List, pid: NsPid) {
         // An address space that has just been made gives them from 0 on.
         for (id, ring) in (0u32..).zip(&self.0) {
             write(list, pid, ring.start, &id.to_ne_bytes(), "id of a ring");
@@ -244,7 +245,7 @@ impl Rings {
 
 impl Ring {
     /// As many requests as it takes to have `head` results taken, and the others not.
-    fn plan_requests(&self, list: &mut List, pid: i32, requests: Arg, most: u64) {
+    fn plan_requests(&self, list: &mut List, pid: NsPid, requests: Arg, most: u64) {
         let submit = |list: &mut List, count: u64| {
             let args = [self.start.into(), count.into(), requests];
             list.call(format!("io_submit of {count}"), libc::SYS_io_submit, &args, Want::Equal(count));
@@ -269,7 +270,7 @@ impl Ring {
 }
 
 /// Writes bytes of the list's own to an address of the process.
-fn write(list: &mut List, pid: i32, at: u64, bytes: &[u8], what: &'static str) {
+fn write(list: &mut List, pid: NsPid, at: u64, bytes: &[u8], what: &'static str) {
     let from = list.bytes(bytes);
     let local = list.value(&[at, bytes.len() as u64]);
     let remote = list.value(&[0u64, bytes.len() as u64]);
@@ -329,7 +330,7 @@ mod tests {
         let ring = |id, ring_len| pb::AioRingEntry { id, nr_req: 62, ring_len };
         let said = |vmas, aios| {
             let mm = pb::MmEntry { vmas, aios, ..Default::default() };
-            Rings::read(7, &mm, &Pages::default()).map(drop).unwrap_err().to_string()
+            Rings::read(NsPid::new(7), &mm, &Pages::default()).map(drop).unwrap_err().to_string()
         };
         assert!(said(vec![area(vma::AIORING)], vec![]).contains("1 areas of asynchronous I/O, but 0 rings"));
         for entry in [ring(0x2000, 4096), ring(0x1000, 8192), ring(u64::MAX, 4096)] {

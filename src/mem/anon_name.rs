@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use super::MemError;
 use crate::{
     image::pb,
-    sys::prctl,
+    sys::{pid::NsPid, prctl},
     tracee::{List, Want},
 };
 
@@ -18,7 +18,7 @@ const MAX: usize = 79;
 static HERE: LazyLock<bool> = LazyLock::new(prctl::can_name_memory);
 
 /// When areas are there for good.
-pub(super) fn plan(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+pub(super) fn plan(mm: &pb::MmEntry, pid: NsPid, list: &mut List) -> Result<(), MemError> {
     let mut lost = 0;
     for area in &mm.vmas {
         let Some(name) = &area.anon_name else { continue };

@@ -18,20 +18,20 @@ use nix::sys::statfs::fstatfs;
 use super::scan::{Target, Wanted};
 use super::shared::FileKey;
 use super::{Inside, MemError, SharedMemory, aio, pkeys, vma};
-use crate::deadline;
 use crate::finding::Finding;
 use crate::image::pb;
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{self, Smap, VmFlags};
 use crate::proc::{auxv, stat};
+use crate::{deadline, sys::pid::HostPid};
 
 /// A task whose address space is to be saved; what only others know of it.
 #[derive(Debug, Clone)]
 pub struct Task {
     /// The process.
-    pub pid: i32,
+    pub pid: HostPid,
     /// A thread of it that lives.
-    pub tid: i32,
+    pub tid: HostPid,
     /// Its program break, brk(0).
     pub brk: u64,
     /// PR_GET_DUMPABLE
@@ -50,7 +50,7 @@ pub struct Task {
 #[derive(Debug)]
 pub struct MappedFile<'a> {
     /// The process.
-    pub pid: i32,
+    pub pid: HostPid,
     /// Its name as maps prints it (a newline as `\012`, perhaps " (deleted)" behind).
     pub path: &'a [u8],
     /// The file, opened with O_PATH.
@@ -72,9 +72,9 @@ pub trait VmaFiles {
 #[derive(Debug)]
 pub struct AddressSpace {
     /// Thread by which memory can be reached.
-    pub(super) tid: i32,
+    pub(super) tid: HostPid,
     /// Process id, as in the images.
-    pub(super) pid: i32,
+    pub(super) pid: HostPid,
     /// All of `mm-PID.img` but guard regions.
     pub entry: pb::MmEntry,
     /// Areas and what of their pages is wanted.
@@ -150,7 +150,7 @@ pub fn collect(
     Ok(AddressSpace { tid: task.tid, pid: task.pid, entry, targets, private_pages })
 }
 
-fn read(tid: i32, file: &str) -> Result<Vec<u8>, MemError> {
+fn read(tid: HostPid, file: &str) -> Result<Vec<u8>, MemError> {
     fs::read(format!("/proc/{tid}/{file}")).map_err(|source| MemError::Proc {
         pid: tid,
         file: file.to_owned(),

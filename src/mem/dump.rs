@@ -5,10 +5,13 @@ use std::time::Instant;
 use super::reserve::ReservedImages;
 use super::scan::Scan;
 use super::{AddressSpace, MemError, SharedMemory, vma};
-use crate::image::{ImageKind, PagesSink, Store, TypedStore, pb};
 use crate::pages::copy::{TaskMemory, copy};
 use crate::pages::{PagemapWriter, PagesError};
 use crate::stats::DumpStats;
+use crate::{
+    image::{ImageKind, PagesSink, Store, TypedStore, pb},
+    sys::pid::{HostPid, NsPid},
+};
 
 /// The memory part of one dump: counts pages images.
 #[allow(missing_debug_implementations)] // a store has none
@@ -25,13 +28,13 @@ impl<'a> MemoryDump<'a> {
     }
 
     /// Makes room for the pages of the processes `tree`, which still run: less to do once they are frozen.
-    pub fn reserve(&mut self, tree: &[i32]) -> Result<(), MemError> {
+    pub fn reserve(&mut self, tree: &[HostPid]) -> Result<(), MemError> {
         self.aside = ReservedImages::make(self.store, tree, &mut self.next_pages_id)?;
         Ok(())
     }
 
     /// The pages image for the task `pid`: its number and where its pages go.
-    fn pages_image(&mut self, pid: i32) -> Result<(u32, PagesSink), MemError> {
+    fn pages_image(&mut self, pid: HostPid) -> Result<(u32, PagesSink), MemError> {
         if let Some(made) = self.aside.take(pid) {
             return Ok(made);
         }
@@ -43,11 +46,11 @@ impl<'a> MemoryDump<'a> {
     /// Writes the pages and the areas of one task, under its pid `image_pid` of the images.
     pub fn task(
         &mut self,
-        image_pid: i32,
+        image_pid: NsPid,
         mut space: AddressSpace,
         stats: &mut DumpStats,
     ) -> Result<(), MemError> {
-        let id = u64::from(image_pid.cast_unsigned());
+        let id = u64::from(image_pid.bits());
         let (pages_id, pages) = self.pages_image(space.pid)?;
         let memory = TaskMemory::open(space.tid).map_err(|source| PagesError::Memory {
             pid: space.pid,

@@ -2,7 +2,16 @@
 
 use std::{error::Error, io};
 
-use crate::{image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError};
+use crate::{
+    image::ImageError,
+    pages::PagesError,
+    proc::ParseError,
+    sys::{
+        Errno,
+        pid::{HostPid, NsPid},
+    },
+    tracee::TraceError,
+};
 
 /// An address space that cannot be saved.
 #[derive(Debug, thiserror::Error)]
@@ -11,7 +20,7 @@ pub enum MemError {
     #[error("read /proc/{pid}/{file}")]
     Proc {
         /// The task.
-        pid: i32,
+        pid: HostPid,
         /// Its file.
         file: String,
         /// Why.
@@ -21,7 +30,7 @@ pub enum MemError {
     #[error("understand address space of {pid}")]
     Parse {
         /// The task.
-        pid: i32,
+        pid: HostPid,
         /// Where.
         source: ParseError,
     },
@@ -29,7 +38,7 @@ pub enum MemError {
     #[error("save file mapped at {start:#x} in {pid}")]
     File {
         /// The task.
-        pid: i32,
+        pid: HostPid,
         /// First address of the area.
         start: u64,
         /// Why.
@@ -74,7 +83,7 @@ pub enum MemError {
     #[error("mm-{pid}.img: {what}")]
     BadImage {
         /// The task.
-        pid: i32,
+        pid: NsPid,
         /// What it says.
         what: String,
     },
@@ -82,7 +91,7 @@ pub enum MemError {
     #[error("{what} of task {pid} cannot be restored: {reason}")]
     Unsupported {
         /// The task.
-        pid: i32,
+        pid: NsPid,
         /// The object.
         what: String,
         /// Why, and what to do.

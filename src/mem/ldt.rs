@@ -6,6 +6,7 @@
 use super::MemError;
 use crate::{
     image::pb,
+    sys::pid::NsPid,
     tracee::{CallId, Data, List, Results, Want},
 };
 
@@ -77,7 +78,7 @@ fn user_desc(index: u32, entry: u64) -> Option<[u32; 4]> {
 }
 
 /// When no other address space is forked from this one.
-pub(super) fn plan(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+pub(super) fn plan(mm: &pb::MmEntry, pid: NsPid, list: &mut List) -> Result<(), MemError> {
     let Some(table) = &mm.ldt else { return Ok(()) };
     let (entries, rest) = table.as_chunks::<8>();
     if entries.len() > ENTRIES || !rest.is_empty() {
@@ -129,9 +130,9 @@ mod tests {
         let good = descriptor([0, 0, 0xf_ffff, 1]);
         for bad in [good & !(1 << 44), good & !(3 << 45), good | 1 << 53, good & !(1 << 40)] {
             let mm = pb::MmEntry { ldt: Some(bad.to_le_bytes().to_vec()), ..Default::default() };
-            assert!(plan(&mm, 1, &mut List::new("test")).is_err(), "{bad:#x}");
+            assert!(plan(&mm, NsPid::new(1), &mut List::new("test")).is_err(), "{bad:#x}");
         }
         let odd = pb::MmEntry { ldt: Some(vec![0; 9]), ..Default::default() };
-        assert!(plan(&odd, 1, &mut List::new("test")).is_err());
+        assert!(plan(&odd, NsPid::new(1), &mut List::new("test")).is_err());
     }
 }

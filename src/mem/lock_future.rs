@@ -7,7 +7,7 @@
 use super::MemError;
 use crate::{
     image::pb,
-    sys::Errno,
+    sys::{Errno, pid::NsPid},
     tracee::{CallId, Data, List, RemoteAddr, Results, Want},
 };
 
@@ -54,7 +54,7 @@ impl Question {
 }
 
 /// When nothing is mapped any more.
-pub(super) fn plan(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+pub(super) fn plan(mm: &pb::MmEntry, pid: NsPid, list: &mut List) -> Result<(), MemError> {
     match mm.lock_future {
         None => Ok(()),
         Some(flags) if flags & !ONFAULT == FUTURE => {

@@ -35,11 +35,14 @@ pub use error::MemError;
 pub use inside::{Inside, queries, room};
 pub use shared::SharedMemory;
 
-use crate::{image::pb, tracee::List};
+use crate::{
+    sys::pid::NsPid,
+    {image::pb, tracee::List},
+};
 
 /// Plans what an address space has besides its areas and their content, when they are there and no other is forked from it.
 /// What holds for memory that is mapped later comes last.
-pub fn plan_last(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+pub fn plan_last(mm: &pb::MmEntry, pid: NsPid, list: &mut List) -> Result<(), MemError> {
     locks::check(mm, pid)?;
     policy::plan(mm, pid, list)?;
     anon_name::plan(mm, pid, list)?;

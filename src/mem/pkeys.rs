@@ -22,7 +22,7 @@ use std::sync::LazyLock;
 use super::{MemError, vma};
 use crate::{
     image::pb,
-    sys::{Errno, pkey},
+    sys::{Errno, pid::NsPid, pkey},
     tracee::{CallId, List, Results, Want},
 };
 
@@ -102,11 +102,11 @@ pub fn known_to(core: &pb::CoreEntry) -> bool {
 
 /// Checks what an image says about keys, and whether they can be had here. `keys_at_source` tells whether the processor
 /// of the dump had keys.
-pub fn plan(mm: &pb::MmEntry, pid: i32, keys_at_source: bool) -> Result<Plan, MemError> {
+pub fn plan(mm: &pb::MmEntry, pid: NsPid, keys_at_source: bool) -> Result<Plan, MemError> {
     plan_for(mm, pid, keys_at_source, *HERE)
 }
 
-fn plan_for(mm: &pb::MmEntry, pid: i32, keys_at_source: bool, keys_here: bool) -> Result<Plan, MemError> {
+fn plan_for(mm: &pb::MmEntry, pid: NsPid, keys_at_source: bool, keys_here: bool) -> Result<Plan, MemError> {
     let bad = |what: String| Err(MemError::BadImage { pid, what });
     let areas = || mm.vmas.iter().filter(|area| area.status & SPECIAL == 0);
     let allocated = mm.pkeys.unwrap_or(1);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     fn steps(mm: &pb::MmEntry, keys_at_source: bool) -> Vec<String> {
-        let plan = plan_for(mm, 1, keys_at_source, true).unwrap();
+        let plan = plan_for(mm, NsPid::new(1), keys_at_source, true).unwrap();
         let mut list = List::new("test");
         plan.begin(&mut list);
         for area in mm.vmas.iter().filter(|area| plan.mprotect_will_do(area)) {
@@ -282,10 +282,10 @@ mod tests {
     #[test]
     fn a_processor_without_keys_is_refused_by_name() {
         let need = mm(Some(0b101), None, vec![area(0x1000, READ, 4)]);
-        let error = plan_for(&need, 7, true, false).unwrap_err().to_string();
+        let error = plan_for(&need, NsPid::new(7), true, false).unwrap_err().to_string();
         assert!(error.contains("task 7") && error.contains("keys (2, 4)"), "{error}");
         let code = mm(Some(1), Some(1), vec![area(0x1000, EXEC, 1)]);
-        assert_eq!(plan_for(&code, 7, true, false).unwrap(), Plan::default());
+        assert_eq!(plan_for(&code, NsPid::new(7), true, false).unwrap(), Plan::default());
     }
 
     #[test]
@@ -300,7 +300,10 @@ mod tests {
             mm(Some(1), None, one(area(0x1000, READ, u32::MAX))),
             mm(Some(1), Some(2), one(area(0x1000, READ, 2))),
         ] {
-            assert!(matches!(plan_for(&bad, 1, true, true), Err(MemError::BadImage { .. })), "{bad:?}");
+            assert!(
+                matches!(plan_for(&bad, NsPid::new(1), true, true), Err(MemError::BadImage { .. })),
+                "{bad:?}"
+            );
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::{
     image::pb,
     sys::{
         Errno,
+        pid::NsPid,
         sched::{NODES_LEN, can_have_memory_policy, memory_policy},
     },
     tracee::{CallId, Data, List, Results, Want},
@@ -161,7 +162,7 @@ pub fn plan_thread(
 }
 
 /// Plans the policies of areas, which are there and filled.
-pub(super) fn plan(mm: &pb::MmEntry, pid: i32, list: &mut List) -> Result<(), MemError> {
+pub(super) fn plan(mm: &pb::MmEntry, pid: NsPid, list: &mut List) -> Result<(), MemError> {
     let mut tried = Tried::default();
     for area in &mm.vmas {
         let Some(entry) = &area.mempolicy else { continue };

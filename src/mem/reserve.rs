@@ -13,9 +13,12 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::MemError;
-use crate::image::{ImageKind, PagesSink, Store};
 use crate::interrupt;
 use crate::pages::PAGE;
+use crate::{
+    image::{ImageKind, PagesSink, Store},
+    sys::pid::HostPid,
+};
 
 /// Below this a task's pages are written faster than room is made.
 const LEAST_BYTES: u64 = 4 << 20;
@@ -24,11 +27,15 @@ const STEP_BYTES: u64 = 256 << 20;
 
 /// Pages images made beforehand, by task.
 #[derive(Debug, Default)]
-pub(super) struct ReservedImages(BTreeMap<i32, (u32, PagesSink)>);
+pub(super) struct ReservedImages(BTreeMap<HostPid, (u32, PagesSink)>);
 
 impl ReservedImages {
     /// For the processes `tree`, which run and change: what is missed gets its room later.
-    pub(super) fn make(store: &dyn Store, tree: &[i32], next_pages_id: &mut u32) -> Result<Self, MemError> {
+    pub(super) fn make(
+        store: &dyn Store,
+        tree: &[HostPid],
+        next_pages_id: &mut u32,
+    ) -> Result<Self, MemError> {
         let mut made = BTreeMap::new();
         for &pid in tree {
             let bytes = own_bytes(pid).unwrap_or(0);
@@ -54,7 +61,7 @@ impl ReservedImages {
     }
 
     /// The image made for `pid`.
-    pub(super) fn take(&mut self, pid: i32) -> Option<(u32, PagesSink)> {
+    pub(super) fn take(&mut self, pid: HostPid) -> Option<(u32, PagesSink)> {
         self.0.remove(&pid)
     }
 
@@ -82,7 +89,7 @@ fn reserve(pages: &PagesSink, bytes: u64) -> Result<(), Errno> {
 }
 
 /// What is in memory and of no file: statm's resident pages less its shared ones.
-fn own_bytes(pid: i32) -> Option<u64> {
+fn own_bytes(pid: HostPid) -> Option<u64> {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
     let mut words = statm.split(' ').skip(1).map(|word| word.parse::<u64>().ok());
     let (resident, shared) = (words.next()??, words.next()??);
@@ -98,7 +105,7 @@ mod tests {
     fn room_for_what_is_in_memory() {
         let memory = vec![1u8; 32 << 20];
         let (store, mut next) = (MemStore::new(), 3);
-        let own = std::process::id().cast_signed();
+        let own = HostPid::own();
         let mut aside = ReservedImages::make(&store, &[own], &mut next).unwrap();
         assert!(memory.iter().all(|byte| *byte == 1) && next > 3);
         let (id, PagesSink::File(file)) = aside.take(own).unwrap() else {
@@ -112,7 +119,7 @@ mod tests {
     #[test]
     fn nothing_for_a_task_that_is_gone() {
         let (store, mut next) = (MemStore::new(), 1);
-        let mut aside = ReservedImages::make(&store, &[i32::MAX], &mut next).unwrap();
+        let mut aside = ReservedImages::make(&store, &[HostPid::new(i32::MAX)], &mut next).unwrap();
         assert!(aside.take_any().is_none() && next == 1 && store.names().unwrap().is_empty());
     }
 }

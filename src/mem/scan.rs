@@ -9,11 +9,11 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use crate::pages::copy::Span;
 use crate::pages::pagemap::{LAZY, PRESENT};
 use crate::pages::{PAGE, PagesError, Run};
 use crate::sys::Errno;
 use crate::sys::pagemap::{PageRegion, Query, category, scan};
+use crate::{pages::copy::Span, sys::pid::HostPid};
 
 /// What of an area's pages is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ struct Found {
 /// Spans of content in address order. Guard regions met on the way are collected.
 #[derive(Debug)]
 pub(super) struct Scan<'a> {
-    pid: i32,
+    pid: HostPid,
     pagemap: File,
     way: Way,
     targets: &'a [Target],
@@ -77,7 +77,7 @@ enum Way {
 impl<'a> Scan<'a> {
     /// Over `targets`, which are sorted and do not overlap, of the living thread `pid`.
     pub(super) fn new(
-        pid: i32,
+        pid: HostPid,
         targets: &'a [Target],
         guards: &'a mut Vec<Range<u64>>,
     ) -> Result<Self, PagesError> {
@@ -260,7 +260,7 @@ mod tests {
 
     fn spans(targets: &[Target], words: bool) -> Vec<(u64, u64, u32)> {
         let mut guards = Vec::new();
-        let mut scan = Scan::new(std::process::id().cast_signed(), targets, &mut guards).unwrap();
+        let mut scan = Scan::new(HostPid::own(), targets, &mut guards).unwrap();
         if words {
             scan = scan.by_words();
         }

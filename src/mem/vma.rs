@@ -6,11 +6,11 @@
 //! always -1 in an image. `fdflags` says how the file must be opened.
 
 use super::MemError;
-use crate::image::pb;
 use crate::pages::PAGE;
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{Smap, VmFlags};
 use crate::tracee::room::TASK_SIZE;
+use crate::{image::pb, sys::pid::NsPid};
 
 /// An ordinary area; all but [`VSYSCALL`] have it.
 pub const REGULAR: u32 = 1 << 0;
@@ -49,7 +49,7 @@ pub const MAP_DROPPABLE: u32 = 0x08;
 pub const LOCK_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
 
 /// Checks the areas of an mm image: order, alignment, range.
-pub fn check(mm: &pb::MmEntry, pid: i32) -> Result<(), MemError> {
+pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
     let mut last = 0u64;
     for vma in &mm.vmas {
         let (start, end) = (vma.start, vma.end);
@@ -187,10 +187,10 @@ mod tests {
             ..Default::default()
         };
         for status in [GUARD, GUARD | ANON_SHARED, VSYSCALL, 0] {
-            assert!(check(&mm(status, 0x3000, 0x1000), 1).is_err(), "{status:#x}");
+            assert!(check(&mm(status, 0x3000, 0x1000), NsPid::new(1)).is_err(), "{status:#x}");
         }
-        assert!(check(&mm(GUARD, 0x1000, u64::MAX), 1).is_err());
-        assert!(check(&mm(GUARD, 0x1000, 0x3000), 1).is_ok());
+        assert!(check(&mm(GUARD, 0x1000, u64::MAX), NsPid::new(1)).is_err());
+        assert!(check(&mm(GUARD, 0x1000, 0x3000), NsPid::new(1)).is_ok());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use nix::{
     sys::stat::{Mode, fstatat},
 };
 
-use crate::finding::Finding;
+use crate::{finding::Finding, sys::pid::HostPid};
 
 /// What a thread may have of its own. User, pid and time namespaces are those of the whole process.
 const NAMES: [&str; 5] = ["net", "ipc", "uts", "mnt", "cgroup"];
@@ -25,7 +25,7 @@ pub(crate) struct Namespaces(OwnedFd);
 
 impl Namespaces {
     /// `None` for a thread that is gone.
-    pub(crate) fn of(pid: i32, tid: i32) -> Option<Self> {
+    pub(crate) fn of(pid: HostPid, tid: HostPid) -> Option<Self> {
         let path = format!("/proc/{pid}/task/{tid}/ns");
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         open(path.as_str(), flags, Mode::empty()).ok().map(Self)
@@ -37,7 +37,7 @@ impl Namespaces {
     }
 
     /// Names what a thread of `process` has that the process has not; `process` are the namespaces of another thread of it.
-    pub(crate) fn compare(&self, process: &Self, pid: i32, tid: i32, findings: &mut Vec<Finding>) {
+    pub(crate) fn compare(&self, process: &Self, pid: HostPid, tid: HostPid, findings: &mut Vec<Finding>) {
         for name in NAMES {
             if self.inode(name) != process.inode(name) {
                 findings.push(Finding {
@@ -52,7 +52,7 @@ impl Namespaces {
     }
 
     /// Names a pid namespace that is prepared for children.
-    pub(crate) fn prepared(&self, pid: i32, tid: i32, findings: &mut Vec<Finding>) {
+    pub(crate) fn prepared(&self, pid: HostPid, tid: HostPid, findings: &mut Vec<Finding>) {
         let own = self.inode("pid");
         if *SHOWS_PREPARED && own.is_some() && self.inode("pid_for_children") != own {
             let what = "pid namespace for children";

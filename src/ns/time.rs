@@ -29,7 +29,7 @@ use crate::{
     host::child::{Child, Script},
     image::{ImageError, ImageKind, Store, TypedStore, pb},
     proc::{ParseError, timens},
-    sys::Errno,
+    sys::{Errno, pid::HostPid},
     tracee::{List, Want},
 };
 
@@ -202,14 +202,14 @@ fn namespace(task: &str, name: &str) -> Option<(u64, u64)> {
 pub(crate) struct TimeDump {
     /// The namespace of the tree, and the first thread that was seen in it: the leader of its process may be dead, and then
     /// only its threads have offsets in /proc.
-    tree: Option<((u64, u64), i32)>,
+    tree: Option<((u64, u64), HostPid)>,
     /// Whether a task has been said to be in another one.
     several: bool,
 }
 
 impl TimeDump {
     /// Looks at one thread. What images have no place for goes to `findings`.
-    pub(crate) fn thread(&mut self, pid: i32, tid: i32, findings: &mut Vec<Finding>) {
+    pub(crate) fn thread(&mut self, pid: HostPid, tid: HostPid, findings: &mut Vec<Finding>) {
         let task = format!("{pid}/task/{tid}");
         // A task that is gone has none, as on a kernel without time namespaces: the caller sees which.
         let Some(own) = namespace(&task, "time") else { return };

@@ -19,7 +19,7 @@ use nix::sys::uio::pwritev;
 use super::pagemap::{PagemapWriter, Run};
 use super::{PAGE, PagesError};
 use crate::image::PagesSink;
-use crate::sys::{Errno, process_vm};
+use crate::sys::{Errno, pid::HostPid, process_vm};
 use crate::{deadline, interrupt};
 
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
@@ -53,13 +53,13 @@ pub trait Source: Sync {
 /// The memory of a stopped task.
 #[derive(Debug)]
 pub struct TaskMemory {
-    pid: i32,
+    pid: HostPid,
     mem: File,
 }
 
 impl TaskMemory {
     /// Of the living thread `pid`.
-    pub fn open(pid: i32) -> io::Result<Self> {
+    pub fn open(pid: HostPid) -> io::Result<Self> {
         Ok(Self { pid, mem: File::open(format!("/proc/{pid}/mem"))? })
     }
 
@@ -566,7 +566,7 @@ mod tests {
             for (addr, into) in addrs.zip(into.chunks_mut(PAGE as usize)) {
                 if self.fail_at.is_some_and(|fail| addr >= fail) {
                     let source = io::Error::from_raw_os_error(libc::EIO);
-                    return Err(PagesError::Memory { pid: 1, addr, source });
+                    return Err(PagesError::Memory { pid: HostPid::own(), addr, source });
                 }
                 into.copy_from_slice(&page(addr));
             }
@@ -632,8 +632,11 @@ mod tests {
         let store = MemStore::new();
         let pagemap = PagemapWriter::create(&store, ImageKind::Pagemap, 1, 1).unwrap();
         let pages = store.create_pages("pages-1.img", 0).unwrap();
-        let failed =
-            || PagesError::Scan { pid: 1, addr: 0, source: io::Error::from_raw_os_error(libc::ESRCH) };
+        let failed = || PagesError::Scan {
+            pid: HostPid::own(),
+            addr: 0,
+            source: io::Error::from_raw_os_error(libc::ESRCH),
+        };
         let spans = (0..5000).map(|i| if i < 4000 { Ok(span(i * 2 * PAGE, 1, true)) } else { Err(failed()) });
         let error = copy(&Made::new(None), spans, pagemap, pages, 1).unwrap_err();
         assert!(matches!(error, PagesError::Scan { .. }), "{error}");

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::image::ImageError;
+use crate::{image::ImageError, sys::pid::HostPid};
 
 /// Contents that cannot be copied, or a pagemap that cannot be believed.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +15,7 @@ pub enum PagesError {
     #[error("read memory of {pid} at {addr:#x}")]
     Memory {
         /// Whose.
-        pid: i32,
+        pid: HostPid,
         /// First byte that could not be read.
         addr: u64,
         /// Why.
@@ -53,7 +53,7 @@ pub enum PagesError {
     #[error("scan pages of {pid} at {addr:#x}")]
     Scan {
         /// Whose.
-        pid: i32,
+        pid: HostPid,
         /// Where.
         addr: u64,
         /// Why.

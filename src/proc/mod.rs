@@ -62,7 +62,7 @@ mod tests {
         let (stat, status) =
             std::thread::Builder::new().name(name.into()).spawn(read).unwrap().join().unwrap();
         assert_eq!((&stat.comm[..], &status.name[..]), (name.as_bytes(), name.as_bytes()));
-        assert_eq!((stat.pid, stat.ppid), (status.pid, status.ppid));
+        assert_eq!((stat.pid, stat.ppid.get()), (status.pid, status.ppid));
         assert_eq!(stat.state, stat::State::Running);
     }
 

@@ -6,6 +6,7 @@
 
 use super::ParseError;
 use super::scan::Scan;
+use crate::sys::pid::HostPid;
 
 const FILE: &str = "stat";
 
@@ -58,9 +59,9 @@ pub struct Stat {
     /// As it is, not escaped.
     pub comm: Vec<u8>,
     pub state: State,
-    pub ppid: i32,
-    pub pgrp: i32,
-    pub session: i32,
+    pub ppid: HostPid,
+    pub pgrp: HostPid,
+    pub session: HostPid,
     /// Device number of the controlling terminal in the kernel's own encoding; 0 for none.
     pub tty_nr: i32,
     /// Foreground group of that terminal; -1 for none.
@@ -121,9 +122,9 @@ fn pid_before_comm(bytes: &[u8]) -> Option<i32> {
 fn fields(pid: i32, comm: &[u8], mut s: Scan<'_>) -> Option<Stat> {
     let [letter] = s.word()? else { return None };
     let state = State::from_letter(*letter);
-    let ppid = signed(&mut s)?;
-    let pgrp = signed(&mut s)?;
-    let session = signed(&mut s)?;
+    let ppid = HostPid::new(signed(&mut s)?);
+    let pgrp = HostPid::new(signed(&mut s)?);
+    let session = HostPid::new(signed(&mut s)?);
     let tty_nr = signed(&mut s)?;
     let tpgid = signed(&mut s)?;
     let flags = dec(&mut s)?;
@@ -223,9 +224,9 @@ mod tests {
             pid: 5813,
             comm: b"cat".to_vec(),
             state: State::Stopped,
-            ppid: 5802,
-            pgrp: 5803,
-            session: 4171,
+            ppid: HostPid::new(5802),
+            pgrp: HostPid::new(5803),
+            session: HostPid::new(4171),
             tty_nr: 34816,
             tpgid: -1,
             flags: 4_194_304,
@@ -270,7 +271,12 @@ mod tests {
         ] {
             let text = [b"1 (", comm, b") ", BEHIND.as_bytes()].concat();
             let stat = parse(&text).unwrap();
-            assert_eq!((stat.pid, &stat.comm[..], stat.ppid), (1, comm, 5802), "{}", comm.escape_ascii());
+            assert_eq!(
+                (stat.pid, &stat.comm[..], stat.ppid.get()),
+                (1, comm, 5802),
+                "{}",
+                comm.escape_ascii()
+            );
         }
     }
 

@@ -20,13 +20,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Outside, Shape, model, shape::Sharing};
+use crate::sys::pid::NsPid;
 
 /// Why a tree cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("task {pid}: {reason}")]
 pub(crate) struct Impossible {
     /// The task that would not be as it was.
-    pub(crate) pid: i32,
+    pub(crate) pid: NsPid,
     /// What would not.
     pub(crate) reason: String,
 }
@@ -36,7 +37,7 @@ impl Impossible {
     fn of_task(self, tasks: &[Shape]) -> Self {
         match tasks.first() {
             Some(root) if tasks.iter().all(|task| task.pid != self.pid) => {
-                let reason = match self.pid {
+                let reason = match self.pid.get() {
                     0.. => format!("of process {}, which is dead: {}", self.pid, self.reason),
                     _ => self.reason,
                 };
@@ -51,7 +52,7 @@ impl Impossible {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlannedPid {
     /// This one: it is a task's, or a session or group has it.
-    Exact(i32),
+    Exact(NsPid),
     /// Any that is free.
     Any,
 }
@@ -102,7 +103,7 @@ pub(crate) enum Move {
         /// Index of the process.
         who: usize,
         /// The group.
-        group: i32,
+        group: NsPid,
     },
     /// A helper ends while `by` is a subreaper, which gets the helper's children.
     Adopt {
@@ -184,7 +185,7 @@ impl ForkPlan {
     }
 
     /// Ids that no task has and that helpers must have: those of dead leaders.
-    pub(crate) fn ids_of_the_dead(&self) -> impl Iterator<Item = i32> + '_ {
+    pub(crate) fn ids_of_the_dead(&self) -> impl Iterator<Item = NsPid> + '_ {
         self.processes.iter().filter(|p| p.task.is_none()).filter_map(|p| match p.pid {
             PlannedPid::Exact(pid) => Some(pid),
             PlannedPid::Any => None,
@@ -194,11 +195,11 @@ impl ForkPlan {
 
 /// Plans the making of `tasks`, parents before children, by somebody in `outside`.
 pub(crate) fn plan(tasks: &[Shape], outside: Outside) -> Result<ForkPlan, Impossible> {
-    // The kernel says 0 of a session or group whose leader is in another pid namespace: such a one can be inherited from
-    // outside, and never be joined.
+    // `NONE`: a session or group that is led from another pid namespace. It can be inherited from outside, and never be joined.
     let cannot_be = |task: &&Shape| {
-        let session = task.sid < 0 || task.sid == 0 && outside.sid != 0;
-        let group = task.pgid < 0 || task.pgid == 0 && (outside.pgid != 0 || task.sid != outside.sid);
+        let session = task.sid < NsPid::NONE || task.sid == NsPid::NONE && outside.sid != NsPid::NONE;
+        let group = task.pgid < NsPid::NONE
+            || task.pgid == NsPid::NONE && (outside.pgid != NsPid::NONE || task.sid != outside.sid);
         session || group
     };
     if let Some(task) = tasks.iter().find(cannot_be) {
@@ -228,19 +229,19 @@ enum Guest {
 struct Planner<'t> {
     tasks: &'t [Shape],
     outside: Outside,
-    index_of: HashMap<i32, usize>,
+    index_of: HashMap<NsPid, usize>,
     children: Vec<Vec<usize>>,
     /// The session that a task is made in; `None` for leaders of which no child asks for one.
-    made_in: Vec<Option<i32>>,
+    made_in: Vec<Option<NsPid>>,
     /// Made before the setsid of its parent.
     early: BTreeSet<usize>,
     /// Not made by its parent.
     guests: BTreeMap<usize, Guest>,
     processes: Vec<Planned>,
     /// Helpers that lead a session for a dead leader, by session.
-    session_helpers: BTreeMap<i32, usize>,
+    session_helpers: BTreeMap<NsPid, usize>,
     /// Helpers that lead a group for a dead leader, by group, and who makes them.
-    group_helpers: BTreeMap<i32, (usize, usize)>,
+    group_helpers: BTreeMap<NsPid, (usize, usize)>,
     /// Tasks that lead a group which they are not in any more.
     former_leaders: BTreeSet<usize>,
     moves: Vec<Move>,
@@ -294,7 +295,7 @@ impl<'t> Planner<'t> {
     }
 
     /// Whether task `index`, a leader, can be made in `session`, which it then leaves.
-    fn can_be_made_in(&self, index: usize, session: i32) -> bool {
+    fn can_be_made_in(&self, index: usize, session: NsPid) -> bool {
         match self.index_of.get(&session) {
             // Nobody below a task can hand a session down to it.
             Some(leader) => *leader != index && !self.ancestors(*leader).any(|above| above == index),
@@ -303,7 +304,7 @@ impl<'t> Planner<'t> {
     }
 
     /// Whether a session that has lost its leader comes to task `index` from above.
-    fn handed_down(&self, index: usize, session: i32) -> bool {
+    fn handed_down(&self, index: usize, session: NsPid) -> bool {
         for above in self.ancestors(index) {
             if self.tasks[above].sid == session {
                 return true;
@@ -318,7 +319,7 @@ impl<'t> Planner<'t> {
 
     /// Decides in which session each task is made, and who cannot be made by its parent.
     fn sessions(&mut self) -> Result<(), Impossible> {
-        let mut foreign: BTreeMap<i32, BTreeSet<usize>> = BTreeMap::new();
+        let mut foreign: BTreeMap<NsPid, BTreeSet<usize>> = BTreeMap::new();
         // Children before parents: what a child needs decides what its parent must be made in.
         for index in (0..self.tasks.len()).rev() {
             let task = self.tasks[index];
@@ -378,7 +379,7 @@ impl<'t> Planner<'t> {
     }
 
     /// Members of a session that has lost its leader: a helper stands for it.
-    fn guests_of_dead(&mut self, session: i32, members: BTreeSet<usize>) -> Result<(), Impossible> {
+    fn guests_of_dead(&mut self, session: NsPid, members: BTreeSet<usize>) -> Result<(), Impossible> {
         // As low as possible, because it can leave tasks to its parent and to whoever is above that.
         let mut hosts: Vec<usize> = members.iter().flat_map(|m| self.ancestors(*m)).collect();
         hosts.sort_unstable_by_key(|host| (std::cmp::Reverse(self.chain(*host).len()), *host));
@@ -413,7 +414,7 @@ impl<'t> Planner<'t> {
     fn lifted(
         &self,
         chain: &[usize],
-        session: i32,
+        session: NsPid,
         members: &BTreeSet<usize>,
     ) -> Option<(BTreeSet<usize>, BTreeSet<usize>)> {
         let (mut early, mut guests) = (BTreeSet::new(), BTreeSet::new());
@@ -497,8 +498,8 @@ impl<'t> Planner<'t> {
     }
 
     /// Former leaders join their groups: each when its own is kept by others, who have joined it.
-    fn leave_groups(&mut self, mut waiting: Vec<(usize, i32)>) {
-        let mut kept: BTreeSet<i32> = self
+    fn leave_groups(&mut self, mut waiting: Vec<(usize, NsPid)>) {
+        let mut kept: BTreeSet<NsPid> = self
             .moves
             .iter()
             .filter_map(|step| match step {
@@ -507,7 +508,7 @@ impl<'t> Planner<'t> {
             })
             .collect();
         while !waiting.is_empty() {
-            let is_free = |(who, _): &(usize, i32)| {
+            let is_free = |(who, _): &(usize, NsPid)| {
                 let own = self.tasks[*who].pid;
                 kept.contains(&own) || !waiting.iter().any(|(_, group)| *group == own)
             };
@@ -527,7 +528,7 @@ impl<'t> Planner<'t> {
     fn in_foreign_group(&self) -> BTreeSet<usize> {
         let mut found = BTreeSet::new();
         for (index, process) in self.processes.iter().enumerate() {
-            if process.task.is_some_and(|task| self.tasks[task].pgid == 0) {
+            if process.task.is_some_and(|task| self.tasks[task].pgid == NsPid::NONE) {
                 let mut at = Some(index);
                 while let Some(one) = at.filter(|one| found.insert(*one)) {
                     at = self.processes[one].maker;
@@ -559,7 +560,7 @@ impl<'t> Planner<'t> {
             }
             let task = self.processes[index].task.map(|t| self.tasks[t]);
             let pid = self.processes[index].pid;
-            let is_leader = |helpers: &BTreeMap<i32, usize>| {
+            let is_leader = |helpers: &BTreeMap<NsPid, usize>| {
                 helpers.values().any(|h| *h == index) && matches!(pid, PlannedPid::Exact(_))
             };
             let mut steps = Vec::new();

@@ -6,9 +6,11 @@
 //!
 //! - [`shape`]: what is wanted of each task.
 //! - [`fork_plan`]: the steps that make it.
+//! - [`ids`]: which id crtool has for what has another one in the tree.
 //! - [`model`]: what the kernel makes of these steps. Every plan is tried in it before it is given out.
 
 pub(crate) mod fork_plan;
+pub(crate) mod ids;
 mod model;
 pub(crate) mod shape;
 #[cfg(test)]

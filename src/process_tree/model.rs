@@ -6,21 +6,22 @@
 use std::collections::HashMap;
 
 use super::{ForkPlan, Move, Outside, PlannedPid, Shape, Share, Sharing, Step, fork_plan::Impossible};
+use crate::sys::pid::NsPid;
 
 /// One process of the model.
 #[derive(Debug, Clone, Copy)]
 struct Process {
-    pid: i32,
+    pid: NsPid,
     /// `None`: a child of whoever makes the tree, or of whoever adopts its orphans.
     parent: Option<usize>,
-    sid: i32,
-    pgid: i32,
+    sid: NsPid,
+    pgid: NsPid,
     objects: Sharing,
     alive: bool,
 }
 
 /// Why a step fails.
-type Failed = (i32, String);
+type Failed = (NsPid, String);
 
 struct Model<'p> {
     plan: &'p ForkPlan,
@@ -64,8 +65,8 @@ fn shared_as_wanted(tasks: &[Shape], made: &[Option<Process>]) -> Result<(), Imp
     ];
     for (what, id_of) in kinds {
         // Each object of the model stands for one object of the images, and the other way round.
-        let mut wanted_of: HashMap<u32, (u32, i32)> = HashMap::new();
-        let mut made_of: HashMap<u32, (u32, i32)> = HashMap::new();
+        let mut wanted_of: HashMap<u32, (u32, NsPid)> = HashMap::new();
+        let mut made_of: HashMap<u32, (u32, NsPid)> = HashMap::new();
         for (index, task) in tasks.iter().enumerate() {
             let (Some(wanted), Some(Some(process))) = (&task.sharing, made.get(index)) else { continue };
             let (object, mut id) = (id_of(&process.objects), id_of(wanted));
@@ -112,10 +113,10 @@ fn run(plan: &ForkPlan, outside: Outside) -> Result<(Vec<Option<Process>>, Vec<b
 }
 
 impl Model<'_> {
-    fn pid(&self, index: usize) -> i32 {
+    fn pid(&self, index: usize) -> NsPid {
         match self.plan.processes.get(index).map(|p| p.pid) {
             Some(PlannedPid::Exact(pid)) => pid,
-            _ => -1 - i32::try_from(index).unwrap_or(0),
+            _ => NsPid::new(-1 - i32::try_from(index).unwrap_or(0)),
         }
     }
 
@@ -188,7 +189,7 @@ impl Model<'_> {
         Ok(())
     }
 
-    fn group_exists(&self, group: i32, sid: i32) -> bool {
+    fn group_exists(&self, group: NsPid, sid: NsPid) -> bool {
         self.processes.iter().flatten().any(|p| p.alive && p.pgid == group && p.sid == sid)
     }
 
@@ -235,7 +236,7 @@ impl Model<'_> {
                     return Ok(false);
                 }
                 let is_outside = process.sid == outside.sid && group == outside.pgid;
-                let exists = group > 0 && (is_outside || self.group_exists(group, process.sid));
+                let exists = group.get() > 0 && (is_outside || self.group_exists(group, process.sid));
                 if process.sid == process.pid || !exists {
                     let reason = format!("its process group {group} is not in its session {}", process.sid);
                     return Err((process.pid, reason));

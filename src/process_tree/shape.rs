@@ -1,16 +1,18 @@
 //! What a task of a tree is to the others: its parent, session and group, and what it shares.
 
+use crate::sys::pid::NsPid;
+
 /// One task. Tasks are listed parents before children, the root first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shape {
-    /// Process id, in the pid namespace of the tree.
-    pub(crate) pid: i32,
+    /// Process id.
+    pub(crate) pid: NsPid,
     /// Index of the parent; `None` for the root.
     pub(crate) parent: Option<usize>,
     /// Process group.
-    pub(crate) pgid: i32,
+    pub(crate) pgid: NsPid,
     /// Session.
-    pub(crate) sid: i32,
+    pub(crate) sid: NsPid,
     /// What it shares with other tasks; `None` for a zombie, which has nothing.
     pub(crate) sharing: Option<Sharing>,
 }
@@ -32,9 +34,9 @@ pub(crate) struct Sharing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Outside {
     /// Session.
-    pub(crate) sid: i32,
+    pub(crate) sid: NsPid,
     /// Process group.
-    pub(crate) pgid: i32,
+    pub(crate) pgid: NsPid,
 }
 
 impl Shape {
@@ -48,13 +50,13 @@ impl Shape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Listed {
     /// Process id.
-    pub(crate) pid: i32,
+    pub(crate) pid: NsPid,
     /// Of its parent, which for the root is outside.
-    pub(crate) ppid: i32,
+    pub(crate) ppid: NsPid,
     /// Process group.
-    pub(crate) pgid: i32,
+    pub(crate) pgid: NsPid,
     /// Session.
-    pub(crate) sid: i32,
+    pub(crate) sid: NsPid,
     /// See [`Shape::sharing`].
     pub(crate) sharing: Option<Sharing>,
 }
@@ -65,7 +67,7 @@ pub(crate) fn shapes(listed: &[Listed], outside: Outside) -> Vec<Shape> {
     let root = listed.first();
     let foreign_session = root.filter(|r| r.sid != r.pid).map(|r| r.sid);
     let foreign_group = root.filter(|r| r.pgid != r.pid).map(|r| r.pgid);
-    let index_of: std::collections::HashMap<i32, usize> =
+    let index_of: std::collections::HashMap<NsPid, usize> =
         listed.iter().enumerate().map(|(index, task)| (task.pid, index)).collect();
     let shape = |(index, task): (usize, &Listed)| {
         let from_outside = Some(task.pgid) == foreign_group || Some(task.pgid) == foreign_session;

@@ -1,10 +1,11 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::sys::pid::NsPid;
 
-const OUTSIDE: Outside = Outside { sid: 1, pgid: 1 };
+const OUTSIDE: Outside = Outside { sid: NsPid::new(1), pgid: NsPid::new(1) };
 /// What somebody sees whose session and group are led from outside of his pid namespace.
-const OTHER_NAMESPACE: Outside = Outside { sid: 0, pgid: 0 };
+const OTHER_NAMESPACE: Outside = Outside { sid: NsPid::new(0), pgid: NsPid::new(0) };
 
 fn own(index: u32) -> Option<Sharing> {
     Some(Sharing { vm: index, sighand: index, files: index, fs: index })
@@ -12,8 +13,10 @@ fn own(index: u32) -> Option<Sharing> {
 
 /// Tasks that share nothing.
 fn tree(tasks: &[(i32, Option<usize>, i32, i32)]) -> Vec<Shape> {
-    let shape =
-        |(index, &(pid, parent, pgid, sid)): (u32, &_)| Shape { pid, parent, pgid, sid, sharing: own(index) };
+    let shape = |(index, &(pid, parent, pgid, sid)): (u32, &(i32, _, i32, i32))| {
+        let [pid, pgid, sid] = [pid, pgid, sid].map(NsPid::new);
+        Shape { pid, parent, pgid, sid, sharing: own(index) }
+    };
     (1u32..).zip(tasks).map(shape).collect()
 }
 
@@ -53,10 +56,10 @@ fn child_of_the_old_session_comes_first() {
 #[test]
 fn dead_session_leader() {
     let plan = plan(&tree(&[(10, None, 10, 10), (12, Some(0), 11, 11)]), OUTSIDE).unwrap();
-    assert_eq!(plan.processes[2].pid, PlannedPid::Exact(11));
+    assert_eq!(plan.processes[2].pid, PlannedPid::Exact(NsPid::new(11)));
     assert_eq!(plan.processes[2].steps, [Step::Setsid, make_sibling(1)]);
     assert_eq!(plan.processes[0].steps, [Step::Setsid, make(2)]);
-    assert_eq!(plan.ids_of_the_dead().collect::<Vec<_>>(), [11]);
+    assert_eq!(plan.ids_of_the_dead().collect::<Vec<_>>(), [NsPid::new(11)]);
 }
 
 #[test]
@@ -77,7 +80,7 @@ fn dead_group_leader() {
     let tasks = tree(&[(10, None, 10, 10), (12, Some(0), 11, 10), (13, Some(0), 11, 10)]);
     let plan = plan(&tasks, OUTSIDE).unwrap();
     assert_eq!(plan.processes.len(), 4);
-    assert_eq!(plan.processes[3].pid, PlannedPid::Exact(11));
+    assert_eq!(plan.processes[3].pid, PlannedPid::Exact(NsPid::new(11)));
     assert_eq!(plan.processes[1].steps, [make(3)]);
 }
 
@@ -104,7 +107,7 @@ fn leader_that_has_left_its_group() {
         tree(&[(10, None, 10, 10), (11, Some(0), 10, 10), (12, Some(0), 11, 10), (13, Some(0), 13, 10)]);
     let plan = plan(&tasks, OUTSIDE).unwrap();
     assert!(plan.processes[1].steps.contains(&Step::LeadGroup));
-    assert_eq!(plan.moves.last(), Some(&Move::Join { who: 1, group: 10 }));
+    assert_eq!(plan.moves.last(), Some(&Move::Join { who: 1, group: NsPid::new(10) }));
 }
 
 #[test]
@@ -131,7 +134,7 @@ fn what_cannot_be_made_is_named() {
     tasks[1].sharing.as_mut().unwrap().vm = 7;
     tasks[2].sharing.as_mut().unwrap().vm = 7;
     let error = plan(&tasks, OUTSIDE).unwrap_err();
-    assert_eq!(error.pid, 12);
+    assert_eq!(error.pid.get(), 12);
     assert!(error.reason.contains("address space"), "{error}");
 }
 
@@ -158,9 +161,9 @@ fn a_group_of_another_namespace_is_not_joined() {
 #[test]
 fn what_is_led_from_elsewhere_is_named() {
     let error = plan(&tree(&[(10, None, 10, 10), (11, Some(0), 0, 0)]), OUTSIDE).unwrap_err();
-    assert_eq!((error.pid, error.reason.contains("pid namespace")), (11, true));
+    assert_eq!((error.pid.get(), error.reason.contains("pid namespace")), (11, true));
     let error = plan(&tree(&[(10, None, 10, 9), (11, Some(0), 10, 10)]), OUTSIDE).unwrap_err();
-    assert_eq!((error.pid, error.reason.contains("from outside the tree")), (10, true));
+    assert_eq!((error.pid.get(), error.reason.contains("from outside the tree")), (10, true));
 }
 
 /// A kernel in which a tree comes to be by random system calls: what it gives is what dumps meet.
@@ -169,10 +172,10 @@ mod history {
 
     #[derive(Debug, Clone, Copy)]
     struct Task {
-        pid: i32,
+        pid: NsPid,
         parent: usize,
-        pgid: i32,
-        sid: i32,
+        pgid: NsPid,
+        sid: NsPid,
         objects: Sharing,
         zombie: bool,
         subreaper: bool,
@@ -189,8 +192,9 @@ mod history {
         pub(super) fn new(leader: bool, outside: Outside) -> Self {
             let mut kernel = Self { tasks: Vec::new(), next: 10, object: 0 };
             let objects = kernel.objects();
-            let (pgid, sid) = if leader { (10, 10) } else { (outside.pgid, outside.sid) };
-            let root = Task { pid: 10, parent: 0, pgid, sid, objects, zombie: false, subreaper: false };
+            let pid = NsPid::new(10);
+            let (pgid, sid) = if leader { (pid, pid) } else { (outside.pgid, outside.sid) };
+            let root = Task { pid, parent: 0, pgid, sid, objects, zombie: false, subreaper: false };
             kernel.tasks.push(Some(root));
             kernel
         }
@@ -219,10 +223,10 @@ mod history {
                 }
                 40..=54 => {}
                 55..=69 => {
-                    let to = self.tasks[alive[with % alive.len()]].map_or(0, |t| t.pgid);
+                    let to = self.tasks[alive[with % alive.len()]].map_or(NsPid::new(0), |t| t.pgid);
                     let to = if with.is_multiple_of(3) { task.pid } else { to };
-                    let there =
-                        self.tasks.iter().flatten().any(|t| t.pgid == to && t.sid == task.sid) && to > 0;
+                    let there = self.tasks.iter().flatten().any(|t| t.pgid == to && t.sid == task.sid)
+                        && to.get() > 0;
                     if task.sid != task.pid && (there || to == task.pid) {
                         self.set(index, |t| t.pgid = to);
                     }
@@ -263,7 +267,8 @@ mod history {
                 objects.vm = task.objects.vm;
             }
             let parent = if sibling { task.parent } else { index };
-            let child = Task { pid: self.next, parent, objects, zombie: false, subreaper: false, ..task };
+            let child =
+                Task { pid: NsPid::new(self.next), parent, objects, zombie: false, subreaper: false, ..task };
             self.tasks.push(Some(child));
         }
 

@@ -8,7 +8,11 @@ use anyhow::{Context, Result};
 use super::{CLONE_PTRACE, THREAD_FLAGS, Task, create::Construction, images::State, layout, log_list};
 use crate::{
     image::pb,
-    sys::clone::CloneArgs,
+    process_tree::ids::on_host,
+    sys::{
+        clone::CloneArgs,
+        pid::{HostPid, NsPid},
+    },
     task,
     tracee::{List, Op},
 };
@@ -52,12 +56,12 @@ impl Construction<'_> {
         // its own signals are restored.
         let stopped: Vec<&Task> = self.alive().filter(|t| t.state == State::Stopped).collect();
         for task in stopped.into_iter().rev() {
-            self.puppets.resume(task.pid)?;
+            self.puppets.resume(on_host(task.pid))?;
             self.puppets.settle()?;
             self.stop(task).with_context(|| format!("stop of task {}", task.pid))?;
         }
         for task in self.alive().filter(|t| t.state != State::Stopped) {
-            self.puppets.resume(task.pid)?;
+            self.puppets.resume(on_host(task.pid))?;
         }
         self.puppets.settle()
     }
@@ -71,12 +75,12 @@ impl Construction<'_> {
                 self.run_stage(&mut given)?;
             }
             self.give_list(&[stage], index, task)?;
-            given.push(task.pid);
+            given.push(on_host(task.pid));
         }
         self.run_stage(&mut given)
     }
 
-    fn run_stage(&mut self, given: &mut Vec<i32>) -> Result<()> {
+    fn run_stage(&mut self, given: &mut Vec<HostPid>) -> Result<()> {
         for pid in given.drain(..) {
             self.puppets.resume(pid)?;
         }
@@ -101,7 +105,7 @@ impl Construction<'_> {
         list.op(Op::Stop);
         list.op(Op::Next);
         log_list(&list);
-        self.puppets.next_list(task.pid, &list)
+        self.puppets.next_list(on_host(task.pid), &list)
     }
 
     fn plan_stage(&mut self, stage: Stage, index: usize, task: &Task, list: &mut List) -> Result<()> {
@@ -126,7 +130,7 @@ impl Construction<'_> {
                     self.next_shared = self.next_shared.max(descriptors.end());
                 }
             }
-            Stage::Table => self.files.plan_table(task.ids.files_id, task.pid, list)?,
+            Stage::Table => self.files.plan_table(task.ids.files_id, task.pid.get(), list)?,
             Stage::Attributes => {
                 task::plan_process(core, mm, &self.supervisor, list)?;
                 task::plan_thread(&self.thread_plan(task, task.pid, core), list)?;
@@ -135,7 +139,7 @@ impl Construction<'_> {
         Ok(())
     }
 
-    fn thread_plan<'a>(&'a self, task: &Task, tid: i32, core: &'a pb::CoreEntry) -> task::ThreadPlan<'a> {
+    fn thread_plan<'a>(&'a self, task: &Task, tid: NsPid, core: &'a pb::CoreEntry) -> task::ThreadPlan<'a> {
         task::ThreadPlan { core, pid: task.pid, tid, seccomp: &self.seccomp, supervisor: &self.supervisor }
     }
 
@@ -149,7 +153,7 @@ impl Construction<'_> {
             own.op(Op::Next);
             let slot = self.puppets.add_slot(area)?;
             let label = format!("thread {tid} of task {}", task.pid);
-            self.puppets.expect_thread(*tid, label, (area, slot), &own)?;
+            self.puppets.expect_thread(on_host(*tid), label, (area, slot), &own)?;
             let args = CloneArgs { flags: THREAD_FLAGS | CLONE_PTRACE, ..CloneArgs::default() };
             list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
         }
@@ -162,6 +166,7 @@ impl Construction<'_> {
         let core = task.core()?;
         let wanted = core.tc.as_ref().and_then(|tc| tc.stop_signo).and_then(|s| i32::try_from(s).ok());
         let wanted = wanted.filter(|s| task::sigaction::is_default(core, *s)).unwrap_or(libc::SIGSTOP);
-        self.puppets.stop_process(&task.tids, wanted)
+        let tids: Vec<HostPid> = task.tids.iter().copied().map(on_host).collect();
+        self.puppets.stop_process(&tids, wanted)
     }
 }

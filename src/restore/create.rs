@@ -32,12 +32,13 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::{pkeys, vma},
     pages::Pages,
-    process_tree::{ForkPlan, PlannedPid, Step},
+    process_tree::{ForkPlan, PlannedPid, Step, ids::on_host},
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{
         Errno,
         clone::{CloneArgs, clone_into},
+        pid::{HostPid, NsPid},
         pidfd, pipe, ptrace, rseq,
     },
     task,
@@ -55,13 +56,13 @@ pub(super) struct Construction<'i> {
     pub(super) files: FilesRestore<'i>,
     pub(super) puppets: Puppets,
     /// Ids of all processes, also of helpers.
-    pub(super) pids: Vec<i32>,
+    pub(super) pids: Vec<NsPid>,
     /// Areas and slots of all processes.
     pub(super) places: Vec<(AreaId, RemoteAddr)>,
     pub(super) made: Vec<Made>,
     pub(super) clocks: TreeClocks,
     /// Protection keys, by pid.
-    pub(super) keys: HashMap<i32, pkeys::Plan>,
+    pub(super) keys: HashMap<NsPid, pkeys::Plan>,
     pub(super) seccomp: task::seccomp::Plan,
     pub(super) supervisor: task::Supervisor,
     /// Numbers for descriptors of those who share a table: none is used twice.
@@ -132,7 +133,6 @@ impl<'i> Construction<'i> {
             });
         }
         let (held, go) = pipe::pipe2(libc::O_CLOEXEC).context("pipe")?;
-        let me = std::process::id().cast_signed();
         let filters: pb::SeccompEntry = store.read_one(ImageKind::Seccomp, None)?.unwrap_or_default();
         let alive = images.tasks.iter().filter(|t| !t.is_zombie());
         let processes: Vec<_> = alive.map(|t| (t.pid, t.cores.iter().collect())).collect();
@@ -151,7 +151,7 @@ impl<'i> Construction<'i> {
             page_threads: PageThreads::new(),
             pages,
             shared,
-            pidfd: pidfd::open(me, 0).context("pidfd of crtool")?,
+            pidfd: pidfd::open(HostPid::own().get(), 0).context("pidfd of crtool")?,
             gate: Gate { go: File::from(go), held },
             forks,
         };
@@ -187,7 +187,7 @@ impl<'i> Construction<'i> {
         self.places.get(index).copied().context("a process without a place")
     }
 
-    pub(super) fn pid(&self, index: usize) -> Result<i32> {
+    pub(super) fn pid(&self, index: usize) -> Result<NsPid> {
         self.pids.get(index).copied().context("a process without an id")
     }
 
@@ -258,7 +258,7 @@ impl<'i> Construction<'i> {
         for step in &process.steps {
             self.plan_step(&mut list, *step)?;
             if *step == Step::Setsid && task.is_some() {
-                self.files.plan_controlling(pid, &mut descriptors, &mut list);
+                self.files.plan_controlling(pid.get(), &mut descriptors, &mut list);
                 descriptors.close_all(&mut list);
             }
         }
@@ -271,7 +271,7 @@ impl<'i> Construction<'i> {
             _ => None,
         };
         let place = self.place(index)?;
-        self.puppets.expect_process(pid, label, place, copy_of, &list)
+        self.puppets.expect_process(on_host(pid), label, place, copy_of, &list)
     }
 
     fn plan_memory(
@@ -350,7 +350,7 @@ impl<'i> Construction<'i> {
         let map = self.puppets.map_first(area)?;
         let pid = loop {
             let wanted = self.pid(first)?;
-            let (runner, list, slot) = self.puppets.entry(wanted)?;
+            let (runner, list, slot) = self.puppets.entry(on_host(wanted))?;
             let set_tid = [wanted];
             let args = CloneArgs {
                 flags: if sibling { libc::CLONE_PARENT as u64 } else { 0 },
@@ -385,7 +385,7 @@ impl<'i> Construction<'i> {
                 *known = self.puppets.current_id(*known);
             }
         }
-        Ok(Pid::from_raw(root))
+        Ok(Pid::from_raw(on_host(root).get()))
     }
 
     /// What the restore took.
@@ -401,7 +401,7 @@ impl<'i> Construction<'i> {
 
 /// The pages of a task, also those that parent snapshots have.
 fn pages_of(store: &dyn Store, task: &Task) -> Result<Pages> {
-    let id = u64::try_from(task.pid)?;
+    let id = u64::from(task.pid.bits());
     let name = ImageKind::Pagemap.file_name(id);
     // Without it every page of the task would come back as zero.
     let pages = Pages::read(store, ImageKind::Pagemap, id)?;

@@ -13,7 +13,15 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{Task, create::Construction};
-use crate::{deadline, sys::ptrace, task};
+use crate::{
+    deadline,
+    process_tree::ids::on_host,
+    sys::{
+        pid::{HostPid, NsPid},
+        ptrace,
+    },
+    task,
+};
 
 /// How long a thread that has ended may be listed: until it gets a processor.
 const END_PATIENCE: Duration = Duration::from_secs(5);
@@ -32,7 +40,7 @@ impl Construction<'_> {
         let mut cleared = HashSet::new();
         for task in &tasks {
             let label = || format!("final state of task {}", task.pid);
-            let (area, at, len) = self.puppets.range_of(task.pid)?;
+            let (area, at, len) = self.puppets.range_of(on_host(task.pid))?;
             if cleared.insert(area) {
                 self.take_area(task, at, len).with_context(label)?;
             }
@@ -40,15 +48,17 @@ impl Construction<'_> {
         for task in &tasks {
             let label = || format!("final state of task {}", task.pid);
             for (tid, core) in task.tids.iter().zip(&task.cores) {
-                if self.puppets.is_within_call(*tid) {
-                    self.puppets.stop_before_user_code(*tid).with_context(label)?;
+                let thread = on_host(*tid);
+                if self.puppets.is_within_call(thread) {
+                    self.puppets.stop_before_user_code(thread).with_context(label)?;
                 }
                 let mut state = task::final_state(core).with_context(label)?;
-                state.enter_call(*tid, core);
-                ptrace::set_regset(*tid, ptrace::NT_X86_XSTATE, &state.xstate)
+                state.enter_call(thread, core);
+                ptrace::set_regset(thread, ptrace::NT_X86_XSTATE, &state.xstate)
                     .with_context(|| format!("xsave area of thread {tid}"))?;
-                ptrace::set_sigmask(*tid, state.sigmask).with_context(label)?;
-                ptrace::set_regs(*tid, &state.regs).with_context(|| format!("registers of thread {tid}"))?;
+                ptrace::set_sigmask(thread, state.sigmask).with_context(label)?;
+                ptrace::set_regs(thread, &state.regs)
+                    .with_context(|| format!("registers of thread {tid}"))?;
             }
         }
         Ok(())
@@ -58,27 +68,30 @@ impl Construction<'_> {
     /// are through with it, and need a moment to vanish.
     fn no_strangers(&self, task: &Task) -> Result<()> {
         let begun = Instant::now();
+        let known: HashSet<HostPid> = task.tids.iter().copied().map(on_host).collect();
         loop {
-            let dir = std::fs::read_dir(format!("/proc/{}/task", task.pid)).context("list of threads")?;
-            let mut tids = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-            let Some(stranger) = tids.find(|tid| !task.tids.contains(tid)) else { return Ok(()) };
+            let dir =
+                std::fs::read_dir(format!("/proc/{}/task", on_host(task.pid))).context("list of threads")?;
+            let mut tids =
+                dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok().map(HostPid::new));
+            let Some(stranger) = tids.find(|tid| !known.contains(tid)) else { return Ok(()) };
             ensure!(begun.elapsed() < END_PATIENCE, "thread {stranger} should not be there any more");
             std::thread::sleep(Duration::from_micros(200));
             deadline::check()?;
         }
     }
 
-    fn queue_signals(&mut self, pid: i32, tid: i32, core: &crate::image::pb::CoreEntry) -> Result<()> {
+    fn queue_signals(&mut self, pid: NsPid, tid: NsPid, core: &crate::image::pb::CoreEntry) -> Result<()> {
         for (info, shared) in task::pending_signals(core)? {
             let signal = u64::from(task::signal_of(&info));
-            let at = self.puppets.bytes(tid, &info)?;
-            let (pid, thread) = (u64::from(pid.cast_unsigned()), u64::from(tid.cast_unsigned()));
+            let at = self.puppets.bytes(on_host(tid), &info)?;
+            let (pid, thread) = (u64::from(pid.bits()), u64::from(tid.bits()));
             let (name, nr, args) = if shared {
                 ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, [pid, signal, at.0, 0, 0, 0])
             } else {
                 ("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, [pid, thread, signal, at.0, 0, 0])
             };
-            let result = self.puppets.bare_call(tid, nr, args)?;
+            let result = self.puppets.bare_call(on_host(tid), nr, args)?;
             ensure!(result == 0, "{name} of signal {signal} failed with error {}", -result);
         }
         Ok(())
@@ -86,20 +99,20 @@ impl Construction<'_> {
 
     /// Sets `dumpable` and unmaps the area.
     fn take_area(&mut self, task: &Task, at: u64, len: u64) -> Result<()> {
+        let pid = on_host(task.pid);
         let dumpable = task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1);
         let value = task::dumpable_to_set(dumpable)?;
         let prctl = |option: i32, value| [u64::from(option.cast_unsigned()), value, 0, 0, 0, 0];
-        let has = self.puppets.bare_call(task.pid, libc::SYS_prctl, prctl(libc::PR_GET_DUMPABLE, 0))?;
+        let has = self.puppets.bare_call(pid, libc::SYS_prctl, prctl(libc::PR_GET_DUMPABLE, 0))?;
         // It cannot be set to 2: where fs.suid_dumpable is 2, a change of credentials has done that, as at the source.
         if dumpable != 2 || has != 2 {
-            let set =
-                self.puppets.bare_call(task.pid, libc::SYS_prctl, prctl(libc::PR_SET_DUMPABLE, value))?;
+            let set = self.puppets.bare_call(pid, libc::SYS_prctl, prctl(libc::PR_SET_DUMPABLE, value))?;
             ensure!(set == 0, "PR_SET_DUMPABLE failed with error {}", -set);
             if dumpable == 2 {
                 tracing::warn!("task {}: dumpable is 0 instead of 2: no core file at all", task.pid);
             }
         }
-        let gone = self.puppets.bare_call(task.pid, libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
+        let gone = self.puppets.bare_call(pid, libc::SYS_munmap, [at, len, 0, 0, 0, 0])?;
         ensure!(gone == 0, "munmap of the memory for lists failed with error {}", -gone);
         Ok(())
     }

@@ -6,7 +6,10 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::image::{ImageKind, Store, TypedStore, pb};
+use crate::{
+    image::{ImageKind, Store, TypedStore, pb},
+    sys::pid::NsPid,
+};
 
 /// Largest pid the kernel can have (PID_MAX_LIMIT).
 const PID_MAX: u32 = 4 << 20;
@@ -26,13 +29,13 @@ pub(super) enum State {
 /// One task of the images.
 #[derive(Debug)]
 pub(super) struct Task {
-    pub(super) pid: i32,
-    pub(super) ppid: i32,
-    pub(super) pgid: i32,
-    pub(super) sid: i32,
+    pub(super) pid: NsPid,
+    pub(super) ppid: NsPid,
+    pub(super) pgid: NsPid,
+    pub(super) sid: NsPid,
     pub(super) state: State,
     /// Thread ids, the leader first.
-    pub(super) tids: Vec<i32>,
+    pub(super) tids: Vec<NsPid>,
     /// One for each thread, in the same order.
     pub(super) cores: Vec<pb::CoreEntry>,
     pub(super) ids: pb::TaskKobjIdsEntry,
@@ -58,9 +61,9 @@ pub(super) struct Images {
     pub(super) dumper: Option<pb::TaskKobjIdsEntry>,
 }
 
-fn id(value: u32, what: &str) -> Result<i32> {
+fn id(value: u32, what: &str) -> Result<NsPid> {
     ensure!(value <= PID_MAX, "pstree.img: {what} {value} is no process id");
-    Ok(i32::try_from(value)?)
+    Ok(NsPid::new(i32::try_from(value)?))
 }
 
 impl Images {
@@ -104,7 +107,7 @@ impl Images {
     }
 
     fn check_tree(&self) -> Result<()> {
-        let mut known: HashMap<i32, usize> = HashMap::new();
+        let mut known: HashMap<NsPid, usize> = HashMap::new();
         for (index, task) in self.tasks.iter().enumerate() {
             if index == 0 {
                 ensure!(!task.is_zombie(), "pstree.img: the root {} is a zombie", task.pid);
@@ -123,10 +126,10 @@ impl Images {
 
     fn task(store: &dyn Store, entry: &pb::PstreeEntry) -> Result<Task> {
         let pid = id(entry.pid, "pid")?;
-        ensure!(pid > 0, "pstree.img: pid 0");
+        ensure!(pid.get() > 0, "pstree.img: pid 0");
         let mut tids = vec![pid];
         let dead = |core: &pb::CoreEntry| core.tc.as_ref().is_some_and(|tc| tc.task_state == TASK_DEAD);
-        let leader: pb::CoreEntry = store.need_one(ImageKind::Core, u64::try_from(pid)?)?;
+        let leader: pb::CoreEntry = store.need_one(ImageKind::Core, u64::from(pid.bits()))?;
         // CRIU leaves whatever it has in the threads of a dead task.
         for tid in entry.threads.iter().filter(|_| !dead(&leader)) {
             let tid = id(*tid, "thread id")?;
@@ -138,7 +141,7 @@ impl Images {
         for tid in &tids {
             let core: pb::CoreEntry = match *tid == pid {
                 true => leader.clone(),
-                false => store.need_one(ImageKind::Core, u64::try_from(*tid)?)?,
+                false => store.need_one(ImageKind::Core, u64::from(tid.bits()))?,
             };
             ensure!(
                 core.mtype == pb::core_entry::March::X8664 as i32,
@@ -154,7 +157,7 @@ impl Images {
             TASK_DEAD => State::Zombie(tc.exit_code.cast_signed()),
             other => bail!("core-{pid}.img: task state {other} is not known"),
         };
-        let image = u64::try_from(pid)?;
+        let image = u64::from(pid.bits());
         let alive = !matches!(state, State::Zombie(_));
         let ids = match (alive, store.read_one(ImageKind::Ids, image)?) {
             (_, Some(ids)) => ids,

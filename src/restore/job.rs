@@ -6,7 +6,9 @@ use nix::unistd::getpgrp;
 use super::images::Images;
 use crate::{
     files::{FilesRestore, JobGroups, JobTerminal},
+    process_tree::ids::on_host,
     settings::RestoreSettings,
+    sys::pid::{HostPid, NsPid},
 };
 
 /// The terminal, for a caller who stays with the tree: the shell takes it back as soon as crtool ends. `None` for a tree with
@@ -20,9 +22,9 @@ pub(super) fn terminal(
     if settings.detached || settings.exec_cmd.is_some() || root.sid == root.pid {
         return Ok(None);
     }
-    let ours = getpgrp().as_raw();
-    let now = |group: i32| {
-        if group == root.sid || group == root.pgid && root.pgid != root.pid { ours } else { group }
+    let ours = HostPid::new(getpgrp().as_raw());
+    let now = |group: NsPid| {
+        if group == root.sid || group == root.pgid && root.pgid != root.pid { ours } else { on_host(group) }
     };
     let alive = images.tasks.iter().filter(|task| !task.is_zombie());
     let all = alive.map(|task| (task.pgid, now(task.pgid))).collect();

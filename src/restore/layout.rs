@@ -18,6 +18,7 @@ use crate::{
     image::pb,
     mem::{aio, pkeys},
     pages::{Pages, Piece},
+    sys::pid::NsPid,
     sys::pod::{self, Pod},
     tracee::{List, Op, Want, room::TASK_SIZE},
 };
@@ -77,7 +78,7 @@ pub(super) fn private(vma: &pb::VmaEntry) -> bool {
 /// One address space to be made.
 #[derive(Debug)]
 pub(super) struct Space<'a> {
-    pub(super) pid: i32,
+    pub(super) pid: NsPid,
     pub(super) mm: &'a pb::MmEntry,
     pub(super) pages: &'a Pages,
     /// The supervisor's descriptor of the program.
@@ -220,7 +221,7 @@ fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<P
 }
 
 /// Redirects the entry points of an old vdso; its pages are there. `pid` is the puppet itself.
-fn plan_vdso_entries(list: &mut List, plan: &vdso::Plan, pid: i32) {
+fn plan_vdso_entries(list: &mut List, plan: &vdso::Plan, pid: NsPid) {
     let vdso::Plan::Foreign { start, end, patches, .. } = plan else { return };
     for (at, code) in patches {
         let from = list.bytes(code);
@@ -498,7 +499,7 @@ fn plan_free(list: &mut List, fd: i32, range: &Range<u64>) {
 pub(super) fn plan_late(
     list: &mut List,
     mm: &pb::MmEntry,
-    pid: i32,
+    pid: NsPid,
     made: &Made,
     keys: &pkeys::Plan,
 ) -> Result<()> {

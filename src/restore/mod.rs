@@ -53,9 +53,10 @@ use crate::{
     files::{FilesRestore, JobTerminal},
     image::{DirStore, Outcome, Store},
     proc::stat,
+    process_tree::ids::on_host,
     settings::RestoreSettings,
     stats::RestoreStats,
-    sys::{Errno, pidfd, ticker},
+    sys::{Errno, pid::NsPid, pidfd, ticker},
     tracee::List,
 };
 
@@ -189,12 +190,12 @@ fn patience(owner: Option<&stat::Stat>) -> Duration {
     }
 }
 
-fn who_is(pid: i32) -> Option<stat::Stat> {
-    stat::parse(&std::fs::read(format!("/proc/{pid}/stat")).ok()?).ok()
+fn who_is(pid: NsPid) -> Option<stat::Stat> {
+    stat::parse(&std::fs::read(format!("/proc/{}/stat", on_host(pid))).ok()?).ok()
 }
 
 /// Why a pid could not be had.
-fn taken(pid: i32, error: Errno) -> anyhow::Error {
+fn taken(pid: NsPid, error: Errno) -> anyhow::Error {
     if error != Errno::EEXIST {
         return anyhow!(error).context(format!("clone of task {pid}"));
     }

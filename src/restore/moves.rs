@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 
 use super::{create::Construction, images::State};
 use crate::{
-    process_tree::Move,
+    process_tree::{Move, ids::on_host},
+    sys::pid::NsPid,
     tracee::{List, Want},
 };
 
@@ -21,9 +22,9 @@ impl Construction<'_> {
         for step in self.forks.moves.clone() {
             match step {
                 Move::Join { who, group } => {
-                    let args = [0, u64::from(group.cast_unsigned()), 0, 0, 0, 0];
+                    let args = [0, u64::from(group.bits()), 0, 0, 0, 0];
                     let name = format!("setpgid({group})");
-                    self.puppets.call_between(self.pid(who)?, &name, libc::SYS_setpgid, args)?;
+                    self.puppets.call_between(on_host(self.pid(who)?), &name, libc::SYS_setpgid, args)?;
                 }
                 Move::Adopt { by, from } => {
                     self.subreaper(by, true)?;
@@ -43,7 +44,7 @@ impl Construction<'_> {
 
     fn subreaper(&mut self, index: usize, on: bool) -> Result<()> {
         let args = [PR_SET_CHILD_SUBREAPER, u64::from(on), 0, 0, 0, 0];
-        self.puppets.call_between(self.pid(index)?, "PR_SET_CHILD_SUBREAPER", libc::SYS_prctl, args)
+        self.puppets.call_between(on_host(self.pid(index)?), "PR_SET_CHILD_SUBREAPER", libc::SYS_prctl, args)
     }
 
     /// Lets a helper end; helpers that were its children have ended before.
@@ -52,8 +53,8 @@ impl Construction<'_> {
         let mut list = List::new(format!("end of {pid}"));
         self.plan_reaping(index, &mut list)?;
         list.call("exit_group", libc::SYS_exit_group, &[0u64.into()], Want::Any);
-        self.puppets.next_list(pid, &list)?;
-        self.puppets.end(pid, None)?;
+        self.puppets.next_list(on_host(pid), &list)?;
+        self.puppets.end(on_host(pid), None)?;
         self.puppets.settle()
     }
 
@@ -72,7 +73,7 @@ impl Construction<'_> {
     }
 
     /// Lets a task end with this wait status.
-    fn end_zombie(&mut self, pid: i32, status: i32) -> Result<()> {
+    fn end_zombie(&mut self, pid: NsPid, status: i32) -> Result<()> {
         let mut list = List::new(format!("end of {pid}"));
         let signal = status & 0x7f;
         if signal != 0 {
@@ -89,7 +90,7 @@ impl Construction<'_> {
         // After a signal this is not reached.
         let code = (status >> 8) & 0xff;
         list.call("exit_group", libc::SYS_exit_group, &[code.into()], Want::Any);
-        self.puppets.next_list(pid, &list).context("a zombie that was not made")?;
-        self.puppets.end(pid, (signal != 0).then_some(signal))
+        self.puppets.next_list(on_host(pid), &list).context("a zombie that was not made")?;
+        self.puppets.end(on_host(pid), (signal != 0).then_some(signal))
     }
 }

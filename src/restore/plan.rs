@@ -1,7 +1,7 @@
 //! What is decided before anything is made: who forks whom, and where the lists of all processes lie.
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::unistd::{getpgrp, getsid};
+use nix::unistd::{Pid, getpgrp, getsid};
 
 use super::{
     images::{Images, State, Task},
@@ -9,8 +9,9 @@ use super::{
 };
 use crate::{
     image::pb,
-    process_tree::{self, ForkPlan, Listed, Outside, Sharing},
+    process_tree::{self, ForkPlan, Listed, Outside, Sharing, ids::in_tree},
     settings::RestoreSettings,
+    sys::pid::HostPid,
     tracee::{
         RemoteAddr,
         room::{self, Need},
@@ -29,7 +30,8 @@ impl Task {
 /// Who makes whom; with `--shell-job` what came from outside is replaced by our own session and group.
 pub(super) fn forks(images: &Images, settings: &RestoreSettings) -> Result<ForkPlan> {
     let root = images.tasks.first().context("no task")?;
-    let outside = Outside { sid: getsid(None)?.as_raw(), pgid: getpgrp().as_raw() };
+    let own = |id: Pid| in_tree(HostPid::new(id.as_raw()));
+    let outside = Outside { sid: own(getsid(None)?), pgid: own(getpgrp()) };
     if (root.sid != root.pid || root.pgid != root.pid) && !settings.common.shell_job {
         bail!(
             "task {}: its session {} and group {} come from outside the tree; restore with --shell-job to use \
@@ -68,7 +70,7 @@ fn must_not_be_our_child(root: &Task, images: &Images) -> bool {
 pub(super) fn place_of_areas(images: &Images) -> Result<(Place, (u64, u64))> {
     let mms = || images.tasks.iter().filter_map(|task| task.mm.as_ref());
     let mut used: Vec<(u64, u64)> = mms().flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
-    used.extend(crate::tracee::read_maps(std::process::id().cast_signed())?.iter().map(|v| (v.start, v.end)));
+    used.extend(crate::tracee::read_maps(HostPid::own())?.iter().map(|v| (v.start, v.end)));
     let need = Need {
         mappings: mms().map(|mm| mm.vmas.len() as u64).max().unwrap_or(0),
         pages: 0,

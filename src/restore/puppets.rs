@@ -19,7 +19,14 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use super::pid_allocator::PidAllocator;
 use crate::{
     deadline,
-    sys::{Errno, mapping::Mapping, ptrace, task, wait, wait::Status},
+    process_tree::ids::on_host,
+    sys::{
+        Errno,
+        mapping::Mapping,
+        pid::{HostPid, NsPid},
+        ptrace, task, wait,
+        wait::Status,
+    },
     task::robust_list::{self, SharedBytes},
     tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page, procfs},
 };
@@ -95,23 +102,23 @@ pub(super) struct Puppets {
     areas: Vec<Mapped>,
     /// Where a list goes on that has failed; at the same place in all areas.
     on_fail: RemoteAddr,
-    members: HashMap<i32, Member>,
+    members: HashMap<HostPid, Member>,
     /// Process ids, in the order in which they were announced.
-    leaders: Vec<i32>,
+    leaders: Vec<HostPid>,
     armed: bool,
     pub(super) pids: PidAllocator,
     /// The id that was found to be taken last, and when that was found first.
-    taken: Option<(i32, Instant)>,
+    taken: Option<(NsPid, Instant)>,
     /// Ids that somebody else had taken, and what came instead.
-    renamed: HashMap<i32, i32>,
+    renamed: HashMap<NsPid, NsPid>,
     /// Threads at the exit of a call that crtool made in them.
-    within_call: HashSet<i32>,
+    within_call: HashSet<HostPid>,
     /// Pages that they all had in memory when that was last looked at.
     resident: u64,
 }
 
 /// Waits for the next report of a thread.
-fn report_of(tid: i32) -> Result<Status> {
+fn report_of(tid: HostPid) -> Result<Status> {
     loop {
         match wait::wait_raw(tid, 0) {
             Ok(Some((_, raw))) => {
@@ -181,7 +188,7 @@ impl Puppets {
     /// area, which becomes its own; `None` if it shares the area.
     pub(super) fn expect_process(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         label: String,
         (area, slot): (AreaId, RemoteAddr),
         copy_of: Option<AreaId>,
@@ -194,7 +201,7 @@ impl Puppets {
     /// Announces a thread `tid` that a list is going to make.
     pub(super) fn expect_thread(
         &mut self,
-        tid: i32,
+        tid: HostPid,
         label: String,
         at: (AreaId, RemoteAddr),
         list: &List,
@@ -204,7 +211,7 @@ impl Puppets {
 
     fn expect(
         &mut self,
-        tid: i32,
+        tid: HostPid,
         label: String,
         (area, slot): (AreaId, RemoteAddr),
         copy_of: Option<AreaId>,
@@ -236,14 +243,14 @@ impl Puppets {
     }
 
     /// Entry point of the runner, and where process `pid` begins: its first list and its slot.
-    pub(super) fn entry(&self, pid: i32) -> Result<(RemoteAddr, RemoteAddr, RemoteAddr)> {
+    pub(super) fn entry(&self, pid: HostPid) -> Result<(RemoteAddr, RemoteAddr, RemoteAddr)> {
         let member = self.members.get(&pid).context("nobody to start")?;
         let first = member.lists.first().context("no list to start with")?;
         Ok((self.area(member.area)?.runner(), first.start, member.slot))
     }
 
     /// The first process has been cloned from us, and runs.
-    pub(super) fn first_runs(&mut self, pid: i32) -> Result<()> {
+    pub(super) fn first_runs(&mut self, pid: HostPid) -> Result<()> {
         let member = self.members.get_mut(&pid).context("nobody has been cloned")?;
         member.doing = Doing::Running;
         let area = member.area;
@@ -252,7 +259,7 @@ impl Puppets {
     }
 
     /// Gives a waiting thread its next list; it starts with [`Self::resume`].
-    pub(super) fn next_list(&mut self, tid: i32, list: &List) -> Result<()> {
+    pub(super) fn next_list(&mut self, tid: HostPid, list: &List) -> Result<()> {
         let member = self.members.get(&tid).context("a list for nobody")?;
         let (area, slot) = (member.area, member.slot);
         let mapped = self.mapped(area)?;
@@ -266,7 +273,7 @@ impl Puppets {
     }
 
     /// Brings to a thread's process what has been planned for it; it must be stopped.
-    fn flush(&mut self, tid: i32) -> Result<()> {
+    fn flush(&mut self, tid: HostPid) -> Result<()> {
         let id = self.members.get(&tid).context("nobody to write to")?.area;
         let used = self.mapped(id)?.area.used().next_multiple_of(PAGE);
         let len = self.mapped(id)?.len;
@@ -288,7 +295,7 @@ impl Puppets {
     }
 
     /// Lets a waiting thread go on.
-    pub(super) fn resume(&mut self, tid: i32) -> Result<()> {
+    pub(super) fn resume(&mut self, tid: HostPid) -> Result<()> {
         let area = self.members.get(&tid).context("nobody to resume")?.area;
         let (behind, next) = (self.area(area)?.behind_stop().0, self.area(area)?.next_entry().0);
         let mut regs = ptrace::get_regs(tid)?;
@@ -305,7 +312,7 @@ impl Puppets {
     }
 
     /// Lets a waiting process run to its end: by itself, or by the signal that its list sends.
-    pub(super) fn end(&mut self, tid: i32, signal: Option<i32>) -> Result<()> {
+    pub(super) fn end(&mut self, tid: HostPid, signal: Option<i32>) -> Result<()> {
         let member = self.members.get_mut(&tid).context("nobody to end")?;
         member.end = signal.map_or(End::Exit, End::Signal);
         self.resume(tid)
@@ -316,7 +323,7 @@ impl Puppets {
         let mut busy =
             self.members.values().filter(|m| matches!(m.doing, Doing::Expected | Doing::Running)).count();
         while busy > 0 {
-            let (tid, raw) = match wait::wait_raw(-1, 0) {
+            let (tid, raw) = match wait::wait_raw(wait::ANY, 0) {
                 Ok(Some(report)) => report,
                 Ok(None) => continue,
                 Err(Errno::EINTR) => {
@@ -343,7 +350,7 @@ impl Puppets {
     }
 
     /// Takes one report; says whether its thread has come to rest.
-    fn report(&mut self, tid: i32, status: Status) -> Result<bool> {
+    fn report(&mut self, tid: HostPid, status: Status) -> Result<bool> {
         let Some(member) = self.members.get(&tid) else { return Ok(false) };
         match (status, member.end) {
             (Status::Stopped(_, ptrace::EVENT_STOP), _) => {
@@ -387,12 +394,12 @@ impl Puppets {
         }
     }
 
-    fn go_on(&mut self, tid: i32, signal: i32) -> Result<bool> {
+    fn go_on(&mut self, tid: HostPid, signal: i32) -> Result<bool> {
         ptrace::cont(tid, signal).with_context(|| format!("thread {tid}: resume"))?;
         Ok(false)
     }
 
-    fn gone(&mut self, tid: i32) -> bool {
+    fn gone(&mut self, tid: HostPid) -> bool {
         if let Some(member) = self.members.get_mut(&tid) {
             member.doing = Doing::Gone;
         }
@@ -400,7 +407,7 @@ impl Puppets {
     }
 
     /// A stop that is no trap: the first one of a process or thread that has just been made.
-    fn start(&mut self, tid: i32) -> Result<()> {
+    fn start(&mut self, tid: HostPid) -> Result<()> {
         let member = self.members.get_mut(&tid).context("nobody to start")?;
         let first = member.doing == Doing::Expected;
         member.doing = Doing::Running;
@@ -424,21 +431,21 @@ impl Puppets {
     }
 
     /// Whether a thread is stopped at a place in the runner.
-    fn is_at(&self, tid: i32, place: impl Fn(&Area) -> RemoteAddr) -> Result<bool> {
+    fn is_at(&self, tid: HostPid, place: impl Fn(&Area) -> RemoteAddr) -> Result<bool> {
         let member = self.members.get(&tid).context("nobody at that place")?;
         let regs = ptrace::get_regs(tid).with_context(|| format!("{}: registers", member.label))?;
         Ok(regs.rip == place(self.area(member.area)?).0)
     }
 
     /// Where [`Op::Stop`] stops a thread.
-    fn at_end_of_list(&mut self, tid: i32) -> Result<bool> {
+    fn at_end_of_list(&mut self, tid: HostPid) -> Result<bool> {
         let member = self.members.get_mut(&tid).context("nobody at the end of a list")?;
         member.doing = Doing::Waiting;
         Ok(true)
     }
 
     /// The trap that follows a call which did not return what it must.
-    fn failed(&mut self, tid: i32) -> Result<bool> {
+    fn failed(&mut self, tid: HostPid) -> Result<bool> {
         let member = self.members.get_mut(&tid).context("nobody at a trap")?;
         member.doing = Doing::Waiting;
         let (area, slot) = (member.area, member.slot);
@@ -454,7 +461,7 @@ impl Puppets {
     }
 
     /// Lets a thread that could not clone `id`, because that id was taken, try again, if there is hope.
-    fn again(&mut self, tid: i32, id: i32, failure: &Failure) -> Result<bool> {
+    fn again(&mut self, tid: HostPid, id: NsPid, failure: &Failure) -> Result<bool> {
         let member = self.members.get(&tid).context("nobody to try again")?;
         let (area, slot) = (member.area, member.slot);
         if self.pids.gave(id) {
@@ -478,31 +485,31 @@ impl Puppets {
     }
 
     /// Whether crtool has made a call in a thread since it last ran by itself.
-    pub(super) fn is_within_call(&self, tid: i32) -> bool {
+    pub(super) fn is_within_call(&self, tid: HostPid) -> bool {
         self.within_call.contains(&tid)
     }
 
     /// The id of a process that was announced as `pid`.
-    pub(super) fn current_id(&self, pid: i32) -> i32 {
-        let next = |id: &i32| self.renamed.get(id).copied();
+    pub(super) fn current_id(&self, pid: NsPid) -> NsPid {
+        let next = |id: &NsPid| self.renamed.get(id).copied();
         std::iter::successors(Some(pid), next).last().unwrap_or(pid)
     }
 
     /// A process that is expected as `old` will be `new`.
-    pub(super) fn rename(&mut self, old: i32, new: i32) {
+    pub(super) fn rename(&mut self, old: NsPid, new: NsPid) {
         self.renamed.insert(old, new);
-        if let Some(member) = self.members.remove(&old) {
-            self.members.insert(new, member);
+        if let Some(member) = self.members.remove(&on_host(old)) {
+            self.members.insert(on_host(new), member);
         }
-        for pid in self.leaders.iter_mut().filter(|pid| **pid == old) {
-            *pid = new;
+        for pid in self.leaders.iter_mut().filter(|pid| **pid == on_host(old)) {
+            *pid = on_host(new);
         }
     }
 
     /// Whether an id that is taken may be free in a moment, which is waited for: the kernel gives it back somewhat later
     /// than the parent of its last owner is told, what keeps it is a group or session of the dead, or whoever has it
     /// came after all ids had been found free, and may be gone as fast.
-    pub(super) fn may_become_free(&mut self, id: i32) -> bool {
+    pub(super) fn may_become_free(&mut self, id: NsPid) -> bool {
         let since = self.taken.filter(|(last, _)| *last == id).map_or_else(Instant::now, |(_, since)| since);
         self.taken = Some((id, since));
         let may = since.elapsed() < super::patience(super::who_is(id).as_ref());
@@ -514,7 +521,7 @@ impl Puppets {
 
     /// A system call in a waiting thread, from which nothing has to come back but its result. The
     /// thread is left at the exit of the call.
-    pub(super) fn bare_call(&mut self, tid: i32, nr: i64, args: [u64; 6]) -> Result<i64> {
+    pub(super) fn bare_call(&mut self, tid: HostPid, nr: i64, args: [u64; 6]) -> Result<i64> {
         self.within_call.insert(tid);
         let mut regs = ptrace::get_regs(tid)?;
         let area = self.members.get(&tid).context("nobody to make a call")?.area;
@@ -545,7 +552,7 @@ impl Puppets {
     }
 
     /// As [`Self::bare_call`], for a call that must return 0. The thread waits for its next list again.
-    pub(super) fn call_between(&mut self, tid: i32, name: &str, nr: i64, args: [u64; 6]) -> Result<()> {
+    pub(super) fn call_between(&mut self, tid: HostPid, name: &str, nr: i64, args: [u64; 6]) -> Result<()> {
         let before = ptrace::get_regs(tid)?;
         let result = self.bare_call(tid, nr, args)?;
         ensure!(
@@ -556,7 +563,7 @@ impl Puppets {
     }
 
     /// Memory of the area of a waiting thread with these bytes in it, for a call.
-    pub(super) fn bytes(&mut self, tid: i32, bytes: &[u8]) -> Result<RemoteAddr> {
+    pub(super) fn bytes(&mut self, tid: HostPid, bytes: &[u8]) -> Result<RemoteAddr> {
         let id = self.members.get(&tid).context("nobody to write to")?.area;
         let area = &mut self.mapped(id)?.area;
         let at = area.alloc(bytes.len(), 64)?;
@@ -566,7 +573,7 @@ impl Puppets {
     }
 
     /// The area that a thread uses, and what of it is mapped.
-    pub(super) fn range_of(&self, tid: i32) -> Result<(AreaId, u64, u64)> {
+    pub(super) fn range_of(&self, tid: HostPid) -> Result<(AreaId, u64, u64)> {
         let id = self.members.get(&tid).context("nobody has that area")?.area;
         let mapped = self.areas.get(id.0).context("no such area")?;
         Ok((id, self.place.at.0, mapped.len as u64))
@@ -574,7 +581,7 @@ impl Puppets {
 
     /// From the end of a bare call to a stop from which the kernel looks for signals, and restarts calls, before the
     /// thread executes anything. All its signals must be blocked.
-    pub(super) fn stop_before_user_code(&self, tid: i32) -> Result<()> {
+    pub(super) fn stop_before_user_code(&self, tid: HostPid) -> Result<()> {
         ptrace::interrupt(tid)?;
         ptrace::cont(tid, 0)?;
         loop {
@@ -588,7 +595,7 @@ impl Puppets {
 
     /// Brings the waiting threads of a process into a group stop by `signal`; SIGSTOP if the kernel ignores it
     /// (an orphaned process group).
-    pub(super) fn stop_process(&self, tids: &[i32], signal: i32) -> Result<()> {
+    pub(super) fn stop_process(&self, tids: &[HostPid], signal: i32) -> Result<()> {
         let Some(leader) = tids.first().copied() else { return Ok(()) };
         for try_signal in [signal, libc::SIGSTOP] {
             ptrace::set_sigmask(leader, !(1u64 << (try_signal - 1)))?;
@@ -628,7 +635,7 @@ impl Puppets {
     }
 
     fn kill_all(&mut self) {
-        let us = std::process::id().cast_signed();
+        let us = HostPid::own();
         for (tid, member) in &mut self.members {
             // It may be there and not have reported yet; or somebody else has the id.
             if member.doing == Doing::Expected && crate::tracee::tracer_of(*tid) == us {
@@ -649,10 +656,11 @@ impl Puppets {
             }
         }
         // Threads report to us as their tracer, leaders last; reap until nobody is left.
-        let mut left: Vec<i32> = self.members.iter().filter(|(_, m)| there(m)).map(|(tid, _)| *tid).collect();
+        let mut left: Vec<HostPid> =
+            self.members.iter().filter(|(_, m)| there(m)).map(|(tid, _)| *tid).collect();
         let deadline = Instant::now() + Duration::from_secs(5);
         while !left.is_empty() && Instant::now() < deadline {
-            match wait::poll(-1) {
+            match wait::poll(wait::ANY) {
                 Ok(Some((tid, Status::Exited(_) | Status::Signaled(..)))) => left.retain(|t| *t != tid),
                 // Somebody appeared after the kill (a clone in flight), or reports a stop on its way out.
                 Ok(Some((tid, _))) => {

@@ -5,7 +5,12 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::{RUNS, create::Construction, images::State};
 use crate::{
     deadline,
-    sys::{Errno, ptrace},
+    process_tree::ids::on_host,
+    sys::{
+        Errno,
+        pid::{HostPid, NsPid},
+        ptrace,
+    },
     task,
     tracee::KillGuard,
 };
@@ -14,10 +19,10 @@ impl Construction<'_> {
     /// The last thing that can fail. Killed before its end, crtool leaves nothing of the tree; killed after it, or with
     /// whatever else goes wrong then, all of it.
     pub(super) fn commit(&mut self) -> Result<()> {
-        let pids: Vec<i32> = self.alive().map(|t| t.pid).collect();
+        let pids: Vec<HostPid> = self.alive().map(|t| on_host(t.pid)).collect();
         let kill_guard = KillGuard::arm(&pids);
         for tid in self.alive().flat_map(|t| &t.tids) {
-            ptrace::set_options(*tid, 0).with_context(|| format!("release of thread {tid}"))?;
+            ptrace::set_options(on_host(*tid), 0).with_context(|| format!("release of thread {tid}"))?;
         }
         match kill_guard {
             Ok(mut kill_guard) => deadline::settle(RUNS, || kill_guard.disarm()),
@@ -33,23 +38,25 @@ impl Construction<'_> {
     /// Lets everybody go, also when that fails for one. Fails when a task is not there any more, or dies of a fault at once.
     pub(super) fn let_go(&self, stop_all: bool) -> Result<()> {
         let mut failed = None;
-        let mut note = |result: Result<(), Errno>, what: &str, id: i32| {
+        let mut note = |result: Result<(), Errno>, what: &str, id: NsPid| {
             if let Err(e) = result {
                 failed.get_or_insert_with(|| anyhow!(e).context(format!("{what} {id}")));
             }
         };
         for task in self.alive() {
             if stop_all && task.state != State::Stopped {
-                note(crate::sys::task::kill(task.pid, libc::SIGSTOP), "stop of task", task.pid);
+                note(crate::sys::task::kill(on_host(task.pid), libc::SIGSTOP), "stop of task", task.pid);
             }
             // It could not be queued before, since nothing blocks it.
             for (tid, core) in task.tids.iter().zip(&task.cores) {
                 match task::pending_stop(core) {
-                    Some(task::PendingStop::Process) => {
-                        note(crate::sys::task::kill(task.pid, libc::SIGSTOP), "pending SIGSTOP of", task.pid)
-                    }
+                    Some(task::PendingStop::Process) => note(
+                        crate::sys::task::kill(on_host(task.pid), libc::SIGSTOP),
+                        "pending SIGSTOP of",
+                        task.pid,
+                    ),
                     Some(task::PendingStop::Thread) => note(
-                        crate::sys::task::tgkill(task.pid, *tid, libc::SIGSTOP),
+                        crate::sys::task::tgkill(on_host(task.pid), on_host(*tid), libc::SIGSTOP),
                         "pending SIGSTOP of thread",
                         *tid,
                     ),
@@ -58,7 +65,7 @@ impl Construction<'_> {
             }
         }
         for tid in self.alive().flat_map(|t| t.tids.iter().rev()) {
-            match ptrace::detach(*tid, 0) {
+            match ptrace::detach(on_host(*tid), 0) {
                 // Another thread, which runs already, has ended it: how, the next look tells.
                 Err(Errno::ESRCH) => tracing::debug!("thread {tid} has ended already"),
                 result => note(result, "detach of thread", *tid),

@@ -16,6 +16,7 @@ use super::layout::status;
 use crate::{
     image::pb,
     pages::{Pages, Piece},
+    sys::pid::HostPid,
 };
 
 /// Most a vdso may take; 2 pages in Linux 6.18.
@@ -43,7 +44,7 @@ pub(super) struct Own {
 impl Own {
     /// Reads it from our own address space; `None` when we have none (vdso=0).
     pub(super) fn read() -> Result<Option<Self>> {
-        let maps = crate::tracee::read_maps(std::process::id().cast_signed())?;
+        let maps = crate::tracee::read_maps(HostPid::own())?;
         let Some(code) = maps.iter().find(|v| matches!(v.name, Some(crate::proc::maps::VmaName::Vdso)))
         else {
             return Ok(None);

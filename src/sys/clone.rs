@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd as _;
 
 use libc::pid_t;
 
-use super::{Errno, Result};
+use super::{Errno, Result, pid::HostPid};
 
 /// `struct clone_args` (Linux 5.5, with set_tid).
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,7 +38,7 @@ unsafe impl super::pod::Pod for CloneArgs {}
 
 /// Clones this process; the child continues at `runner` with `entry` in rbx and `slot` in rbp, and with all signals blocked, so
 /// that no handler of ours runs in it. Returns the child's pid. EEXIST when the wanted pid is taken.
-pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<pid_t> {
+pub fn clone_into(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<HostPid> {
     if args.flags & libc::CLONE_VM as u64 != 0 {
         return Err(Errno::EINVAL);
     }
@@ -78,7 +78,7 @@ unsafe fn set_mask(to: *const u64, old: *mut u64) -> libc::c_long {
     unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, to, old, size_of::<u64>()) }
 }
 
-fn clone_blocked(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<pid_t> {
+fn clone_blocked(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result<HostPid> {
     let pid: i64;
     // SAFETY: without CLONE_VM the child has its own copy of everything; it jumps to position-
     // independent code in a shared mapping and never returns here. The parent continues as from
@@ -109,7 +109,7 @@ fn clone_blocked(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result
     if pid < 0 {
         return Err(Errno::from_raw(i32::try_from(-pid).unwrap_or(0)));
     }
-    pid_t::try_from(pid).map_err(|_| Errno::ERANGE)
+    pid_t::try_from(pid).map(HostPid::new).map_err(|_| Errno::ERANGE)
 }
 
 /// Makes a child of this process with the pid `pid`, which sleeps until it is killed, or ends with the thread that made it. It

@@ -2,9 +2,7 @@
 
 use std::cmp::Ordering;
 
-use libc::pid_t;
-
-use super::{Errno, Result, ret};
+use super::{Errno, Result, pid::HostPid, ret};
 
 /// What is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +33,9 @@ fn order(value: libc::c_long) -> Result<Ordering> {
 
 /// Compares object `kind` of two tasks; `a` and `b` are descriptor numbers for [`Kind::File`].
 /// The order is total and stable while both live.
-pub fn kcmp(pid1: pid_t, pid2: pid_t, kind: Kind, a: u64, b: u64) -> Result<Ordering> {
+pub fn kcmp(pid1: HostPid, pid2: HostPid, kind: Kind, a: u64, b: u64) -> Result<Ordering> {
     // SAFETY: no pointers are passed.
-    order(ret(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, kind as i32, a, b) })?)
+    order(ret(unsafe { libc::syscall(libc::SYS_kcmp, pid1.get(), pid2.get(), kind as i32, a, b) })?)
 }
 
 #[repr(C)]
@@ -49,8 +47,10 @@ struct EpollSlot {
 
 /// Is descriptor `fd` of `pid1` the target that epoll `efd` of `pid2` registered as `tfd`,
 /// the `toff`-th such registration? ENOENT when there is none.
-pub fn kcmp_epoll(pid1: pid_t, fd: u32, pid2: pid_t, efd: u32, tfd: u32, toff: u32) -> Result<Ordering> {
+pub fn kcmp_epoll(pid1: HostPid, fd: u32, pid2: HostPid, efd: u32, tfd: u32, toff: u32) -> Result<Ordering> {
     let slot = EpollSlot { efd, tfd, toff };
     // SAFETY: `slot` lives across the call.
-    order(ret(unsafe { libc::syscall(libc::SYS_kcmp, pid1, pid2, 7, u64::from(fd), &raw const slot) })?)
+    order(ret(unsafe {
+        libc::syscall(libc::SYS_kcmp, pid1.get(), pid2.get(), 7, u64::from(fd), &raw const slot)
+    })?)
 }

@@ -20,6 +20,7 @@ pub mod mapping;
 pub mod own;
 pub mod pagemap;
 pub mod passing;
+pub mod pid;
 pub mod pidfd;
 pub mod pipe;
 pub mod pkey;

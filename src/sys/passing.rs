@@ -398,6 +398,7 @@ mod tests {
             let mut made = [0];
             assert_eq!((nix::unistd::read(&ended, &mut made), made), (Ok(1), [1]));
             std::thread::sleep(std::time::Duration::from_micros(round * 7));
+            let pid = super::super::pid::HostPid::new(pid);
             super::super::task::kill(pid, libc::SIGKILL).unwrap();
             super::super::wait::wait(pid).unwrap();
             // The pipe ends when the last of those who share its descriptors has.

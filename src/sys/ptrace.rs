@@ -2,9 +2,9 @@
 
 use std::mem::size_of;
 
-use libc::{c_long, c_void, pid_t, user_regs_struct};
+use libc::{c_long, c_void, user_regs_struct};
 
-use super::{Errno, Result, pod, ret, ticker};
+use super::{Errno, Result, pid::HostPid, pod, ret, ticker};
 
 /// Tells system call stops from SIGTRAP stops.
 pub const O_TRACESYSGOOD: u64 = 1;
@@ -30,73 +30,73 @@ const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
 const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 
-fn request(req: u32, tid: pid_t, addr: u64, data: u64) -> Result<c_long> {
+fn request(req: u32, tid: HostPid, addr: u64, data: u64) -> Result<c_long> {
     // SAFETY: callers pass in `addr` and `data` what the request asks for; pointers among them
     // point to live buffers of the stated size (see each front).
-    ret(unsafe { libc::ptrace(req, tid, addr as *mut c_void, data as *mut c_void) })
+    ret(unsafe { libc::ptrace(req, tid.get(), addr as *mut c_void, data as *mut c_void) })
 }
 
 /// PTRACE_SEIZE: traces without stopping. EPERM when somebody else traces, or for a dead leader. EINTR while its
 /// process executes a program, if a signal comes whose handler is that of a [`Ticker`](super::ticker::Ticker).
-pub fn seize(tid: pid_t, options: u64) -> Result<()> {
-    let tid = i64::from(tid).cast_unsigned();
+pub fn seize(tid: HostPid, options: u64) -> Result<()> {
+    let tid = i64::from(tid.get()).cast_unsigned();
     // SAFETY: no pointers; interrupted before it has the lock it has done nothing.
     unsafe { ticker::interruptible(libc::SYS_ptrace, [u64::from(PTRACE_SEIZE), tid, 0, options]) }.map(drop)
 }
 /// PTRACE_INTERRUPT: asks for a stop; wait for it.
-pub fn interrupt(tid: pid_t) -> Result<()> {
+pub fn interrupt(tid: HostPid) -> Result<()> {
     request(PTRACE_INTERRUPT, tid, 0, 0).map(drop)
 }
 /// PTRACE_CONT with a signal to deliver (0 for none).
-pub fn cont(tid: pid_t, signal: i32) -> Result<()> {
+pub fn cont(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_CONT, tid, 0, signal as u64).map(drop)
 }
 /// PTRACE_SYSCALL: continue to the next system call entry or exit.
-pub fn syscall(tid: pid_t, signal: i32) -> Result<()> {
+pub fn syscall(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_SYSCALL, tid, 0, signal as u64).map(drop)
 }
 /// PTRACE_DETACH.
-pub fn detach(tid: pid_t, signal: i32) -> Result<()> {
+pub fn detach(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_DETACH, tid, 0, signal as u64).map(drop)
 }
 /// PTRACE_SETOPTIONS.
-pub fn set_options(tid: pid_t, options: u64) -> Result<()> {
+pub fn set_options(tid: HostPid, options: u64) -> Result<()> {
     request(PTRACE_SETOPTIONS, tid, 0, options).map(drop)
 }
 
 /// PTRACE_GETREGS.
-pub fn get_regs(tid: pid_t) -> Result<user_regs_struct> {
+pub fn get_regs(tid: HostPid) -> Result<user_regs_struct> {
     let mut regs: user_regs_struct = pod::zeroed();
     request(libc::PTRACE_GETREGS, tid, 0, std::ptr::from_mut(&mut regs) as u64)?;
     Ok(regs)
 }
 /// PTRACE_SETREGS. The kernel sanitises segments and flags.
-pub fn set_regs(tid: pid_t, regs: &user_regs_struct) -> Result<()> {
+pub fn set_regs(tid: HostPid, regs: &user_regs_struct) -> Result<()> {
     request(libc::PTRACE_SETREGS, tid, 0, std::ptr::from_ref(regs) as u64).map(drop)
 }
 /// PTRACE_GETREGSET into `buf`; returns the number of bytes the kernel wrote.
-pub fn get_regset(tid: pid_t, note: i32, buf: &mut [u8]) -> Result<usize> {
+pub fn get_regset(tid: HostPid, note: i32, buf: &mut [u8]) -> Result<usize> {
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     request(libc::PTRACE_GETREGSET, tid, note as u64, std::ptr::from_mut(&mut iov) as u64)?;
     Ok(iov.iov_len.min(buf.len()))
 }
 /// PTRACE_SETREGSET.
-pub fn set_regset(tid: pid_t, note: i32, buf: &[u8]) -> Result<()> {
+pub fn set_regset(tid: HostPid, note: i32, buf: &[u8]) -> Result<()> {
     let mut iov = libc::iovec { iov_base: buf.as_ptr().cast_mut().cast(), iov_len: buf.len() };
     request(libc::PTRACE_SETREGSET, tid, note as u64, std::ptr::from_mut(&mut iov) as u64).map(drop)
 }
 /// PTRACE_GETSIGMASK: the mask that counts for user code (a temporary one of sigsuspend is not it).
-pub fn get_sigmask(tid: pid_t) -> Result<u64> {
+pub fn get_sigmask(tid: HostPid) -> Result<u64> {
     let mut mask = 0u64;
     request(PTRACE_GETSIGMASK, tid, 8, std::ptr::from_mut(&mut mask) as u64)?;
     Ok(mask)
 }
 /// PTRACE_SETSIGMASK.
-pub fn set_sigmask(tid: pid_t, mask: u64) -> Result<()> {
+pub fn set_sigmask(tid: HostPid, mask: u64) -> Result<()> {
     request(PTRACE_SETSIGMASK, tid, 8, std::ptr::from_ref(&mask) as u64).map(drop)
 }
 /// PTRACE_GETSIGINFO of the current signal stop.
-pub fn get_siginfo(tid: pid_t) -> Result<[u8; 128]> {
+pub fn get_siginfo(tid: HostPid) -> Result<[u8; 128]> {
     let mut info = [0u8; 128];
     request(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as u64)?;
     Ok(info)
@@ -110,7 +110,7 @@ struct PeekSigInfoArgs {
 }
 
 /// PTRACE_PEEKSIGINFO: up to 32 queued signals from index `off` of the private or shared queue.
-pub fn peek_siginfo(tid: pid_t, shared: bool, off: u64) -> Result<Vec<[u8; 128]>> {
+pub fn peek_siginfo(tid: HostPid, shared: bool, off: u64) -> Result<Vec<[u8; 128]>> {
     let mut infos = [[0u8; 128]; 32];
     let args = PeekSigInfoArgs { off, flags: u32::from(shared), nr: 32 };
     let n = request(PTRACE_PEEKSIGINFO, tid, std::ptr::from_ref(&args) as u64, infos.as_mut_ptr() as u64)?;
@@ -136,7 +136,7 @@ pub struct RseqConfiguration {
 unsafe impl pod::Pod for RseqConfiguration {}
 
 /// PTRACE_GET_RSEQ_CONFIGURATION (Linux 5.13).
-pub fn get_rseq(tid: pid_t) -> Result<RseqConfiguration> {
+pub fn get_rseq(tid: HostPid) -> Result<RseqConfiguration> {
     let mut conf: RseqConfiguration = pod::zeroed();
     request(
         PTRACE_GET_RSEQ_CONFIGURATION,
@@ -148,7 +148,7 @@ pub fn get_rseq(tid: pid_t) -> Result<RseqConfiguration> {
 }
 
 /// PTRACE_SECCOMP_GET_FILTER: the `index`-th filter, the oldest is 0. ENOENT past the newest.
-pub fn seccomp_filter(tid: pid_t, index: u64) -> Result<Vec<libc::sock_filter>> {
+pub fn seccomp_filter(tid: HostPid, index: u64) -> Result<Vec<libc::sock_filter>> {
     let count = request(PTRACE_SECCOMP_GET_FILTER, tid, index, 0)?;
     let count = usize::try_from(count).map_err(|_| Errno::EINVAL)?;
     let mut insns: Vec<libc::sock_filter> = vec![pod::zeroed(); count];
@@ -157,14 +157,14 @@ pub fn seccomp_filter(tid: pid_t, index: u64) -> Result<Vec<libc::sock_filter>> 
 }
 
 /// PTRACE_SECCOMP_GET_METADATA: flags of the `index`-th filter.
-pub fn seccomp_filter_flags(tid: pid_t, index: u64) -> Result<u64> {
+pub fn seccomp_filter_flags(tid: HostPid, index: u64) -> Result<u64> {
     let mut meta = [index, 0u64];
     request(PTRACE_SECCOMP_GET_METADATA, tid, 16, meta.as_mut_ptr() as u64)?;
     Ok(meta[1])
 }
 
 /// PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG (Linux 6.4): mode, 0 when off.
-pub fn syscall_user_dispatch_mode(tid: pid_t) -> Result<u64> {
+pub fn syscall_user_dispatch_mode(tid: HostPid) -> Result<u64> {
     let mut conf = [0u64; 4];
     request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, conf.as_mut_ptr() as u64)?;
     Ok(conf[0])

@@ -1,8 +1,9 @@
 //! waitpid(2), its status word decoded once.
 
-use libc::pid_t;
+use super::{Errno, Result, pid::HostPid, ret_int};
 
-use super::{Errno, Result, ret_int};
+/// Waits for any child or tracee.
+pub const ANY: HostPid = HostPid::new(-1);
 
 /// What a wait reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,16 +34,16 @@ impl Status {
 }
 
 /// waitpid with `__WALL`; `None` when `flags` has WNOHANG and nothing is there.
-pub fn wait_raw(tid: pid_t, flags: i32) -> Result<Option<(pid_t, i32)>> {
+pub fn wait_raw(tid: HostPid, flags: i32) -> Result<Option<(HostPid, i32)>> {
     let mut status = 0;
     // SAFETY: `status` is a live int.
-    let pid = ret_int(unsafe { libc::waitpid(tid, &raw mut status, flags | libc::__WALL) })?;
-    Ok((pid != 0).then_some((pid, status)))
+    let pid = ret_int(unsafe { libc::waitpid(tid.get(), &raw mut status, flags | libc::__WALL) })?;
+    Ok((pid != 0).then_some((HostPid::new(pid), status)))
 }
 
 /// Takes the report of the end of `tid`, if it has ended; reports of stops stay. ECHILD when there is no such child or
 /// tracee.
-pub fn take_end(tid: pid_t) -> Result<bool> {
+pub fn take_end(tid: HostPid) -> Result<bool> {
     // Whatever the flags, the kernel also shows that a tracee has stopped: look first, and leave it there.
     let ended = matches!(look(tid, libc::WNOWAIT)?, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED);
     if ended {
@@ -52,22 +53,22 @@ pub fn take_end(tid: pid_t) -> Result<bool> {
 }
 
 /// Whether `tid` has something to report that nobody has taken. It stays.
-pub fn has_report(tid: pid_t) -> Result<bool> {
+pub fn has_report(tid: HostPid) -> Result<bool> {
     Ok(look(tid, libc::WNOWAIT)? != 0)
 }
 
 /// `si_code` of a report, 0 for none.
-fn look(tid: pid_t, more: i32) -> Result<i32> {
+fn look(tid: HostPid, more: i32) -> Result<i32> {
     // SAFETY: integers only.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::__WALL | more;
     // SAFETY: `info` is live.
-    ret_int(unsafe { libc::waitid(libc::P_PID, tid.cast_unsigned(), &raw mut info, flags) })?;
+    ret_int(unsafe { libc::waitid(libc::P_PID, tid.bits(), &raw mut info, flags) })?;
     Ok(if info.si_signo == 0 { 0 } else { info.si_code })
 }
 
 /// Waits for `tid`, decoded, going on after EINTR.
-pub fn wait(tid: pid_t) -> Result<Status> {
+pub fn wait(tid: HostPid) -> Result<Status> {
     loop {
         match wait_raw(tid, 0) {
             Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
@@ -77,7 +78,7 @@ pub fn wait(tid: pid_t) -> Result<Status> {
     }
 }
 
-/// Takes a report of `tid` (-1: of anybody) if there is one.
-pub fn poll(tid: pid_t) -> Result<Option<(pid_t, Status)>> {
+/// Takes a report of `tid` ([`ANY`]: of anybody) if there is one.
+pub fn poll(tid: HostPid) -> Result<Option<(HostPid, Status)>> {
     Ok(wait_raw(tid, libc::WNOHANG)?.map(|(pid, raw)| (pid, Status::from_raw(raw))))
 }

@@ -8,7 +8,7 @@ use std::sync::{LazyLock, OnceLock};
 use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
     finding::Finding,
-    sys::sched,
+    sys::{pid::HostPid, sched},
     tracee::{List, Want},
 };
 
@@ -21,12 +21,12 @@ fn own() -> Result<&'static [u8]> {
     if let Some(own) = OWN.get() {
         return Ok(own);
     }
-    let own = of(0)?;
+    let own = of(HostPid::NONE)?;
     Ok(OWN.get_or_init(|| own))
 }
 
-fn of(tid: i32) -> Result<Vec<u8>> {
-    sched::affinity(tid).map_err(|e| TaskError::request("sched_getaffinity", tid, e))
+fn of(tid: HostPid) -> Result<Vec<u8>> {
+    sched::affinity(tid.get()).map_err(|e| TaskError::request("sched_getaffinity", tid, e))
 }
 
 /// The processors of this machine that are running.

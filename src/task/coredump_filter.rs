@@ -1,12 +1,15 @@
 //! coredump_filter: which kinds of memory go into a core file. It belongs to the address space, and a fork inherits it.
 
 use super::{ProcessCx, Result, Supervisor, error::parse_proc};
-use crate::{finding::Finding, image::pb, tracee::List};
+use crate::{
+    sys::pid::HostPid,
+    {finding::Finding, image::pb, tracee::List},
+};
 
 const PATH: &str = "coredump_filter";
 
 fn of(task: &str) -> Result<u64> {
-    parse_proc(0, format!("/proc/{task}/{PATH}"), |bytes| crate::proc::number::hex(PATH, bytes))
+    parse_proc(HostPid::own(), format!("/proc/{task}/{PATH}"), |bytes| crate::proc::number::hex(PATH, bytes))
 }
 
 pub(super) fn dump(cx: &ProcessCx, entry: &mut pb::TaskCoreEntry, _: &mut Vec<Finding>) -> Result<()> {

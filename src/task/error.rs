@@ -1,13 +1,18 @@
 //! What can go wrong with a task's state.
 
-use crate::{mem::MemError, proc::ParseError, sys::Errno, tracee::TraceError};
+use crate::{
+    mem::MemError,
+    proc::ParseError,
+    sys::{Errno, pid::HostPid},
+    tracee::TraceError,
+};
 
 /// An error of this layer.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     /// The task ended while we looked at it.
     #[error("task {0} is gone")]
-    Vanished(i32),
+    Vanished(HostPid),
     /// A file of /proc cannot be read.
     #[error("{path}")]
     Read {
@@ -32,7 +37,7 @@ pub enum TaskError {
         /// The request.
         what: &'static str,
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// Why.
         #[source]
         source: Errno,
@@ -76,7 +81,7 @@ impl TaskError {
         Self::Image { what: what.into() }
     }
 
-    pub(super) fn request(what: &'static str, tid: i32, source: Errno) -> Self {
+    pub(super) fn request(what: &'static str, tid: HostPid, source: Errno) -> Self {
         if source == Errno::ESRCH { Self::Vanished(tid) } else { Self::Request { what, tid, source } }
     }
 }
@@ -85,7 +90,7 @@ impl TaskError {
 pub type Result<T> = std::result::Result<T, TaskError>;
 
 /// Reads a file of /proc about task `tid`.
-pub(super) fn read_proc(tid: i32, path: String) -> Result<Vec<u8>> {
+pub(super) fn read_proc(tid: HostPid, path: String) -> Result<Vec<u8>> {
     std::fs::read(&path).map_err(|source| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) if !std::path::Path::new(&format!("/proc/{tid}")).exists() => {
             TaskError::Vanished(tid)
@@ -96,7 +101,7 @@ pub(super) fn read_proc(tid: i32, path: String) -> Result<Vec<u8>> {
 
 /// Reads and parses a file of /proc about task `tid`.
 pub(super) fn parse_proc<T>(
-    tid: i32,
+    tid: HostPid,
     path: String,
     parse: impl FnOnce(&[u8]) -> std::result::Result<T, ParseError>,
 ) -> Result<T> {

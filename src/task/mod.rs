@@ -69,6 +69,7 @@ use crate::{
     finding::Finding,
     image::pb,
     proc::{stat::Stat, status::Status},
+    sys::pid::{HostPid, NsPid},
     tracee::List,
 };
 
@@ -76,9 +77,9 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct ThreadCx {
     /// Its process.
-    pub pid: i32,
+    pub pid: HostPid,
     /// Its own id.
-    pub tid: i32,
+    pub tid: HostPid,
     /// Registers as PTRACE_GETREGS gave them before anything ran in the thread, outside of restartable sequences.
     pub regs: user_regs_struct,
     /// The xsave area of the same moment.
@@ -95,9 +96,9 @@ pub struct ThreadCx {
 #[derive(Debug, Clone)]
 pub struct ProcessCx {
     /// Its id.
-    pub pid: i32,
+    pub pid: HostPid,
     /// The stopped thread through which it is asked: the leader unless that is dead.
-    pub tid: i32,
+    pub tid: HostPid,
     /// Number of its threads.
     pub threads: usize,
     /// Blocked signals of the leader.
@@ -132,9 +133,9 @@ pub struct ThreadPlan<'a> {
     /// Its core image.
     pub core: &'a pb::CoreEntry,
     /// Its process.
-    pub pid: i32,
+    pub pid: NsPid,
     /// Its own id.
-    pub tid: i32,
+    pub tid: NsPid,
     /// Filters of the whole tree.
     pub seccomp: &'a seccomp::Plan,
     /// Who restores it.
@@ -266,7 +267,7 @@ pub fn dump_thread(
     };
     let mut parts = ThreadParts::default();
     for part in THREAD {
-        tracing::trace!(tid = cx.tid, part = part.name, "dump");
+        tracing::trace!(tid = %cx.tid, part = part.name, "dump");
         (part.dump)(&view, &mut parts, findings)?;
     }
     seccomp.thread(&view, &mut parts, findings)?;
@@ -285,7 +286,7 @@ pub fn dump_process(cx: &ProcessCx, findings: &mut Vec<Finding>) -> Result<pb::T
         ..Default::default()
     };
     for part in PROCESS {
-        tracing::trace!(pid = cx.pid, part = part.name, "dump");
+        tracing::trace!(pid = %cx.pid, part = part.name, "dump");
         (part.dump)(cx, &mut entry, findings)?;
     }
     Ok(entry)
@@ -294,7 +295,7 @@ pub fn dump_process(cx: &ProcessCx, findings: &mut Vec<Finding>) -> Result<pb::T
 /// Makes the time left of the timers of a process, whose core images these are, that of the moment at which its clocks stood
 /// at `now`. It was `inside` who read them, some time before.
 pub(crate) fn settle_timers(
-    cores: &mut [(i32, pb::CoreEntry)],
+    cores: &mut [(HostPid, pb::CoreEntry)],
     inside: [[u64; 2]; 2],
     now: crate::ns::time::Clocks,
 ) {
@@ -344,7 +345,7 @@ pub fn plan_process(
 /// Adds what each thread has of its own; for the leader also what needs all threads to be there.
 pub fn plan_thread(plan: &ThreadPlan<'_>, list: &mut List) -> Result<()> {
     for part in THREAD {
-        tracing::trace!(tid = plan.tid, part = part.name, "plan");
+        tracing::trace!(tid = %plan.tid, part = part.name, "plan");
         (part.plan)(plan, list)?;
     }
     Ok(())

@@ -10,7 +10,7 @@ use super::{ProcessCx, Result, TaskError, ThreadParts, ThreadPlan, ThreadView, e
 use crate::{
     finding::Finding,
     image::pb,
-    sys::ptrace,
+    sys::{pid::HostPid, ptrace},
     tracee::{List, Want},
 };
 
@@ -21,7 +21,7 @@ const DRAINS: usize = 8;
 
 /// All queued signals. `set` are those that pend: one sent when memory or RLIMIT_SIGPENDING
 /// had run out pends without an entry in the queue, and is delivered as if kill had sent it.
-fn queue(tid: i32, shared: bool, set: u64) -> Result<pb::SignalQueueEntry> {
+fn queue(tid: HostPid, shared: bool, set: u64) -> Result<pb::SignalQueueEntry> {
     let mut infos: Vec<[u8; SIGINFO_LEN]> = Vec::new();
     let mut at = 0;
     loop {

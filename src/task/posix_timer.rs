@@ -15,7 +15,7 @@ use crate::{
     image::pb,
     ns::time::from_nanoseconds,
     proc::timers::{self, Timer},
-    sys::prctl,
+    sys::{pid::HostPid, prctl},
     tracee::{List, Want},
 };
 
@@ -24,7 +24,7 @@ const MAX_COUNTED: u32 = 4096;
 /// The low bits of a clock id made from a descriptor.
 const CLOCKFD: i32 = 3;
 
-fn list_of(pid: i32) -> Result<Vec<Timer>> {
+fn list_of(pid: HostPid) -> Result<Vec<Timer>> {
     let path = format!("/proc/{pid}/timers");
     if !std::path::Path::new(&path).exists() && std::path::Path::new(&format!("/proc/{pid}")).exists() {
         // A kernel without CONFIG_POSIX_TIMERS.
@@ -36,7 +36,7 @@ fn list_of(pid: i32) -> Result<Vec<Timer>> {
 }
 
 /// Ids of the timers of a process, ascending, for [`super::process_queries`].
-pub fn ids(pid: i32) -> Result<Vec<i32>> {
+pub fn ids(pid: HostPid) -> Result<Vec<i32>> {
     Ok(list_of(pid)?.iter().map(|timer| timer.id).collect())
 }
 

@@ -11,7 +11,7 @@ use std::{fs::File, os::unix::fs::FileExt};
 use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
     finding::Finding,
-    sys::{self, Errno, pod},
+    sys::{self, Errno, pid::HostPid, pod},
     tracee::{List, RemoteAddr, RemoteMemory, TraceError, Want, read_maps},
 };
 
@@ -50,7 +50,7 @@ pub(crate) struct SharedBytes {
 impl SharedBytes {
     /// Those at `at` of a task, if they lie in the shared mapping `start..end` that begins at `pgoff` in its file.
     pub(crate) fn of(
-        tid: i32,
+        tid: HostPid,
         (start, end, pgoff): (u64, u64, u64),
         at: u64,
         len: usize,
@@ -78,7 +78,7 @@ impl SharedBytes {
 
 /// Empties the robust list of a stopped thread, because it is going to be killed. What of it lies in a shared file is added to
 /// `kept`, to be put back when it is dead.
-pub(crate) fn disarm(tid: i32, kept: &mut Vec<SharedBytes>) -> std::result::Result<(), TraceError> {
+pub(crate) fn disarm(tid: HostPid, kept: &mut Vec<SharedBytes>) -> std::result::Result<(), TraceError> {
     let (head, _) = match sys::task::get_robust_list(tid) {
         Ok(head) => head,
         Err(Errno::ESRCH) => return Ok(()),

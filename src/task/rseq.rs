@@ -5,11 +5,11 @@ use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
     finding::Finding,
     image::pb,
-    sys::ptrace,
+    sys::{pid::HostPid, ptrace},
     tracee::{List, Want},
 };
 
-fn registration(tid: i32) -> Result<Option<ptrace::RseqConfiguration>> {
+fn registration(tid: HostPid) -> Result<Option<ptrace::RseqConfiguration>> {
     crate::tracee::rseq::registration(tid)
         .map_err(|e| TaskError::request("PTRACE_GET_RSEQ_CONFIGURATION", tid, e))
 }

@@ -9,6 +9,7 @@ use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
     finding::Finding,
     image::pb,
+    sys::pid::HostPid,
     sys::sched::{self, SchedAttr},
     tracee::{List, Want},
 };
@@ -34,7 +35,7 @@ fn own() -> Result<SchedAttr> {
     if let Some(own) = OWN.get() {
         return Ok(*own);
     }
-    let attr = sched::attr(0).map_err(|e| TaskError::request("sched_getattr", 0, e))?;
+    let attr = sched::attr(0).map_err(|e| TaskError::request("sched_getattr", HostPid::own(), e))?;
     Ok(*OWN.get_or_init(|| attr))
 }
 
@@ -71,7 +72,7 @@ pub(super) fn dump(
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
     let (pid, tid) = (view.cx.pid, view.cx.tid);
-    let attr = sched::attr(tid).map_err(|e| TaskError::request("sched_getattr", tid, e))?;
+    let attr = sched::attr(tid.get()).map_err(|e| TaskError::request("sched_getattr", tid, e))?;
     if attr.policy > DEADLINE || attr.policy == SCHED_ISO {
         findings.push(Finding {
             pid,

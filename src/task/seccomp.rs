@@ -15,7 +15,7 @@ use super::{Result, TaskError, ThreadParts, ThreadPlan, ThreadView};
 use crate::{
     finding::Finding,
     image::pb,
-    sys::{Errno, pod, ptrace},
+    sys::{Errno, pid::NsPid, pod, ptrace},
     tracee::{List, Want},
 };
 
@@ -132,12 +132,12 @@ type Filter<'a> = (&'a [u8], u32);
 pub struct Plan {
     filters: Vec<(Vec<u8>, Option<usize>, u32)>,
     /// Processes all of whose threads have one chain.
-    synchronised: Vec<i32>,
+    synchronised: Vec<NsPid>,
 }
 
 impl Plan {
     /// Checks seccomp.img. `processes` are pids with the core images of all their threads.
-    pub fn new(entry: &pb::SeccompEntry, processes: &[(i32, Vec<&pb::CoreEntry>)]) -> Result<Self> {
+    pub fn new(entry: &pb::SeccompEntry, processes: &[(NsPid, Vec<&pb::CoreEntry>)]) -> Result<Self> {
         let mut filters = Vec::with_capacity(entry.seccomp_filters.len());
         for (index, f) in entry.seccomp_filters.iter().enumerate() {
             let bad = |what: &str| TaskError::image(format!("seccomp filter {index}: {what}"));
@@ -255,12 +255,12 @@ mod tests {
     fn chains_end() {
         let entry = pb::SeccompEntry { seccomp_filters: vec![filter(None), filter(Some(0))] };
         let (a, b) = (core(1), core(1));
-        let plan = Plan::new(&entry, &[(5, vec![&a, &b]), (6, vec![&a])]).unwrap();
-        assert_eq!(plan.synchronised, [5]);
+        let plan = Plan::new(&entry, &[(NsPid::new(5), vec![&a, &b]), (NsPid::new(6), vec![&a])]).unwrap();
+        assert_eq!(plan.synchronised, [NsPid::new(5)]);
         assert_eq!(plan.chain(a.thread_core.as_ref().unwrap()).unwrap().len(), 2);
         for bad in [vec![filter(Some(0))], vec![filter(None), filter(Some(1))], vec![filter(Some(7))]] {
             assert!(Plan::new(&pb::SeccompEntry { seccomp_filters: bad }, &[]).is_err());
         }
-        assert!(Plan::new(&entry, &[(5, vec![&core(2)])]).is_err());
+        assert!(Plan::new(&entry, &[(NsPid::new(5), vec![&core(2)])]).is_err());
     }
 }

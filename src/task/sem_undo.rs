@@ -20,6 +20,7 @@ use crate::{
     sys::{
         Errno,
         kcmp::{Kind, kcmp},
+        pid::HostPid,
         sem,
     },
     tracee::{CallId, List, Results, Want},
@@ -51,7 +52,7 @@ impl Semaphores {
             // CONFIG_SYSVIPC is off.
             return Ok(Self::default());
         }
-        let bytes = read_proc(0, path.into())?;
+        let bytes = read_proc(HostPid::own(), path.into())?;
         let sets =
             sysvipc::semaphores(&bytes).map_err(|source| TaskError::Parse { path: path.into(), source })?;
         let mut found = Self::default();
@@ -77,10 +78,11 @@ impl Semaphores {
 }
 
 /// Whether a thread has a list of adjustments that is not that of `known`.
-pub fn has_list(tid: i32, known: &[i32]) -> Result<bool> {
+pub fn has_list(tid: HostPid, known: &[HostPid]) -> Result<bool> {
     // This thread has made no adjustments, but whoever makes threads gets a list; now it has none.
-    unshare(CloneFlags::CLONE_SYSVSEM).map_err(|e| TaskError::request("unshare(CLONE_SYSVSEM)", 0, e))?;
-    let own = gettid().as_raw();
+    unshare(CloneFlags::CLONE_SYSVSEM)
+        .map_err(|e| TaskError::request("unshare(CLONE_SYSVSEM)", HostPid::own(), e))?;
+    let own = HostPid::new(gettid().as_raw());
     for other in known.iter().copied().chain([own]) {
         match kcmp(other, tid, Kind::Sysvsem, 0, 0) {
             Ok(order) if order.is_eq() => return Ok(false),

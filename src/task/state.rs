@@ -10,7 +10,7 @@ use crate::{
     arch::{self, Delivery, registers, xsave},
     finding::Finding,
     image::pb,
-    sys::process_vm,
+    sys::{pid::HostPid, process_vm},
 };
 
 /// What ptrace sets before a thread is let go.
@@ -28,7 +28,7 @@ impl FinalState {
     /// Lets a thread that stood before a system call of `core`'s image be in it again: if a signal has come
     /// meanwhile, the kernel ends the call as it would have done. The thread's memory must be there, and it must be
     /// in a stop after which the kernel looks for signals. Returns whether anything was changed.
-    pub fn enter_call(&mut self, tid: i32, core: &pb::CoreEntry) -> bool {
+    pub fn enter_call(&mut self, tid: HostPid, core: &pb::CoreEntry) -> bool {
         let Some(info) = core.thread_info.as_deref() else { return false };
         if registers::ended_for_nothing(&mut self.regs, info.gpregs.orig_ax) {
             return true;

@@ -9,7 +9,7 @@ use crate::{
         limits::{self, Limit},
         status,
     },
-    sys::{cpuid, prctl, task},
+    sys::{cpuid, pid::HostPid, prctl, task},
     tracee::{List, Want},
 };
 
@@ -66,8 +66,11 @@ impl Own {
         let state =
             |which| prctl::get(prctl::GET_SPECULATION_CTRL, which).ok().and_then(|s| u32::try_from(s).ok());
         Ok(Self {
-            ioprio: task::ioprio(0).map_err(|e| TaskError::request("ioprio_get", 0, e))?,
-            timer_slack_ns: parse_proc(0, slack, |b| crate::proc::number::dec("timerslack_ns", b))?,
+            ioprio: task::ioprio(HostPid::NONE)
+                .map_err(|e| TaskError::request("ioprio_get", HostPid::own(), e))?,
+            timer_slack_ns: parse_proc(HostPid::own(), slack, |b| {
+                crate::proc::number::dec("timerslack_ns", b)
+            })?,
             speculation: [0, 1, 2].map(state),
             cpuid_can_fault: cpuid::can_fault(),
             xcomp_supported: cpuid::xcomp_supported(),
@@ -98,7 +101,7 @@ impl Default for Supervisor {
 impl Supervisor {
     /// Looks at this process. Limits must not change afterwards, or say so in `limits`.
     pub fn probe() -> Result<Self> {
-        let pid = i32::try_from(std::process::id()).unwrap_or(0);
+        let pid = HostPid::own();
         let status = parse_proc(pid, "/proc/self/status".into(), status::parse)?;
         let number = |path: &str| parse_proc(pid, path.into(), |b| crate::proc::number::signed("number", b));
         let loginuid = match std::fs::exists("/proc/self/loginuid") {

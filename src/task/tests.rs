@@ -86,10 +86,11 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
     let mut image = before.clone();
     for timer in &mut image.tc.as_mut().unwrap().timers.as_mut().unwrap().posix {
         // In a real restore the pid is the same one.
-        timer.notify_thread_id = timer.notify_thread_id.map(|_| to.pid());
+        timer.notify_thread_id = timer.notify_thread_id.map(|_| to.pid().get());
     }
-    let seccomp = seccomp::Plan::new(&filters, &[(to.pid(), vec![&image])]).unwrap();
-    let plan = ThreadPlan { core: &image, pid: to.pid(), tid: to.pid(), seccomp: &seccomp, supervisor };
+    let pid = NsPid::new(to.pid().get());
+    let seccomp = seccomp::Plan::new(&filters, &[(pid, vec![&image])]).unwrap();
+    let plan = ThreadPlan { core: &image, pid, tid: pid, seccomp: &seccomp, supervisor };
     let mut list = List::new("restore");
     plan_process_early(&before, supervisor, &mut list).unwrap();
     plan_process(&before, &mm, supervisor, &mut list).unwrap();
@@ -107,7 +108,7 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
 
 /// What the supervisor makes a task do at the very end.
 fn last_calls(to: &Target, image: &pb::CoreEntry, dumpable: i32) {
-    let pid = to.pid().cast_unsigned().into();
+    let pid = to.pid().bits().into();
     for (info, shared) in pending_signals(image).unwrap() {
         to.write(to.scratch(), &info);
         let signal = signal_of(&info).into();
@@ -240,7 +241,7 @@ fn handlers() {
 #[test]
 fn pending_signals_in_order_with_everything() {
     let trip = carry(|target, list| {
-        let pid = target.pid();
+        let pid = NsPid::new(target.pid().get());
         let send = |list: &mut List, private: bool, signal: u32, code: i32, value: u64| {
             let mut info = [0u32; 32];
             info[0] = signal;
@@ -277,11 +278,11 @@ fn what_came_while_it_was_made_is_dropped() {
     // The children of a puppet's making leave a SIGCHLD; the restored task must not see it.
     let mut to = puppet();
     let mut list = List::new("noise");
-    call(&mut list, "kill", libc::SYS_kill, &[to.pid().into(), libc::SIGCHLD.into()]);
+    call(&mut list, "kill", libc::SYS_kill, &[to.pid().get().into(), libc::SIGCHLD.into()]);
     to.run(&list).unwrap();
     let supervisor = Supervisor::probe().unwrap();
     let (core, ..) = dump(&mut Target::new(), &mut seccomp::Dump::default());
-    let (pid, filters) = (to.pid(), seccomp::Plan::default());
+    let (pid, filters) = (NsPid::new(to.pid().get()), seccomp::Plan::default());
     let plan = ThreadPlan { core: &core, pid, tid: pid, seccomp: &filters, supervisor: &supervisor };
     let mut list = List::new("restore");
     plan_thread(&plan, &mut list).unwrap();
@@ -298,7 +299,7 @@ fn set_up_timers(target: &Target, list: &mut List) {
     let pid = target.pid();
     // Ids 0 to 5; 1, 3 and 4 go again.
     for n in 0u32..6 {
-        let (notify, who) = if n == 5 { (libc::SIGEV_THREAD_ID, pid) } else { (i32::from(n == 2), 0) };
+        let (notify, who) = if n == 5 { (libc::SIGEV_THREAD_ID, pid.get()) } else { (i32::from(n == 2), 0) };
         let mut event = [0u32; 16];
         event[..5].copy_from_slice(&[7 + n, 1, 34 + n, notify.cast_unsigned(), who.cast_unsigned()]);
         let event = list.value(&event);
@@ -503,7 +504,7 @@ fn damaged_images_are_planned_or_refused() {
     set_up_timers(&from, &mut list);
     filter(&mut list, 7, 0);
     ptrace::set_sigmask(from.pid(), u64::MAX).unwrap();
-    call(&mut list, "kill", libc::SYS_kill, &[from.pid().into(), 10u64.into()]);
+    call(&mut list, "kill", libc::SYS_kill, &[from.pid().get().into(), 10u64.into()]);
     from.run(&list).unwrap();
     let mut filters = seccomp::Dump::default();
     let (mut core, ..) = dump(&mut from, &mut filters);
@@ -516,8 +517,14 @@ fn damaged_images_are_planned_or_refused() {
     let mut attempt = |core: &pb::CoreEntry, filters: &pb::SeccompEntry| {
         let planned = (|| {
             final_state(core)?;
-            let seccomp = seccomp::Plan::new(filters, &[(1, vec![core])])?;
-            let plan = ThreadPlan { core, pid: 1, tid: 1, seccomp: &seccomp, supervisor: &supervisor };
+            let seccomp = seccomp::Plan::new(filters, &[(NsPid::new(1), vec![core])])?;
+            let plan = ThreadPlan {
+                core,
+                pid: NsPid::new(1),
+                tid: NsPid::new(1),
+                seccomp: &seccomp,
+                supervisor: &supervisor,
+            };
             let mut list = List::new("restore");
             plan_process_early(core, &supervisor, &mut list)?;
             plan_process(core, &pb::MmEntry::default(), &supervisor, &mut list)?;

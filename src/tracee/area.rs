@@ -17,6 +17,7 @@ use super::{CallId, Data, List, RemoteAddr, RemoteMemory, TraceError, list::Chos
 use crate::sys::{
     Errno,
     mapping::Mapping,
+    pid::{HostPid, NsPid},
     pod, process_vm,
     runner::{self, Entry, Slot},
 };
@@ -57,7 +58,7 @@ pub(crate) enum Memory {
     /// Through /proc/PID/mem, whatever the protection.
     File(Arc<RemoteMemory>),
     /// Through process_vm_writev(2) of the task with this id, which must be alive.
-    Process(i32),
+    Process(HostPid),
     /// Our own memory, which a child of ours is going to inherit: the mapping begins where the area does.
     Own(Arc<Mapping>),
 }
@@ -126,7 +127,7 @@ pub struct Failure {
     /// The entry.
     pub(crate) entry: RemoteAddr,
     /// The id that it asked for, if it was a clone.
-    pub(crate) chosen_id: Option<i32>,
+    pub(crate) chosen_id: Option<NsPid>,
     /// Where that id lies.
     id_at: Option<RemoteAddr>,
 }
@@ -303,8 +304,8 @@ impl Area {
     }
 
     /// Changes the id that a failed clone asks for.
-    pub(crate) fn set_chosen_id(&mut self, failure: &Failure, id: i32) -> Result<(), TraceError> {
-        self.write(failure.id_at.ok_or(TraceError::Area(Errno::EINVAL))?, &id.to_ne_bytes())
+    pub(crate) fn set_chosen_id(&mut self, failure: &Failure, id: NsPid) -> Result<(), TraceError> {
+        self.write(failure.id_at.ok_or(TraceError::Area(Errno::EINVAL))?, &id.get().to_ne_bytes())
     }
 
     /// The failure a slot reports, named by whichever of `lists` it happened in.

@@ -11,7 +11,10 @@
 use std::collections::HashMap;
 
 use super::{RemoteAddr, RemoteMemory, TraceError};
-use crate::proc::maps::{Vma, VmaName};
+use crate::{
+    proc::maps::{Vma, VmaName},
+    sys::pid::HostPid,
+};
 
 const SYSCALL_RET: &[u8] = &[0x0f, 0x05, 0xc3];
 const SIGRETURN: [&[u8]; 2] =
@@ -55,7 +58,7 @@ impl GadgetCache {
     /// Finds both in private executable mappings; the vdso, which nobody can change, and C libraries first.
     pub(super) fn search(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         maps: &[Vma],
         memory: &RemoteMemory,
     ) -> Result<Gadgets, TraceError> {

@@ -38,7 +38,7 @@ use crate::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
     },
-    sys::{Errno, ptrace, runner::Slot, wait::Status},
+    sys::{Errno, pid::HostPid, ptrace, runner::Slot, wait::Status},
 };
 
 const PAGE: u64 = 4096;
@@ -79,7 +79,7 @@ impl Thread {
     }
 
     /// Its id.
-    pub fn tid(&self) -> i32 {
+    pub fn tid(&self) -> HostPid {
         self.stopped.tid()
     }
 
@@ -95,7 +95,7 @@ impl Thread {
 
 /// A process with an area mapped into it.
 pub struct Injection<'t> {
-    pid: i32,
+    pid: HostPid,
     agent: &'t Thread,
     gadgets: Gadgets,
     memory: Arc<RemoteMemory>,
@@ -120,7 +120,7 @@ enum KeptStop {
     /// It was sent to the process.
     Process,
     /// It was sent to this thread.
-    Thread(i32),
+    Thread(HostPid),
 }
 
 fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
@@ -128,12 +128,12 @@ fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
 }
 
 /// Reads /proc/TID/maps.
-pub(crate) fn read_maps(tid: i32) -> Result<Vec<Vma>, TraceError> {
+pub(crate) fn read_maps(tid: HostPid) -> Result<Vec<Vma>, TraceError> {
     Ok(maps::parse(&proc_bytes(format!("/proc/{tid}/maps"))?)?)
 }
 
 /// Reads /proc/PID/task/TID/status.
-pub(crate) fn read_status(pid: i32, tid: i32) -> Result<TaskStatus, TraceError> {
+pub(crate) fn read_status(pid: HostPid, tid: HostPid) -> Result<TaskStatus, TraceError> {
     Ok(crate::proc::status::parse(&proc_bytes(format!("/proc/{pid}/task/{tid}/status"))?)?)
 }
 
@@ -168,7 +168,7 @@ impl<'t> Injection<'t> {
     /// Maps an area of at least `len` bytes into the process of `agent`, one of `threads`, all of which are
     /// stopped. `check` may end waits early.
     pub fn enter(
-        pid: i32,
+        pid: HostPid,
         agent: &'t Thread,
         threads: &[&Thread],
         len: usize,
@@ -328,7 +328,7 @@ impl<'t> Injection<'t> {
     }
 
     /// The signal to go on with after a thread reported a stop signal, see the head of this module.
-    fn after_stop_signal(&self, tid: i32) -> i32 {
+    fn after_stop_signal(&self, tid: HostPid) -> i32 {
         const SI_TKILL: [u8; 4] = (-6i32).to_ne_bytes();
         if !matches!(self.agent.stopped.stop(), Stop::Group(_)) {
             return libc::SIGSTOP;
@@ -527,10 +527,10 @@ impl<'t> Injection<'t> {
     /// Waits until `thread` has run its list and is stopped where its registers can be put back.
     fn catch(&self, thread: &Thread, job: &Job) -> Result<(), TraceError> {
         let tid = thread.tid();
-        let go = |step: fn(i32, i32) -> Result<(), Errno>, signal: i32| {
+        let go = |step: fn(HostPid, i32) -> Result<(), Errno>, signal: i32| {
             step(tid, signal).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))
         };
-        let run_on: fn(i32, i32) -> Result<(), Errno> =
+        let run_on: fn(HostPid, i32) -> Result<(), Errno> =
             if job.signal.is_some() { ptrace::cont } else { ptrace::syscall };
         let mut at_end = false;
         loop {
@@ -627,7 +627,7 @@ struct Job {
 }
 
 impl Job {
-    fn place(pid: i32, thread: &Thread, list: &List, area: &mut Area) -> Result<Self, TraceError> {
+    fn place(pid: HostPid, thread: &Thread, list: &List, area: &mut Area) -> Result<Self, TraceError> {
         let status = read_status(pid, thread.tid())?;
         let signal = stop_signal(&status, thread.sigmask);
         let mut heal = thread.regs;
@@ -695,16 +695,16 @@ mod tests {
     fn sleeper() -> Sleeper {
         let child = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().unwrap();
         let child = Sleeper(child);
-        until_asleep(child.0.id().cast_signed());
+        until_asleep(HostPid::new(child.0.id().cast_signed()));
         child
     }
 
-    fn hold(tid: i32) -> Thread {
+    fn hold(tid: HostPid) -> Thread {
         let seized = crate::tracee::Seized::seize(tid, &|| Ok(())).unwrap();
         Thread::new(seized.settle(&|| Ok(())).unwrap()).unwrap()
     }
 
-    fn run_once(tid: i32) {
+    fn run_once(tid: HostPid) {
         let thread = hold(tid);
         let check = || Ok(());
         let mut injection =
@@ -719,7 +719,7 @@ mod tests {
         list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
         let placed = injection.run(&[(&thread, list)]).unwrap();
         let results = injection.results(&placed[0]).unwrap();
-        assert_eq!(results.value(pid).unwrap(), i64::from(tid));
+        assert_eq!(results.value(pid).unwrap(), i64::from(tid.get()));
         assert_eq!(results.value(n).unwrap(), 6);
         assert_eq!(results.data(buf, 6).unwrap(), b"sleep\n");
         injection.leave().unwrap();
@@ -729,7 +729,7 @@ mod tests {
     #[test]
     fn leaves_no_trace() {
         let child = sleeper();
-        let tid = i32::try_from(child.0.id()).unwrap();
+        let tid = HostPid::new(child.0.id().cast_signed());
         let maps = || std::fs::read(format!("/proc/{tid}/maps")).unwrap();
         let call = || std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap();
         let (before, in_call) = (maps(), call());
@@ -753,7 +753,7 @@ mod tests {
     #[test]
     fn failed_call_is_named_and_heals() {
         let child = sleeper();
-        let tid = i32::try_from(child.0.id()).unwrap();
+        let tid = HostPid::new(child.0.id().cast_signed());
         {
             let thread = hold(tid);
             let check = || Ok(());

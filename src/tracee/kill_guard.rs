@@ -14,6 +14,7 @@ use super::{Area, CODE_LEN, List, Memory, Op, RemoteAddr, TraceError, Want};
 use crate::sys::{
     clone::{CloneArgs, clone_into, reap},
     mapping::Mapping,
+    pid::HostPid,
     task,
 };
 
@@ -25,13 +26,13 @@ const STEP: usize = 128;
 /// The kill_guard at its post.
 #[derive(Debug)]
 pub(crate) struct KillGuard {
-    pid: i32,
+    pid: HostPid,
     word: Option<File>,
 }
 
 impl KillGuard {
     /// Makes the kill_guard. From then until it is dismissed, these processes are killed in this order if crtool dies.
-    pub(crate) fn arm(pids: &[i32]) -> Result<Self, TraceError> {
+    pub(crate) fn arm(pids: &[HostPid]) -> Result<Self, TraceError> {
         let failed = |what| move |source| TraceError::KillGuard { what, source };
         let (end, word) = pipe2(OFlag::O_CLOEXEC).map_err(failed("pipe"))?;
         let len = (ROOM + pids.len() * STEP).next_multiple_of(4096);
@@ -50,7 +51,7 @@ impl KillGuard {
         let byte = list.space(1);
         list.call("read", libc::SYS_read, &[0u64.into(), byte.into(), 1u64.into()], Want::Zero);
         for pid in pids {
-            list.call("kill", libc::SYS_kill, &[(*pid).into(), libc::SIGKILL.into()], Want::Any);
+            list.call("kill", libc::SYS_kill, &[pid.get().into(), libc::SIGKILL.into()], Want::Any);
         }
         list.op(Op::Jump(quit));
         let start = area.place(&list)?.start;
@@ -81,7 +82,7 @@ impl Drop for KillGuard {
         if self.word.take().is_some() {
             let _ = task::kill(self.pid, libc::SIGCONT);
         }
-        reap(self.pid);
+        reap(self.pid.get());
     }
 }
 
@@ -94,7 +95,7 @@ mod tests {
     #[test]
     fn kills_unless_dismissed() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let pid = i32::try_from(child.id()).unwrap();
+        let pid = HostPid::new(child.id().cast_signed());
         let mut kill_guard = KillGuard::arm(&[pid]).unwrap();
         kill_guard.disarm();
         drop(kill_guard);

@@ -22,6 +22,7 @@ use std::{
 use super::RemoteAddr;
 use crate::sys::{
     clone::CloneArgs,
+    pid::NsPid,
     pod::{self, Pod},
     runner::{Entry, flag, op},
 };
@@ -84,6 +85,12 @@ impl From<i32> for Arg {
     /// Sign-extended, as a C caller would pass it.
     fn from(value: i32) -> Self {
         Self::Val(i64::from(value).cast_unsigned())
+    }
+}
+impl From<NsPid> for Arg {
+    /// A target takes ids of its own pid namespace. Those of crtool's it does not know.
+    fn from(pid: NsPid) -> Self {
+        pid.get().into()
     }
 }
 impl From<i64> for Arg {
@@ -176,7 +183,7 @@ pub(super) struct ChosenId {
     /// Index of its entry.
     pub(super) entry: usize,
     /// The id in the innermost pid namespace.
-    pub(super) tid: i32,
+    pub(super) tid: NsPid,
     /// Where the id lies in the list's data.
     pub(super) set_tid: u64,
 }
@@ -321,14 +328,14 @@ impl List {
 
     /// Adds a clone3: the child goes on at the `start` of the slot at `child_slot`. `want` is the
     /// child's expected id, `args` its `struct clone_args`.
-    pub fn clone3(
+    pub(crate) fn clone3(
         &mut self,
         name: impl Into<Cow<'static, str>>,
         args: &CloneArgs,
-        set_tid: &[i32],
+        set_tid: &[NsPid],
         child_slot: RemoteAddr,
     ) -> CallId {
-        let tids: Vec<u8> = set_tid.iter().flat_map(|t| t.to_ne_bytes()).collect();
+        let tids: Vec<u8> = set_tid.iter().flat_map(|t| t.get().to_ne_bytes()).collect();
         let tids = self.bytes(&tids);
         let mut args = *args;
         args.set_tid_size = set_tid.len() as u64;

@@ -3,17 +3,18 @@
 use std::{fs::File, os::unix::fs::FileExt};
 
 use super::{RemoteAddr, TraceError};
+use crate::sys::pid::HostPid;
 
 /// An open /proc/PID/mem.
 #[derive(Debug)]
 pub struct RemoteMemory {
-    pid: i32,
+    pid: HostPid,
     file: File,
 }
 
 impl RemoteMemory {
     /// Opens the memory of the process that thread `tid` belongs to.
-    pub fn open(tid: i32) -> Result<Self, TraceError> {
+    pub fn open(tid: HostPid) -> Result<Self, TraceError> {
         let path = format!("/proc/{tid}/mem");
         match File::options().read(true).write(true).open(&path) {
             Ok(file) => Ok(Self { pid: tid, file }),

@@ -10,10 +10,10 @@
 //! Which directory is another process in, and what does it think its pid is?
 //!
 //! ```
-//! use crtool::tracee::{GadgetCache, Injection, List, Seized, Thread, Want};
+//! use crtool::tracee::{GadgetCache, HostPid, Injection, List, Seized, Thread, Want};
 //! # if !nix::unistd::geteuid().is_root() { return Ok(()); }
 //! # let mut child = std::process::Command::new("sleep").arg("60").current_dir("/usr").spawn()?;
-//! let pid = i32::try_from(child.id())?;
+//! let pid = HostPid::new(i32::try_from(child.id())?);
 //! # while !std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("sleep") {
 //! #     std::thread::yield_now();
 //! # }
@@ -31,7 +31,7 @@
 //! let mut injection = Injection::enter(pid, &thread, &[&thread], 1 << 16, &mut GadgetCache::default(), &patient)?;
 //! let ran = injection.run(&[(&thread, list)])?;
 //! let results = injection.results(&ran[0])?;
-//! assert_eq!(results.value(own)?, i64::from(pid));
+//! assert_eq!(results.value(own)?, i64::from(pid.get()));
 //! let len = usize::try_from(results.value(len)?)?;
 //! assert_eq!(results.data(path, len)?, b"/usr\0");
 //!
@@ -68,3 +68,5 @@ pub use list::{Arg, CallId, Data, List, Op, Want};
 pub use memory::RemoteMemory;
 pub(crate) use stop::tracer_of;
 pub use stop::{Seized, Stop, Stopped, TraceError};
+
+pub use crate::sys::pid::HostPid;

@@ -5,18 +5,21 @@
 use std::{collections::HashSet, fs};
 
 use super::TraceError;
-use crate::proc::{
-    children,
-    stat::{self, Stat},
+use crate::{
+    proc::{
+        children,
+        stat::{self, Stat},
+    },
+    sys::pid::HostPid,
 };
 
 /// /proc/PID/stat.
-pub(crate) fn stat(pid: i32) -> Result<Stat, TraceError> {
+pub(crate) fn stat(pid: HostPid) -> Result<Stat, TraceError> {
     stat_at(format!("/proc/{pid}/stat"))
 }
 
 /// /proc/PID/task/TID/stat.
-pub(crate) fn thread_stat(pid: i32, tid: i32) -> Result<Stat, TraceError> {
+pub(crate) fn thread_stat(pid: HostPid, tid: HostPid) -> Result<Stat, TraceError> {
     stat_at(format!("/proc/{pid}/task/{tid}/stat"))
 }
 
@@ -31,34 +34,35 @@ pub(crate) fn is_dead(stat: &Stat) -> bool {
 }
 
 /// Thread ids of a process, the leader first; empty when it is gone.
-pub(crate) fn tids(pid: i32) -> Vec<i32> {
+pub(crate) fn tids(pid: HostPid) -> Vec<HostPid> {
     let Ok(dir) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
-    let mut tids: Vec<i32> = dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    let mut tids: Vec<HostPid> =
+        dir.flatten().filter_map(|e| Some(HostPid::new(e.file_name().to_str()?.parse().ok()?))).collect();
     tids.sort_unstable_by_key(|tid| (*tid != pid, *tid));
     tids
 }
 
 /// Children of the threads `tids` of a process, zombies too. A child belongs to the thread that forked it.
-pub(crate) fn children(pid: i32, tids: impl IntoIterator<Item = i32>) -> Vec<i32> {
+pub(crate) fn children(pid: HostPid, tids: impl IntoIterator<Item = HostPid>) -> Vec<HostPid> {
     let mut all = Vec::new();
     for tid in tids {
         if let Ok(bytes) = fs::read(format!("/proc/{pid}/task/{tid}/children"))
             && let Ok(pids) = children::parse(&bytes)
         {
-            all.extend(pids);
+            all.extend(pids.into_iter().map(HostPid::new));
         }
     }
     all
 }
 
 /// Pages of a process that are in memory; `None` when it is gone.
-pub(crate) fn resident_pages(pid: i32) -> Option<u64> {
+pub(crate) fn resident_pages(pid: HostPid) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
     text.split(' ').nth(1)?.parse().ok()
 }
 
 /// The processes of a tree that may run, as far as they can be seen now: parents before their children, siblings by pid.
-pub(crate) fn walk(root: i32) -> Vec<i32> {
+pub(crate) fn walk(root: HostPid) -> Vec<HostPid> {
     let mut all = Vec::new();
     let mut seen = HashSet::new();
     let mut stack = vec![root];
@@ -83,7 +87,7 @@ mod tests {
     #[test]
     fn a_child_is_below_its_parent() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let (own, pid) = (std::process::id().cast_signed(), child.id().cast_signed());
+        let (own, pid) = (HostPid::own(), HostPid::new(child.id().cast_signed()));
         let all = walk(own);
         let seen = (all[0], all.contains(&pid), stat(pid).unwrap().ppid, tids(pid));
         let _ = child.kill();

@@ -7,12 +7,12 @@
 use libc::user_regs_struct;
 
 use super::TraceError;
-use crate::sys::{self, Errno, pod, process_vm, ptrace};
+use crate::sys::{self, Errno, pid::HostPid, pod, process_vm, ptrace};
 
 /// Where `struct rseq` has the address of the critical section.
 const RSEQ_CS: u64 = 8;
 
-fn read<T: pod::Pod>(tid: i32, at: u64) -> Result<Option<T>, TraceError> {
+fn read<T: pod::Pod>(tid: HostPid, at: u64) -> Result<Option<T>, TraceError> {
     let mut bytes = vec![0u8; size_of::<T>()];
     match process_vm::read(tid, &[(at, bytes.len())], &mut bytes) {
         Ok(n) if n == bytes.len() => Ok(pod::from_bytes(&bytes)),
@@ -23,7 +23,7 @@ fn read<T: pod::Pod>(tid: i32, at: u64) -> Result<Option<T>, TraceError> {
 }
 
 /// What a stopped thread has registered; `None` for nothing, and for a kernel that cannot tell (before Linux 5.13).
-pub(crate) fn registration(tid: i32) -> sys::Result<Option<ptrace::RseqConfiguration>> {
+pub(crate) fn registration(tid: HostPid) -> sys::Result<Option<ptrace::RseqConfiguration>> {
     match ptrace::get_rseq(tid) {
         Ok(conf) => Ok((conf.abi_pointer != 0).then_some(conf)),
         Err(Errno::EIO | Errno::EINVAL) => Ok(None),
@@ -33,7 +33,7 @@ pub(crate) fn registration(tid: i32) -> sys::Result<Option<ptrace::RseqConfigura
 
 /// If a stopped thread is in a critical section, lets `regs` go on at its abort handler, as the kernel does.
 /// Returns whether it was.
-pub(crate) fn leave_critical_section(tid: i32, regs: &mut user_regs_struct) -> Result<bool, TraceError> {
+pub(crate) fn leave_critical_section(tid: HostPid, regs: &mut user_regs_struct) -> Result<bool, TraceError> {
     let conf = registration(tid).map_err(|e| TraceError::request("PTRACE_GET_RSEQ_CONFIGURATION", tid, e))?;
     let Some(conf) = conf else { return Ok(false) };
     let Some(section) = read::<u64>(tid, conf.abi_pointer.wrapping_add(RSEQ_CS))? else { return Ok(false) };

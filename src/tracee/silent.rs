@@ -12,14 +12,17 @@ use std::{
 };
 
 use super::TraceError;
-use crate::proc::{
-    cgroup,
-    mountinfo::{self, Mount},
-    stat,
+use crate::{
+    proc::{
+        cgroup,
+        mountinfo::{self, Mount},
+        stat,
+    },
+    sys::pid::HostPid,
 };
 
 /// The reason why a thread is silent, if there is one that can be seen.
-pub(crate) fn reason(pid: i32, tid: i32) -> Option<TraceError> {
+pub(crate) fn reason(pid: HostPid, tid: HostPid) -> Option<TraceError> {
     if in_vfork(pid, tid) {
         return Some(TraceError::Vfork(tid));
     }
@@ -36,7 +39,7 @@ pub(crate) fn reason(pid: i32, tid: i32) -> Option<TraceError> {
 }
 
 /// Whether a thread sleeps in vfork until its child has a memory of its own.
-pub(crate) fn in_vfork(pid: i32, tid: i32) -> bool {
+pub(crate) fn in_vfork(pid: HostPid, tid: HostPid) -> bool {
     let at = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
     let mut words = at.split(' ');
     let number = words.next().and_then(|n| n.parse::<i64>().ok());
@@ -60,7 +63,7 @@ pub(crate) struct FrozenGroups {
 
 impl FrozenGroups {
     /// The frozen cgroup that a process is in. `None` also where that cannot be told.
-    pub(crate) fn of(&mut self, pid: i32) -> Option<PathBuf> {
+    pub(crate) fn of(&mut self, pid: HostPid) -> Option<PathBuf> {
         let text = fs::read(format!("/proc/{pid}/cgroup")).ok()?;
         if let Some(known) = self.known.get(&text) {
             return known.clone();

@@ -7,21 +7,21 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::sys::{Errno, ptrace, wait, wait::Status};
+use crate::sys::{Errno, pid::HostPid, ptrace, wait, wait::Status};
 
 /// What can go wrong with a tracee.
 #[derive(Debug, Error)]
 pub enum TraceError {
     /// The thread ended while we looked at it.
     #[error("thread {0} died")]
-    Died(i32),
+    Died(HostPid),
     /// Somebody else traces it.
     #[error("thread {tid} is traced by process {tracer}; end that debugger first")]
     Traced {
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// Its tracer.
-        tracer: i32,
+        tracer: HostPid,
     },
     /// The kernel refused a trace request.
     #[error("{what} of thread {tid}")]
@@ -29,7 +29,7 @@ pub enum TraceError {
         /// The request.
         what: &'static str,
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// Why.
         #[source]
         source: Errno,
@@ -38,7 +38,7 @@ pub enum TraceError {
     #[error("thread {tid} stopped with {stop:?} while {doing}")]
     Stop {
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// What it reported.
         stop: Status,
         /// What was going on.
@@ -48,7 +48,7 @@ pub enum TraceError {
     #[error(
         "thread {0} made another system call than crtool wanted: somebody has changed its code meanwhile"
     )]
-    Changed(i32),
+    Changed(HostPid),
     /// A call of a list returned what it must not.
     #[error("{list}: step {index} ({call})")]
     Call {
@@ -87,12 +87,12 @@ pub enum TraceError {
     Late(#[from] crate::deadline::Late),
     /// In vfork, where nobody can stop it.
     #[error("thread {0} is in vfork: it cannot be stopped until its child runs a program or ends; try again")]
-    Vfork(i32),
+    Vfork(HostPid),
     /// In a frozen cgroup, where it executes nothing.
     #[error("thread {tid} is in a frozen cgroup, {}: thaw it first", group.display())]
     FrozenGroup {
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// The directory of the cgroup.
         group: std::path::PathBuf,
     },
@@ -102,7 +102,7 @@ pub enum TraceError {
     )]
     Asleep {
         /// The thread.
-        tid: i32,
+        tid: HostPid,
         /// Function of the kernel, as /proc/TID/wchan has it.
         place: String,
     },
@@ -124,14 +124,14 @@ pub enum TraceError {
         /// What was attempted.
         what: &'static str,
         /// Where.
-        pid: i32,
+        pid: HostPid,
         /// Why.
         #[source]
         source: Errno,
     },
     /// Nothing to run a system call with.
     #[error("no system call instruction found in the memory of process {0}")]
-    NoSyscall(i32),
+    NoSyscall(HostPid),
 }
 
 impl TraceError {
@@ -146,7 +146,7 @@ impl TraceError {
 
     /// A failed ptrace request: ESRCH on a stopped tracee can only mean that it was killed, since
     /// nobody else can resume or detach it.
-    pub(crate) fn request(what: &'static str, tid: i32, source: Errno) -> Self {
+    pub(crate) fn request(what: &'static str, tid: HostPid, source: Errno) -> Self {
         if source == Errno::ESRCH { Self::Died(tid) } else { Self::Request { what, tid, source } }
     }
 }
@@ -167,7 +167,7 @@ pub enum Stop {
 #[must_use = "dropped, the thread goes on"]
 #[derive(Debug)]
 pub struct Seized {
-    tid: i32,
+    tid: HostPid,
     seccomp_suspended: bool,
     attached: bool,
 }
@@ -181,7 +181,7 @@ impl Seized {
     /// The kernel makes us wait while the thread's process executes a program (execve); that in turn waits for the
     /// exit reports of the process's other threads. So whoever holds some of them takes these reports in `check`,
     /// which is called whenever a signal comes (see `sys::ticker`) and may also end the wait.
-    pub fn seize(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
+    pub fn seize(tid: HostPid, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
         let attempt = |options| -> Result<Result<(), Errno>, TraceError> {
             loop {
                 match ptrace::seize(tid, options) {
@@ -204,7 +204,7 @@ impl Seized {
 
     /// Takes up a thread that this thread of ours traces already, under the id it has now: a thread that executes
     /// a program gets its leader's.
-    pub(crate) fn adopt(tid: i32) -> Result<Self, TraceError> {
+    pub(crate) fn adopt(tid: HostPid) -> Result<Self, TraceError> {
         // Whether filters are suspended is only known once it stands still.
         Self { tid, seccomp_suspended: false, attached: true }.asked()
     }
@@ -215,7 +215,7 @@ impl Seized {
     }
 
     /// Its id.
-    pub fn tid(&self) -> i32 {
+    pub fn tid(&self) -> HostPid {
         self.tid
     }
 
@@ -289,9 +289,9 @@ impl Drop for Seized {
     }
 }
 
-fn seize_error(tid: i32, source: Errno) -> TraceError {
+fn seize_error(tid: HostPid, source: Errno) -> TraceError {
     match tracer_of(tid) {
-        0 => TraceError::request("PTRACE_SEIZE", tid, source),
+        HostPid::NONE => TraceError::request("PTRACE_SEIZE", tid, source),
         tracer => TraceError::Traced { tid, tracer },
     }
 }
@@ -299,7 +299,7 @@ fn seize_error(tid: i32, source: Errno) -> TraceError {
 /// A thread held in a ptrace stop.
 #[derive(Debug)]
 pub struct Stopped {
-    tid: i32,
+    tid: HostPid,
     stop: Stop,
     seccomp_suspended: bool,
     attached: bool,
@@ -314,7 +314,7 @@ impl Stopped {
     }
 
     /// Its id.
-    pub fn tid(&self) -> i32 {
+    pub fn tid(&self) -> HostPid {
         self.tid
     }
 
@@ -401,7 +401,7 @@ impl Drop for Stopped {
 }
 
 /// Waits for a report of `tid`; each time the wait is interrupted, `check` may end it.
-fn wait_checked(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Status, TraceError> {
+fn wait_checked(tid: HostPid, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Status, TraceError> {
     loop {
         match wait::wait_raw(tid, 0) {
             Ok(Some((_, raw))) => return Ok(Status::from_raw(raw)),
@@ -415,11 +415,9 @@ fn wait_checked(tid: i32, check: &dyn Fn() -> Result<(), TraceError>) -> Result<
 }
 
 /// Who traces `tid`, from the text of its status file.
-pub(crate) fn tracer_of(tid: i32) -> i32 {
-    std::fs::read_to_string(format!("/proc/{tid}/status"))
-        .ok()
-        .and_then(|s| {
-            s.lines().find_map(|l| l.strip_prefix("TracerPid:").and_then(|v| v.trim().parse().ok()))
-        })
-        .unwrap_or(0)
+pub(crate) fn tracer_of(tid: HostPid) -> HostPid {
+    let tracer = std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|s| {
+        s.lines().find_map(|l| l.strip_prefix("TracerPid:").and_then(|v| v.trim().parse().ok()))
+    });
+    tracer.map_or(HostPid::NONE, HostPid::new)
 }

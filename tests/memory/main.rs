@@ -15,6 +15,7 @@ use crtool::finding::Finding;
 use crtool::image::{ImageKind, ImageSink, MemStore, PagesSink, Store, TypedStore, pb};
 use crtool::mem::{Inside, MappedFile, MemoryDump, SharedMemory, Task, VmaFiles, collect, vma};
 use crtool::stats::DumpStats;
+use crtool::sys::pid::{HostPid, NsPid};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use child::Child;
@@ -68,6 +69,7 @@ impl VmaFiles for Files {
 }
 
 fn task(pid: i32) -> Task {
+    let pid = HostPid::new(pid);
     Task {
         pid,
         tid: pid,
@@ -87,7 +89,7 @@ pub fn dump(child: &Child, store: &dyn Store) -> (pb::MmEntry, DumpStats, Files)
     assert!(findings.is_empty(), "{findings:?}");
     let mut stats = DumpStats::default();
     let mut dump = MemoryDump::new(store);
-    dump.task(child.pid(), space, &mut stats).unwrap();
+    dump.task(NsPid::new(child.pid()), space, &mut stats).unwrap();
     dump.shared(&shared, &mut stats).unwrap();
     let id = u64::from(child.pid().cast_unsigned());
     (store.need_one(ImageKind::Mm, id).unwrap(), stats, files)
@@ -386,7 +388,7 @@ fn full_disk() -> Completion {
     let space = collect(&task(child.pid()), &mut files, &shared, &mut findings).unwrap();
     let store = Full(MemStore::new());
     let mut stats = DumpStats::default();
-    let error = MemoryDump::new(&store).task(child.pid(), space, &mut stats).unwrap_err();
+    let error = MemoryDump::new(&store).task(NsPid::new(child.pid()), space, &mut stats).unwrap_err();
     assert_eq!(error.to_string(), "write pages-1.img");
     assert!(store.0.unfinished().load(std::sync::atomic::Ordering::Acquire), "cannot be committed");
     Completion::Completed

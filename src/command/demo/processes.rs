@@ -166,7 +166,7 @@ fn children() -> Vec<Pid> {
             fs::read(format!("/proc/{pid}/stat"))
                 .ok()
                 .and_then(|bytes| stat::parse(&bytes).ok())
-                .is_some_and(|stat| stat.ppid == own)
+                .is_some_and(|stat| stat.ppid.get() == own)
         })
         .map(Pid::from_raw)
         .collect()

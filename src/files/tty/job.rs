@@ -24,15 +24,18 @@ use super::{
     super::{FileError, FilesRestore},
     pair, settings,
 };
-use crate::{image::pb, sys::tty};
+use crate::{
+    sys::pid::{HostPid, NsPid},
+    {image::pb, sys::tty},
+};
 
 /// The process groups of a tree that gets its session from its caller.
 #[derive(Debug, Clone)]
 pub(crate) struct JobGroups {
     /// That of the root.
-    pub(crate) root: i32,
+    pub(crate) root: HostPid,
     /// Each group of the images, and what it is now.
-    pub(crate) all: HashMap<i32, i32>,
+    pub(crate) all: HashMap<NsPid, HostPid>,
 }
 
 /// The controlling terminal of crtool and of the job. Dropped while the job has it, it is as it was before.
@@ -71,7 +74,7 @@ impl JobTerminal {
         let before =
             tty::termios(terminal.as_fd()).map_err(FileError::sys("read the settings of our terminal"))?;
         let size = tty::winsize(terminal.as_fd()).map_err(FileError::sys("read the size of our terminal"))?;
-        let had = info.and_then(|info| groups.all.get(&info.pgrp.cast_signed()));
+        let had = info.and_then(|info| groups.all.get(&NsPid::new(info.pgrp.cast_signed())));
         let wanted = info.filter(|_| had.is_some()).and_then(|info| info.termios.as_ref());
         let other_size = info.and_then(|info| info.winsize).is_some_and(|was| {
             [was.ws_row, was.ws_col, was.ws_xpixel, was.ws_ypixel]
@@ -80,7 +83,7 @@ impl JobTerminal {
         Ok(Self {
             before,
             wanted: wanted.map(settings::termios),
-            group: had.copied().unwrap_or(groups.root),
+            group: had.copied().unwrap_or(groups.root).get(),
             own: getpgrp().as_raw(),
             given: false,
             other_size,

@@ -320,7 +320,7 @@ fn controlling_of(pid: i32) -> Result<Option<(u64, u32, u32)>, FileError> {
     let number = stat.tty_nr.cast_unsigned();
     let device = libc::makedev(number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00);
     let positive = |id: i32| u32::try_from(id).unwrap_or(0);
-    Ok(Some((device, positive(stat.session), positive(stat.tpgid))))
+    Ok(Some((device, positive(stat.session.get()), positive(stat.tpgid))))
 }
 
 impl Dumped {
