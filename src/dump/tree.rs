@@ -17,8 +17,9 @@ use crate::{
     proc::stat::Stat,
     sys::{pid::HostPid, wait},
     tracee::{
-        Seized, Stop, Thread, TraceError, procfs,
+        Seized, Stop, Thread, TraceError, procfs, read_maps,
         silent::{self, FrozenGroups},
+        vdso,
     },
 };
 
@@ -90,7 +91,11 @@ impl Tree {
             }
             let new = parents.keys().copied().filter(|pid| !known.contains(pid)).collect();
             if !tree.hold_new(new, &mut known, &mut groups, check)? {
-                return tree.finished(&parents);
+                let mut tree = tree.finished(&parents)?;
+                for process in &mut tree.processes {
+                    process.leave_vdso(check)?;
+                }
+                return Ok(tree);
             }
         }
     }
@@ -361,6 +366,27 @@ impl Process {
                 }
             },
         }
+    }
+
+    /// Lets threads that were stopped in the code of the vDSO leave it.
+    fn leave_vdso(&mut self, check: Check<'_>) -> Result<(), TraceError> {
+        if !self.unheld.is_empty() || !self.threads.iter().any(vdso::may_be_inside) {
+            return Ok(());
+        }
+        let Some(agent) = self.agent() else { return Ok(()) };
+        let Some(place) = vdso::place(&read_maps(agent.tid())?) else { return Ok(()) };
+        let mut threads = std::mem::take(&mut self.threads).into_iter();
+        while let Some(thread) = threads.next() {
+            match vdso::leave(thread, &place, check) {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => {
+                    // All others go on with the tree.
+                    self.threads.extend(threads);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Takes what is final now that nobody runs.

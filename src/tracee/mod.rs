@@ -55,6 +55,7 @@ pub(crate) mod room;
 pub(crate) mod rseq;
 pub(crate) mod silent;
 mod stop;
+pub(crate) mod vdso;
 
 pub use addr::RemoteAddr;
 pub use area::{Area, Failure, Placed, Results};

@@ -41,6 +41,11 @@ pub const CASES: &[Case] = &[
     FORKS[0],
     FORKS[1],
     FORKS[2],
+    Case::new("clocks_read_always", clocks_read_always)
+        .source_clocks(YOUNG)
+        .host_clocks(AHEAD)
+        .disturbed()
+        .peer_fails("its threads go on in the middle of a reading"),
     Case::new("clocks_shared_memory", clocks_shared_memory)
         .between(pause)
         .source_clocks(AHEAD)
@@ -128,6 +133,40 @@ fn clocks_go_on(gate: &Gate) {
     let uptime = std::fs::read_to_string("/proc/uptime").expect("uptime");
     let uptime: f64 = uptime.split(' ').next().and_then(|t| t.parse().ok()).expect("uptime");
     assert!((uptime - boottime().as_secs_f64()).abs() < 1.0, "{uptime} {:?}", boottime());
+}
+
+/// Threads that do nothing but read clocks are mostly frozen in the code of the kernel's vDSO, some of them between the
+/// reading of the clock and of what the namespace adds to it.
+fn clocks_read_always(gate: &Gate) {
+    const THREADS: usize = 12;
+    let ready = Arc::new(std::sync::Barrier::new(THREADS + 1));
+    let threads: Vec<_> = (0..THREADS)
+        .map(|_| {
+            let (control, ready) = (gate.clone_for_thread(), Arc::clone(&ready));
+            std::thread::spawn(move || {
+                ready.wait();
+                let mut last = [monotonic(), boottime()];
+                while !control.open() {
+                    for _ in 0..1000 {
+                        let now = [monotonic(), boottime()];
+                        for (last, now) in last.into_iter().zip(now) {
+                            let step = now.checked_sub(last);
+                            assert!(
+                                step.is_some_and(|step| step < Duration::from_secs(300)),
+                                "a clock went from {last:?} to {now:?}"
+                            );
+                        }
+                        last = now;
+                    }
+                }
+            })
+        })
+        .collect();
+    ready.wait();
+    gate.ready();
+    for thread in threads {
+        thread.join().expect("thread");
+    }
 }
 
 /// How long each wait of [`clocks_sleeps`] lasts.
