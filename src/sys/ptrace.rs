@@ -56,7 +56,7 @@ pub fn syscall(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_SYSCALL, tid, 0, signal as u64).map(drop)
 }
 /// PTRACE_SINGLESTEP: continue for one instruction, or to the first one of the handler of `signal`.
-pub fn single_step(tid: pid_t, signal: i32) -> Result<()> {
+pub fn single_step(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_SINGLESTEP, tid, 0, signal as u64).map(drop)
 }
 /// PTRACE_DETACH.

@@ -95,7 +95,10 @@ mod tests {
     use std::process::{Child, Command};
 
     use super::*;
-    use crate::tracee::{Seized, procfs, read_maps};
+    use crate::{
+        sys::pid::HostPid,
+        tracee::{Seized, procfs, read_maps},
+    };
 
     struct Reader(Child);
 
@@ -112,7 +115,7 @@ mod tests {
             "$SIG{USR1} = sub { $n++ }; $t = 0; while (1) { $u = time; $u >= $t || exit 3; $t = $u }";
         let Ok(child) = Command::new("perl").args(["-e", program]).spawn() else { return };
         let reader = Reader(child);
-        let tid = reader.0.id().cast_signed();
+        let tid = HostPid::new(reader.0.id().cast_signed());
         let patient = || Ok(());
         let (mut inside, mut tries) = (0, 0);
         while inside < 10 {
