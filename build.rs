@@ -32,12 +32,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     }
-    prost_build::Config::new()
+    let mut config = prost_build::Config::new();
+    // Each entry has one of them, and there may be many thousands of entries in memory.
+    for member in members(&typed, "file_entry") {
+        config.boxed(format!(".images.file_entry.{member}"));
+    }
+    config
         .enable_type_names()
-        .boxed(".images.file_entry.isk")
-        .boxed(".images.file_entry.usk")
-        .boxed(".images.file_entry.psk")
-        .boxed(".images.file_entry.tty")
         .boxed(".images.core_entry.thread_info")
         .boxed(".images.core_entry.tc")
         .boxed(".images.core_entry.thread_core")
@@ -49,6 +50,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let remote = protox::compile(["proto/remote.proto"], ["proto"])?;
     prost_build::Config::new().compile_fds(remote)?;
     Ok(())
+}
+
+/// Names of the fields of the message `name` that are messages themselves.
+fn members(set: &FileDescriptorSet, name: &str) -> Vec<String> {
+    let messages = set.file.iter().flat_map(|file| &file.message_type).filter(|message| message.name() == name);
+    let fields = messages.flat_map(|message| &message.field);
+    fields.filter(|field| field.r#type() == Type::Message).map(|field| field.name().to_owned()).collect()
 }
 
 /// All image messages, by their full names.

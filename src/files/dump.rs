@@ -60,7 +60,7 @@ pub struct FilesDump<'a> {
     pub(super) cx: DumpCx<'a>,
     tables: DumpTables,
     /// In the order of `files.img`.
-    entries: Vec<pb::FileEntry>,
+    entries: Vec<Rc<pb::FileEntry>>,
     /// Where an id is in `entries`.
     entry_of: HashMap<u32, usize>,
     /// One descriptor of each description.
@@ -236,7 +236,7 @@ impl<'a> FilesDump<'a> {
             Ok(entry) => {
                 for entry in extra.into_iter().chain([entry]) {
                     self.entry_of.insert(entry.id, self.entries.len());
-                    self.entries.push(entry);
+                    self.entries.push(Rc::new(entry));
                 }
                 Ok(Some(id))
             }
@@ -333,7 +333,7 @@ impl<'a> FilesDump<'a> {
         for entry in &mut self.entries {
             let Some(at) = self.places.get(&entry.id).copied() else { continue };
             let Some(kind) = kind_of(entry) else { continue };
-            match (kind.complete)(&mut self.cx, &self.tables, entry, at) {
+            match (kind.complete)(&mut self.cx, &self.tables, Rc::make_mut(entry), at) {
                 Ok(()) => {}
                 Err(FileError::Unsupported { reason, hint }) => findings.push(Finding {
                     pid: HostPid::new(at.pid),
@@ -362,7 +362,7 @@ impl<'a> FilesDump<'a> {
         };
         let store = self.cx.store;
         let mut cx = RestoreCx::new(store, &settings);
-        cx.entries = self.entries.iter().map(|entry| (entry.id, Rc::new(entry.clone()))).collect();
+        cx.entries = self.entries.iter().map(|entry| (entry.id, Rc::clone(entry))).collect();
         remap::hand_over(&mut self.cx, &mut cx);
         memfd::hand_over(&mut self.cx, &mut cx);
         pipe::hand_over(&mut self.cx, &mut cx);
@@ -446,7 +446,7 @@ impl<'a> FilesDump<'a> {
         for kind in KINDS {
             (kind.finish_dump)(&mut self.cx)?;
         }
-        self.cx.store.write_all(ImageKind::Files, None, &self.entries)?;
+        self.cx.store.write_all(ImageKind::Files, None, self.entries.iter().map(|entry| &**entry))?;
         for table in &self.tables.0 {
             self.cx.store.write_all(ImageKind::Fdinfo, u64::from(table.files_id), &self.fdinfo(table))?;
         }

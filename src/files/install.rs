@@ -169,20 +169,20 @@ pub(super) fn add(steps: &[Step], list: &mut List) {
             Step::Fetch { supervisor, remote, to } => {
                 let want = Want::Equal(u64::from(to.cast_unsigned()));
                 let args = [supervisor.into(), remote.into(), 0u32.into()];
-                list.call(format!("fetch descriptor {to} (pidfd_getfd)"), libc::SYS_pidfd_getfd, &args, want);
+                list.call("fetch a descriptor (pidfd_getfd)", libc::SYS_pidfd_getfd, &args, want);
             }
             Step::Copy { from, to, cloexec } => {
                 let command = if cloexec { libc::F_DUPFD_CLOEXEC } else { libc::F_DUPFD };
                 let want = Want::Equal(u64::from(to.cast_unsigned()));
                 let args = [from.into(), command.into(), to.into()];
-                list.call(format!("duplicate descriptor {from} as {to}"), libc::SYS_fcntl, &args, want);
+                list.call("duplicate (F_DUPFD)", libc::SYS_fcntl, &args, want);
             }
             Step::Keep { fd } => {
                 let args = [fd.into(), libc::F_SETFD.into(), 0u32.into()];
-                list.call(format!("flags of descriptor {fd} (F_SETFD)"), libc::SYS_fcntl, &args, Want::Zero);
+                list.call("set flags (F_SETFD)", libc::SYS_fcntl, &args, Want::Zero);
             }
             Step::Close { fd } => {
-                list.call(format!("close descriptor {fd}"), libc::SYS_close, &[fd.into()], Want::Zero);
+                list.call("close", libc::SYS_close, &[fd.into()], Want::Zero);
             }
         }
     }

@@ -266,7 +266,7 @@ impl<'a> RestoreCx<'a> {
     pub(super) fn regular_entry(&self, id: u32) -> Result<pb::RegFileEntry, FileError> {
         self.entries
             .get(&id)
-            .and_then(|file| file.reg.clone())
+            .and_then(|file| file.reg.as_deref().cloned())
             .ok_or_else(|| FileError::entry(id, "it should be a file with a path"))
     }
 }

@@ -326,7 +326,7 @@ pub(super) fn reopen(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<Owned
 pub(super) fn add_path_of(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<u32, FileError> {
     let id = cx.next_id();
     let reg = Regular::dump(cx, fd, id)?;
-    cx.add_entry(pb::FileEntry { r#type: Regular::TYPE.into(), id, reg: Some(reg), ..Default::default() });
+    cx.add_entry(pb::FileEntry { r#type: Regular::TYPE.into(), id, reg: Some(reg.into()), ..Default::default() });
     Ok(id)
 }
 

@@ -264,7 +264,7 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<Option<u3
     let entry = pb::FileEntry {
         r#type: pb::FdTypes::Reg.into(),
         id,
-        reg: Some(pb::RegFileEntry { id, name: path, ..Default::default() }),
+        reg: Some(pb::RegFileEntry { id, name: path, ..Default::default() }.into()),
         ..Default::default()
     };
     cx.add_entry(entry);
@@ -316,17 +316,17 @@ impl RestoreRemaps {
     }
 }
 
-/// Reads `remap-fpath.img`; `files` are the entries of `files.img`.
-pub(super) fn read(cx: &mut RestoreCx<'_>, files: &[pb::FileEntry]) -> Result<(), FileError> {
+/// Reads `remap-fpath.img`, when the entries of `files.img` are known.
+pub(super) fn read(cx: &mut RestoreCx<'_>) -> Result<(), FileError> {
     let entries: Vec<pb::RemapFilePathEntry> = cx.store.read_all(ImageKind::RemapFpath, None)?;
     let mut remaps = RestoreRemaps::default();
     for entry in entries {
         // Written since the field exists; before, all were ghosts or links by number.
         let r#type = entry.remap_type();
         if r#type == pb::RemapType::Linked {
-            let name = files
-                .iter()
-                .find(|file| file.id == entry.remap_id)
+            let name = cx
+                .entries
+                .get(&entry.remap_id)
                 .and_then(|file| file.reg.as_ref())
                 .map(|reg| reg.name.clone())
                 .ok_or_else(|| FileError::entry(entry.remap_id, "a remapped file is not there"))?;
@@ -372,7 +372,7 @@ fn made_by(cx: &mut RestoreCx<'_>, remap_id: u32) -> Option<pb::RegFileEntry> {
         let remaps = cx.states.peek::<RestoreRemaps>();
         remaps.is_some_and(|remaps| remaps.by_file.get(file) == Some(&(pb::RemapType::Ghost, remap_id)))
     };
-    let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_ref());
+    let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_deref());
     entries.filter(|reg| reg.flags & ghost::TMPFILE != 0).min_by_key(|reg| reg.id).cloned()
 }
 

@@ -78,13 +78,11 @@ impl<'a> FilesRestore<'a> {
         settings: &'a RestoreSettings,
         tables_of_tasks: &[u32],
     ) -> Result<Self, FileError> {
-        let entries: Vec<pb::FileEntry> = store.read_all(ImageKind::Files, None)?;
         let mut cx = RestoreCx::new(store, settings);
-        remap::read(&mut cx, &entries)?;
-        locks::read(&mut cx)?;
-        let mut files = HashMap::with_capacity(entries.len());
-        let mut order = Vec::with_capacity(entries.len());
-        for entry in entries {
+        let mut files = HashMap::new();
+        let mut order = Vec::new();
+        let mut image = store.open(ImageKind::Files, None)?;
+        while let Some(entry) = image.as_mut().map_or(Ok(None), |image| image.next_entry::<pb::FileEntry>())? {
             let id = entry.id;
             let Some(kind) = kind_of(&entry) else {
                 return Err(FileError::entry(id, format!("{} cannot be restored", type_name(entry.r#type))));
@@ -97,6 +95,8 @@ impl<'a> FilesRestore<'a> {
             }
             order.push(id);
         }
+        remap::read(&mut cx)?;
+        locks::read(&mut cx)?;
         let mut ids = tables_of_tasks.to_vec();
         ids.sort_unstable();
         let shared_tables = ids.windows(2).any(|two| two[0] == two[1]);
@@ -404,9 +404,9 @@ pub(super) fn open_limit() -> u64 {
 }
 
 /// How many descriptors a restore needs at once.
-pub(super) fn most_needed(entries: &[pb::FileEntry], tables: impl Iterator<Item = HashSet<u32>>) -> usize {
+pub(super) fn most_needed(entries: &[Rc<pb::FileEntry>], tables: impl Iterator<Item = HashSet<u32>>) -> usize {
     let all = entries.len() + OWN_DESCRIPTORS;
-    let waiting = in_one_table(entries.iter(), tables);
+    let waiting = in_one_table(entries.iter().map(|entry| &**entry), tables);
     let largest = waiting.iter().map(Vec::len).max().unwrap_or(0);
     all - waiting.iter().map(Vec::len).sum::<usize>() + largest
 }

@@ -477,7 +477,7 @@ fn crafted_images_are_refused() {
     let reg = |id, name: &[u8], flags: u32, mode| pb::FileEntry {
         r#type: pb::FdTypes::Reg.into(),
         id,
-        reg: Some(pb::RegFileEntry { id, flags, name: name.to_vec(), mode, ..Default::default() }),
+        reg: Some(pb::RegFileEntry { id, flags, name: name.to_vec(), mode, ..Default::default() }.into()),
         ..Default::default()
     };
     let fd = |id, fd| pb::FdinfoEntry { id, fd, r#type: pb::FdTypes::Reg.into(), ..Default::default() };

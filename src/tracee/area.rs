@@ -19,7 +19,7 @@ use crate::sys::{
     mapping::Mapping,
     pid::{HostPid, NsPid},
     pod, process_vm,
-    runner::{self, Entry, Slot},
+    runner::{self, Entry, Slot, flag},
 };
 
 const PAGE: usize = 4096;
@@ -328,6 +328,13 @@ impl Area {
             if RANGED.contains(&entry.op) {
                 let [at, len, ..] = entry.args;
                 name = format!("{name} {at:#x}-{:#x}", at.wrapping_add(len));
+            }
+            match entry.op {
+                libc::SYS_pidfd_getfd if entry.flags & flag::EQUAL != 0 => {
+                    name = format!("{name} as {}", entry.expect);
+                }
+                libc::SYS_fcntl | libc::SYS_close => name = format!("{name} of descriptor {}", entry.args[0]),
+                _ => {}
             }
             let error = TraceError::call(&placed.label, &name, index, entry.result.cast_signed());
             let chosen = placed.clones.iter().find(|clone| clone.entry == index);
