@@ -54,7 +54,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// Names of the fields of the message `name` that are messages themselves.
 fn members(set: &FileDescriptorSet, name: &str) -> Vec<String> {
-    let messages = set.file.iter().flat_map(|file| &file.message_type).filter(|message| message.name() == name);
+    let messages =
+        set.file.iter().flat_map(|file| &file.message_type).filter(|message| message.name() == name);
     let fields = messages.flat_map(|message| &message.field);
     fields.filter(|field| field.r#type() == Type::Message).map(|field| field.name().to_owned()).collect()
 }

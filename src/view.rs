@@ -11,6 +11,7 @@
 //! What this does not do: it takes no credentials of a task, and it does not compare what is found with what was saved.
 
 use std::{
+    cell::OnceCell,
     ffi::{CString, OsStr},
     os::{
         fd::{AsRawFd, BorrowedFd, OwnedFd},
@@ -110,6 +111,8 @@ struct Level {
 pub(crate) struct View {
     root: OwnedFd,
     symlinks: Symlinks,
+    /// The directory of our own descriptors in /proc, and our pid: a child of ours has another one.
+    descriptors: OnceCell<(u32, OwnedFd)>,
 }
 
 impl View {
@@ -122,7 +125,7 @@ impl View {
 
     /// The names below `root`, a directory.
     pub(crate) fn below(root: OwnedFd, symlinks: Symlinks) -> Self {
-        Self { root, symlinks }
+        Self { root, symlinks, descriptors: OnceCell::new() }
     }
 
     /// The object at `path`, without opening it: an O_PATH descriptor. Fifos do not block, devices do nothing.
@@ -131,20 +134,16 @@ impl View {
             | OFlag::O_CLOEXEC
             | match last {
                 Last::Directory => OFlag::O_DIRECTORY,
-                Last::Itself | Last::Target => OFlag::O_NOFOLLOW,
+                Last::Itself => OFlag::O_NOFOLLOW,
+                // A link at the end is not followed either: it is an error.
+                Last::Target => OFlag::empty(),
             };
-        let found = match self.resolve(path, flags) {
-            // No link on the way; the last component may be one, and is then what was found.
-            Ok(found) if last != Last::Target || !is_link(&stat_of(&found)?) => return Ok(found),
-            Ok(_) => None,
-            Err(Errno::ELOOP) => None,
+        match self.resolve(path, flags) {
+            Ok(found) => Ok(found),
+            Err(Errno::ELOOP) => self.walk(path, last),
             // An O_DIRECTORY that ends at a link says so in this way.
-            Err(Errno::ENOTDIR) if last == Last::Directory => None,
-            Err(errno) => return Err(errno.into()),
-        };
-        match found {
-            Some(found) => Ok(found),
-            None => self.walk(path, last),
+            Err(Errno::ENOTDIR) if last == Last::Directory => self.walk(path, last),
+            Err(errno) => Err(errno.into()),
         }
     }
 
@@ -157,6 +156,20 @@ impl View {
     /// it with what was found.
     pub(crate) fn open_by_name(&self, path: &[u8], flags: OFlag) -> Result<OwnedFd, Errno> {
         self.resolve(path, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
+    }
+
+    /// As [`reopen`], for many objects: the way to the descriptors is gone once.
+    pub(crate) fn reopen(&self, object: BorrowedFd<'_>, flags: OFlag) -> Result<OwnedFd, Errno> {
+        if self.descriptors.get().is_none() {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let _ = self.descriptors.set((std::process::id(), open("/proc/self/fd", flags, Mode::empty())?));
+        }
+        match self.descriptors.get() {
+            Some((pid, dir)) if *pid == std::process::id() => {
+                openat(dir, object.as_raw_fd().to_string().as_str(), reopening(flags), Mode::empty())
+            }
+            _ => reopen(object, flags),
+        }
     }
 
     /// The directory that holds the last component of `path`, and that component: to make or remove it there.
@@ -273,10 +286,13 @@ pub(crate) fn magic_link(object: BorrowedFd<'_>) -> CString {
 
 /// A new description of what `object` stands for, which may be an O_PATH descriptor (but not of a symbolic link).
 pub(crate) fn reopen(object: BorrowedFd<'_>, flags: OFlag) -> Result<OwnedFd, Errno> {
-    // The magic link must be followed, whatever the flags say of the file's own name.
-    let flags = (flags - OFlag::O_NOFOLLOW) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY;
     let path = format!("/proc/self/fd/{}", object.as_raw_fd());
-    open(path.as_str(), flags, Mode::empty())
+    open(path.as_str(), reopening(flags), Mode::empty())
+}
+
+/// Flags to open a magic link with, which must be followed, whatever the flags say of the file's own name.
+fn reopening(flags: OFlag) -> OFlag {
+    (flags - OFlag::O_NOFOLLOW) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY
 }
 
 /// The directory and the last component of an absolute path; `None` without one.

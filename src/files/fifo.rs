@@ -92,7 +92,8 @@ impl FileKind for Fifo {
         if let Some(fd) = cx.state::<Restored>().opened.remove(&entry.id) {
             return Ok(Opened::Now(fd));
         }
-        let mut all: Vec<pb::FifoEntry> = cx.entries.values().filter_map(|file| file.fifo.as_deref().copied()).collect();
+        let mut all: Vec<pb::FifoEntry> =
+            cx.entries.values().filter_map(|file| file.fifo.as_deref().copied()).collect();
         all.retain(|other| other.pipe_id == entry.pipe_id && other.id != entry.id);
         all.push(*entry);
         all.sort_unstable_by_key(|entry| entry.id);

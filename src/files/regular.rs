@@ -28,7 +28,7 @@ use crate::{
     image::pb,
     settings::FileValidation,
     sys::{Errno, inode},
-    view::{self, Last, ViewError},
+    view::{Last, ViewError},
 };
 
 /// Flags of open(2) that speak of the act of opening; most are not kept by the kernel, but an image may hold anything.
@@ -151,13 +151,13 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
         None => match remap::object(cx, entry)? {
             Some(object) => match remap::description(cx, entry.id) {
                 Some(description) => description,
-                None => reopen(&object, entry)?,
+                None => reopen(cx, &object, &stat(&object, entry)?, entry)?,
             },
             None => {
-                let object = find(cx, entry)?;
-                match by_name(cx, &object, entry)? {
+                let (object, found) = find_with_stat(cx, entry)?;
+                match by_name(cx, &found, entry)? {
                     Some(fd) => fd,
-                    None => reopen(&object, entry)?,
+                    None => reopen(cx, &object, &found, entry)?,
                 }
             }
         },
@@ -169,6 +169,11 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
 /// The file that has the entry's name, if it is still the one that was saved: an O_PATH descriptor. What is checked is what
 /// is opened later, through that descriptor, whoever renames or replaces files in the meantime.
 pub(super) fn find(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
+    find_with_stat(cx, entry).map(|(object, _)| object)
+}
+
+/// As [`find`], with what was looked at.
+fn find_with_stat(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<(OwnedFd, Stat), FileError> {
     let last = match entry.mode() & libc::S_IFMT {
         libc::S_IFLNK => Last::Itself,
         libc::S_IFDIR => Last::Directory,
@@ -181,8 +186,12 @@ pub(super) fn find(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<Owned
         found => found,
     }
     .map_err(FileError::name("open", &entry.name))?;
-    validate(cx, &object, entry)?;
-    Ok(object)
+    let found = validate(cx, &object, entry)?;
+    Ok((object, found))
+}
+
+fn stat(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<Stat, FileError> {
+    fstat(object).map(|stat| Stat::new(&stat)).map_err(FileError::path("stat", &entry.name))
 }
 
 /// Whether the object of an entry would be found, or could be made again.
@@ -257,12 +266,7 @@ pub(super) fn would_serve(cx: &mut RestoreCx<'_>, id: u32, usage: FileUse) -> Re
 
 /// O_NOFOLLOW is a flag that F_GETFL shows, and only opening by name gives it. `None` where it was not set, or the name
 /// leads to something else now.
-fn by_name(
-    cx: &RestoreCx<'_>,
-    object: &OwnedFd,
-    entry: &pb::RegFileEntry,
-) -> Result<Option<OwnedFd>, FileError> {
-    let found = Stat::new(&fstat(object).map_err(FileError::path("stat", &entry.name))?);
+fn by_name(cx: &RestoreCx<'_>, found: &Stat, entry: &pb::RegFileEntry) -> Result<Option<OwnedFd>, FileError> {
     let flags = open_flags(entry, found.mode);
     if flags & libc::O_NOFOLLOW == 0 || !matches!(found.kind(), libc::S_IFREG | libc::S_IFDIR) {
         return Ok(None);
@@ -270,8 +274,7 @@ fn by_name(
     // What has the name by now may be a fifo, which must not keep us waiting.
     let how = OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let Ok(fd) = cx.view()?.open_by_name(&entry.name, how) else { return Ok(None) };
-    let opened = Stat::new(&fstat(&fd).map_err(FileError::path("stat", &entry.name))?);
-    if !opened.same_file(&found) {
+    if !stat(&fd, entry)?.same_file(found) {
         return Ok(None);
     }
     if flags & libc::O_PATH == 0 {
@@ -294,9 +297,14 @@ fn open_flags(entry: &pb::RegFileEntry, mode: u32) -> i32 {
     flags
 }
 
-/// A description of `object` with the entry's flags.
-pub(super) fn reopen(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
-    let mode = fstat(object).map_err(FileError::path("stat", &entry.name))?.st_mode;
+/// A description of `object`, which is `found`, with the entry's flags.
+fn reopen(
+    cx: &RestoreCx<'_>,
+    object: &OwnedFd,
+    found: &Stat,
+    entry: &pb::RegFileEntry,
+) -> Result<OwnedFd, FileError> {
+    let mode = found.mode;
     let flags = open_flags(entry, mode);
     if flags & libc::O_PATH != 0 && mode & libc::S_IFMT == libc::S_IFLNK {
         // /proc/self/fd would be followed through the link; the descriptor itself is what is wanted.
@@ -310,23 +318,26 @@ pub(super) fn reopen(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<Owned
             what: format!("is {}, which is not opened as a file", kind_name(mode)),
         });
     }
-    if mode & libc::S_IFMT == libc::S_IFCHR && flags & libc::O_PATH == 0 {
-        let rdev = fstat(object).map_err(FileError::path("stat", &entry.name))?.st_rdev;
-        if !device::is_simple(rdev) {
-            return Err(FileError::Changed {
-                path: to_path(&entry.name).to_owned(),
-                what: "is not one of the devices that can be opened again".into(),
-            });
-        }
+    if mode & libc::S_IFMT == libc::S_IFCHR && flags & libc::O_PATH == 0 && !device::is_simple(found.rdev) {
+        return Err(FileError::Changed {
+            path: to_path(&entry.name).to_owned(),
+            what: "is not one of the devices that can be opened again".into(),
+        });
     }
-    view::reopen(object.as_fd(), OFlag::from_bits_retain(flags)).map_err(FileError::path("open", &entry.name))
+    let view = cx.view()?;
+    view.reopen(object.as_fd(), OFlag::from_bits_retain(flags)).map_err(FileError::path("open", &entry.name))
 }
 
 /// Adds an entry for the path of a fifo or terminal, which has an entry of its own; returns its id.
 pub(super) fn add_path_of(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<u32, FileError> {
     let id = cx.next_id();
     let reg = Regular::dump(cx, fd, id)?;
-    cx.add_entry(pb::FileEntry { r#type: Regular::TYPE.into(), id, reg: Some(reg.into()), ..Default::default() });
+    cx.add_entry(pb::FileEntry {
+        r#type: Regular::TYPE.into(),
+        id,
+        reg: Some(reg.into()),
+        ..Default::default()
+    });
     Ok(id)
 }
 
@@ -340,16 +351,19 @@ pub(super) fn path_of(cx: &mut RestoreCx<'_>, id: u32) -> Result<OwnedFd, FileEr
     find(cx, &entry)
 }
 
-/// Is this still the file that was dumped?
+/// Is this still the file that was dumped? What it is now.
 pub(super) fn validate(
     cx: &RestoreCx<'_>,
     object: &OwnedFd,
     entry: &pb::RegFileEntry,
-) -> Result<(), FileError> {
-    let stat = Stat::new(&fstat(object).map_err(FileError::path("stat", &entry.name))?);
-    validate_stat(cx, &stat, entry)?;
+) -> Result<Stat, FileError> {
+    let found = stat(object, entry)?;
+    validate_stat(cx, &found, entry)?;
     // Nothing else may be opened just to look at it.
-    if stat.kind() == libc::S_IFREG { validate_build_id(cx, object, entry) } else { Ok(()) }
+    if found.kind() == libc::S_IFREG {
+        validate_build_id(cx, object, entry)?;
+    }
+    Ok(found)
 }
 
 fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> Result<(), FileError> {

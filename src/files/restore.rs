@@ -82,7 +82,9 @@ impl<'a> FilesRestore<'a> {
         let mut files = HashMap::new();
         let mut order = Vec::new();
         let mut image = store.open(ImageKind::Files, None)?;
-        while let Some(entry) = image.as_mut().map_or(Ok(None), |image| image.next_entry::<pb::FileEntry>())? {
+        while let Some(entry) =
+            image.as_mut().map_or(Ok(None), |image| image.next_entry::<pb::FileEntry>())?
+        {
             let id = entry.id;
             let Some(kind) = kind_of(&entry) else {
                 return Err(FileError::entry(id, format!("{} cannot be restored", type_name(entry.r#type))));
@@ -404,7 +406,10 @@ pub(super) fn open_limit() -> u64 {
 }
 
 /// How many descriptors a restore needs at once.
-pub(super) fn most_needed(entries: &[Rc<pb::FileEntry>], tables: impl Iterator<Item = HashSet<u32>>) -> usize {
+pub(super) fn most_needed(
+    entries: &[Rc<pb::FileEntry>],
+    tables: impl Iterator<Item = HashSet<u32>>,
+) -> usize {
     let all = entries.len() + OWN_DESCRIPTORS;
     let waiting = in_one_table(entries.iter().map(|entry| &**entry), tables);
     let largest = waiting.iter().map(Vec::len).max().unwrap_or(0);

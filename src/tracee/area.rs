@@ -333,7 +333,7 @@ impl Area {
                 libc::SYS_pidfd_getfd if entry.flags & flag::EQUAL != 0 => {
                     name = format!("{name} as {}", entry.expect);
                 }
-                libc::SYS_fcntl | libc::SYS_close => name = format!("{name} of descriptor {}", entry.args[0]),
+                libc::SYS_fcntl => name = format!("{name} of descriptor {}", entry.args[0]),
                 _ => {}
             }
             let error = TraceError::call(&placed.label, &name, index, entry.result.cast_signed());
