@@ -49,7 +49,7 @@ pub(super) struct Watchdog {
     thread: Option<JoinHandle<()>>,
     quit: &'static EventFd,
     /// The process that holds the descriptor table.
-    holder: Option<i32>,
+    holder: Option<HostPid>,
 }
 
 impl Watchdog {
@@ -107,7 +107,7 @@ impl Drop for Watchdog {
             let _ = thread.join();
         }
         if let Some(holder) = self.holder.take() {
-            let _ = task::kill(HostPid::new(holder), libc::SIGKILL);
+            let _ = task::kill(holder, libc::SIGKILL);
             reap(holder);
         }
     }

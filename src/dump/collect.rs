@@ -107,7 +107,7 @@ impl VmaFiles for Mapped<'_, '_> {
         // maps escapes newlines; the link of the descriptor does not.
         let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", mapped.file.as_raw_fd()).as_str());
         let link = link.map_or_else(|_| mapped.path.to_vec(), |l| l.as_bytes().to_vec());
-        let id = self.0.file_for(mapped.pid.get(), &link, mapped.file.as_fd(), writable, self.1)?;
+        let id = self.0.file_for(mapped.pid, &link, mapped.file.as_fd(), writable, self.1)?;
         // 0 only beside a finding, which ends the dump.
         Ok(id.unwrap_or(0))
     }
@@ -180,13 +180,11 @@ impl<'s> Collected<'s> {
         if self.tables.insert(ids.files_id) {
             let fd = task_fd(agent, pid)?;
             self.files
-                .table(agent.get(), ids.files_id, fd.as_fd(), &mut self.findings)
+                .table(agent, ids.files_id, fd.as_fd(), &mut self.findings)
                 .with_context(|| format!("descriptors of task {pid}"))?;
         }
-        let fs = self
-            .files
-            .fs(agent.get(), &mut self.findings)
-            .with_context(|| format!("directories of task {pid}"))?;
+        let fs =
+            self.files.fs(agent, &mut self.findings).with_context(|| format!("directories of task {pid}"))?;
         let mut space =
             self.space(pid, agent, &inside).with_context(|| format!("address space of task {pid}"))?;
         if !owns_space {
@@ -248,7 +246,7 @@ impl<'s> Collected<'s> {
     }
 
     fn space(&mut self, pid: HostPid, agent: HostPid, inside: &Inside) -> Result<AddressSpace> {
-        let exe = self.files.link_of_task(agent.get(), "exe", &mut self.findings).context("program")?;
+        let exe = self.files.link_of_task(agent, "exe", &mut self.findings).context("program")?;
         let task = mem::Task {
             pid,
             tid: agent,

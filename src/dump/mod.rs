@@ -171,7 +171,7 @@ pub fn look_at_root(pid: HostPid) -> Result<()> {
     // What cannot be read here is told by what needs it.
     if let Ok(bytes) = std::fs::read(format!("/proc/{pid}/status"))
         && let Ok(status) = crate::proc::status::parse(&bytes)
-        && status.tgid != pid.get()
+        && status.tgid != pid
     {
         bail!("{pid} is a thread of process {}: dump that one", status.tgid);
     }

@@ -45,7 +45,7 @@ type Key = (u64, u64, u32, i64);
 /// A description that was met, under the first descriptor that showed it.
 #[derive(Debug)]
 struct Known {
-    pid: i32,
+    pid: HostPid,
     fd: i32,
     /// `None` when it was refused.
     id: Option<u32>,
@@ -68,7 +68,7 @@ pub struct FilesDump<'a> {
     known: HashMap<Key, Vec<Known>>,
     objects: HashMap<ObjectKey, Option<u32>>,
     /// Where a file was met first, for messages: the task, and what it is there.
-    met: HashMap<u32, (i32, String)>,
+    met: HashMap<u32, (HostPid, String)>,
 }
 
 impl<'a> FilesDump<'a> {
@@ -97,7 +97,7 @@ impl<'a> FilesDump<'a> {
     /// `pidfd` is of that task. Call it once per table; what cannot be saved goes to `findings`.
     pub fn table(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         files_id: u32,
         pidfd: BorrowedFd<'_>,
         findings: &mut Vec<Finding>,
@@ -110,7 +110,7 @@ impl<'a> FilesDump<'a> {
     /// Reads the descriptors `numbers` of a table.
     pub(super) fn descriptors(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         files_id: u32,
         pidfd: BorrowedFd<'_>,
         numbers: &[i32],
@@ -121,7 +121,7 @@ impl<'a> FilesDump<'a> {
         let ours = open_dir("self", "fd")?;
         let mut text = Vec::with_capacity(4096);
         for &fd in numbers {
-            deadline::looking_at(HostPid::new(pid), deadline::Object::Fd(fd));
+            deadline::looking_at(pid, deadline::Object::Fd(fd));
             let here = |source: FileError, link: &[u8]| FileError::Fd {
                 pid,
                 fd,
@@ -135,7 +135,7 @@ impl<'a> FilesDump<'a> {
                 Ok(link) => bytes_of(link),
                 Err(Errno::ENAMETOOLONG) => {
                     findings.push(Finding {
-                        pid: HostPid::new(pid),
+                        pid,
                         what: format!("fd {fd}"),
                         reason: "the path of the file is longer than 4 KiB".into(),
                         hint: String::new(),
@@ -182,8 +182,8 @@ impl<'a> FilesDump<'a> {
                     let middle = usize::midpoint(low, high);
                     let Some(other) = known.get(middle) else { break };
                     let order = kcmp::kcmp(
-                        HostPid::new(other.pid),
-                        HostPid::new(view.pid),
+                        other.pid,
+                        view.pid,
                         kcmp::Kind::File,
                         u64::from(other.fd.cast_unsigned()),
                         u64::from(view.fd.cast_unsigned()),
@@ -214,7 +214,7 @@ impl<'a> FilesDump<'a> {
     /// Dumps what `view` shows.
     fn take(&mut self, view: &FdView<'_>, findings: &mut Vec<Finding>) -> Result<Option<u32>, FileError> {
         let mut finding = |reason: String, hint: String| {
-            findings.push(Finding { pid: HostPid::new(view.pid), what: what_of(view), reason, hint });
+            findings.push(Finding { pid: view.pid, what: what_of(view), reason, hint });
         };
         let refused = |rows: &'static [Refusal]| rows.iter().find(|row| row.owns(view));
         if let Some(row) = refused(refused::FIRST) {
@@ -253,7 +253,7 @@ impl<'a> FilesDump<'a> {
     /// mappings. The same file gets the same id. `None`: refused, see `findings`.
     pub fn file_for(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         link: &[u8],
         file: BorrowedFd<'_>,
         writable: bool,
@@ -283,11 +283,11 @@ impl<'a> FilesDump<'a> {
     /// As [`Self::file_for`] for `exe`, `cwd` or `root` of a task.
     pub fn link_of_task(
         &mut self,
-        pid: i32,
+        pid: HostPid,
         name: &'static str,
         findings: &mut Vec<Finding>,
     ) -> Result<Option<u32>, FileError> {
-        deadline::looking_at(HostPid::new(pid), deadline::Object::Link(name));
+        deadline::looking_at(pid, deadline::Object::Link(name));
         let path = format!("/proc/{pid}/{name}");
         let link = match nix::fcntl::readlink(path.as_str()) {
             Ok(link) => bytes_of(link),
@@ -298,7 +298,7 @@ impl<'a> FilesDump<'a> {
                     _ => "program",
                 };
                 findings.push(Finding {
-                    pid: HostPid::new(pid),
+                    pid,
                     what: what.into(),
                     reason:
                         "its path is longer than 4095 bytes (PATH_MAX): it cannot be opened again by one name"
@@ -315,7 +315,11 @@ impl<'a> FilesDump<'a> {
     }
 
     /// Current directory, root and umask of a task: its `fs-PID.img`. `None`: refused, see `findings`.
-    pub fn fs(&mut self, pid: i32, findings: &mut Vec<Finding>) -> Result<Option<pb::FsEntry>, FileError> {
+    pub fn fs(
+        &mut self,
+        pid: HostPid,
+        findings: &mut Vec<Finding>,
+    ) -> Result<Option<pb::FsEntry>, FileError> {
         let path = format!("/proc/{pid}/status");
         let text = std::fs::read(&path).map_err(|e| {
             FileError::path("read", path.as_bytes())(Errno::from_raw(e.raw_os_error().unwrap_or(0)))
@@ -336,7 +340,7 @@ impl<'a> FilesDump<'a> {
             match (kind.complete)(&mut self.cx, &self.tables, Rc::make_mut(entry), at) {
                 Ok(()) => {}
                 Err(FileError::Unsupported { reason, hint }) => findings.push(Finding {
-                    pid: HostPid::new(at.pid),
+                    pid: at.pid,
                     what: format!("fd {} ({})", at.fd, kind.name),
                     reason: reason.into_owned(),
                     hint: hint.into_owned(),
@@ -382,7 +386,7 @@ impl<'a> FilesDump<'a> {
                 }
             };
             let (pid, what) = self.met.get(&id).cloned().unwrap_or_default();
-            findings.push(Finding { pid: HostPid::new(pid), what, reason, hint });
+            findings.push(Finding { pid, what, reason, hint });
         };
         let parts = restore::parts(&cx.entries);
         for entry in self.entries.iter().filter(|entry| self.met.contains_key(&entry.id)) {
@@ -403,7 +407,7 @@ impl<'a> FilesDump<'a> {
         let mut finding = |pid, what: &str, error: FileError| {
             if let FileError::Unsupported { reason, hint } = error {
                 findings.push(Finding {
-                    pid: HostPid::new(pid),
+                    pid,
                     what: what.into(),
                     reason: reason.into_owned(),
                     hint: hint.into_owned(),
@@ -413,7 +417,7 @@ impl<'a> FilesDump<'a> {
         let tables = self.tables.0.iter().map(|table| table.fds.iter().map(|fd| fd.id).collect());
         let needed = restore::most_needed(&self.entries, tables);
         if u64::try_from(needed).is_ok_and(|needed| needed > limit) {
-            let pid = self.tables.0.first().map_or(0, |table| table.pid);
+            let pid = self.tables.0.first().map_or(HostPid::NONE, |table| table.pid);
             finding(pid, "open files", restore::too_many(needed));
         }
         let limit = i32::try_from(limit).unwrap_or(i32::MAX);

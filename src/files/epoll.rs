@@ -15,7 +15,7 @@ use super::{
 use crate::{
     image::pb,
     proc::fdinfo::kernel_dev,
-    sys::{Errno, event, kcmp, pid::HostPid},
+    sys::{Errno, event, kcmp},
     tracee::{Arg, List, Want},
 };
 
@@ -154,14 +154,7 @@ fn find(
         for fd in table.fds.iter().filter(same).chain(others) {
             let number = fd.fd.cast_unsigned();
             let efd = slot.at.fd.cast_unsigned();
-            let found = kcmp::kcmp_epoll(
-                HostPid::new(table.pid),
-                number,
-                HostPid::new(slot.at.pid),
-                efd,
-                slot.number,
-                slot.offset,
-            );
+            let found = kcmp::kcmp_epoll(table.pid, number, slot.at.pid, efd, slot.number, slot.offset);
             match found {
                 Ok(std::cmp::Ordering::Equal)
                     if number == slot.number || !used.contains(&(number, fd.id)) =>
@@ -309,7 +302,7 @@ mod tests {
             })
         };
         let fds = files.iter().chain([&epoll]).enumerate().map(row).collect();
-        DumpTable { files_id: 1, pid: std::process::id().cast_signed(), fds }
+        DumpTable { files_id: 1, pid: crate::sys::pid::HostPid::own(), fds }
     }
 
     /// Dumps `epoll`, and adds the items to a new one in the name of a child that has the same table.

@@ -3,7 +3,12 @@
 use std::{borrow::Cow, path::PathBuf};
 
 use crate::{
-    image::ImageError, pages::PagesError, proc::ParseError, sys::Errno, tracee::TraceError, view::ViewError,
+    image::ImageError,
+    pages::PagesError,
+    proc::ParseError,
+    sys::{Errno, pid::HostPid},
+    tracee::TraceError,
+    view::ViewError,
 };
 
 /// An open file that cannot be saved or made again.
@@ -65,7 +70,7 @@ pub enum FileError {
     #[error("pid {pid}: fd {fd} ({link})")]
     Fd {
         /// The task.
-        pid: i32,
+        pid: HostPid,
         /// Its descriptor number.
         fd: i32,
         /// What /proc shows for it.

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::{FileError, fown};
-use crate::{image::pb, proc::fdinfo::Fdinfo, sys::pidfd};
+use crate::{
+    sys::pid::HostPid,
+    {image::pb, proc::fdinfo::Fdinfo, sys::pidfd},
+};
 
 /// What is known of a file without opening it: fields of stat(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +82,7 @@ pub(super) enum Source<'a> {
 #[derive(Debug)]
 pub struct FdView<'a> {
     /// The task.
-    pub pid: i32,
+    pub pid: HostPid,
     /// Its number there; -1 for a file that is mapped, exe, cwd or root.
     pub fd: i32,
     /// What `/proc/PID/fd/FD` links to; may end in ` (deleted)`.

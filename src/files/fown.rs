@@ -3,7 +3,14 @@
 use std::os::fd::BorrowedFd;
 
 use super::FileError;
-use crate::{image::pb, sys::fown as sys};
+use crate::{
+    image::pb,
+    process_tree::ids::{in_tree, on_host},
+    sys::{
+        fown as sys,
+        pid::{HostPid, NsPid},
+    },
+};
 
 /// Kinds of owner in images: those of `enum pid_type`.
 const PIDTYPE_PID: u32 = 0;
@@ -15,8 +22,8 @@ pub(super) fn dump(fd: BorrowedFd<'_>) -> Result<pb::FownEntry, FileError> {
     let owner = sys::owner(fd).map_err(FileError::sys("read the owner of a file (F_GETOWN_EX)"))?;
     let signal = sys::signal(fd).map_err(FileError::sys("read the signal of a file (F_GETSIG)"))?;
     let mut entry = pb::FownEntry { uid: 0, euid: 0, signum: signal.cast_unsigned(), pid_type: 0, pid: 0 };
-    if owner.pid != 0 {
-        entry.pid = owner.pid.cast_unsigned();
+    if owner.pid != HostPid::NONE {
+        entry.pid = in_tree(owner.pid).bits();
         entry.pid_type = match owner.kind {
             sys::F_OWNER_TID => PIDTYPE_PID,
             sys::F_OWNER_PGRP => PIDTYPE_PGID,
@@ -40,7 +47,7 @@ pub(super) fn apply(fd: BorrowedFd<'_>, entry: &pb::FownEntry) -> Result<(), Fil
             PIDTYPE_PGID => sys::F_OWNER_PGRP,
             _ => sys::F_OWNER_PID,
         };
-        let owner = sys::Owner { kind, pid: entry.pid.cast_signed() };
+        let owner = sys::Owner { kind, pid: on_host(NsPid::new(entry.pid.cast_signed())) };
         sys::set_owner_as(fd, owner, entry.uid, entry.euid)
             .map_err(FileError::sys("set the owner of a file (F_SETOWN_EX)"))?;
     }

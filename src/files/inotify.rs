@@ -23,7 +23,7 @@ use crate::{
         fdinfo::{InotifyWatch, kernel_dev},
         mountinfo,
     },
-    sys::{self, Errno, event},
+    sys::{self, Errno, event, pid::HostPid},
     view::{self, Last, View},
 };
 
@@ -100,7 +100,7 @@ impl FileKind for Inotify {
 }
 
 /// One watch.
-fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError> {
+fn dump(cx: &DumpCx<'_>, pid: HostPid, watch: &InotifyWatch) -> Result<pb::InotifyWdEntry, FileError> {
     let path = find(cx, pid, watch)?;
     let (kind, bytes) = watch.handle.as_ref().map_or((0, &[][..]), |handle| (handle.kind, &handle.bytes[..]));
     let mut words: Vec<u64> = bytes
@@ -126,7 +126,7 @@ fn dump(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<pb::InotifyWd
 }
 
 /// The path of what is watched: by its file handle, or where that does not lead to it, by search.
-fn find(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
+fn find(cx: &DumpCx<'_>, pid: HostPid, watch: &InotifyWatch) -> Result<Vec<u8>, FileError> {
     const REMOVE: &str = "remove the watch before the dump";
     let refused = |what: String, hint: &'static str| {
         Err(FileError::unsupported(format!("watch {}: {what}", watch.wd), hint))
@@ -168,7 +168,7 @@ enum Found {
 
 /// In any mount of its file system that the task sees. `None`: the file system does not open files by handles, or it is on
 /// none of those mounts.
-fn by_handle(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Option<Found>, FileError> {
+fn by_handle(cx: &DumpCx<'_>, pid: HostPid, watch: &InotifyWatch) -> Result<Option<Found>, FileError> {
     let mountinfo = format!("/proc/{pid}/mountinfo");
     let text = std::fs::read(&mountinfo).map_err(|e| io_error("read mountinfo", &e))?;
     let view = cx.view()?;

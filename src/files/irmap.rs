@@ -25,7 +25,7 @@ use nix::{
 use super::{DumpCx, FileError, path::bytes_of};
 use crate::{
     proc::fdinfo::{InotifyWatch, kernel_dev},
-    sys::handle,
+    sys::{handle, pid::HostPid},
     view::{self, Last, View},
 };
 
@@ -36,7 +36,11 @@ const MOST_ASKED_FOR: usize = 4_000_000;
 const MOST: usize = 100_000;
 
 /// A path of what is watched; `None` when it was not found.
-pub(super) fn find(cx: &DumpCx<'_>, pid: i32, watch: &InotifyWatch) -> Result<Option<Vec<u8>>, FileError> {
+pub(super) fn find(
+    cx: &DumpCx<'_>,
+    pid: HostPid,
+    watch: &InotifyWatch,
+) -> Result<Option<Vec<u8>>, FileError> {
     let view = cx.view()?;
     for path in &cx.settings.irmap_scan_paths {
         let path = std::path::absolute(path).unwrap_or_else(|_| path.clone()).into_os_string();

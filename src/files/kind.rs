@@ -27,6 +27,7 @@ use crate::{
     image::{Store, pb},
     ns::time::Running,
     settings::{DumpSettings, RestoreSettings},
+    sys::pid::HostPid,
     tracee::List,
     view::{Symlinks, View},
 };
@@ -118,7 +119,7 @@ pub trait FileKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
     /// A task.
-    pub pid: i32,
+    pub pid: HostPid,
     /// Its descriptor number.
     pub fd: i32,
 }

@@ -14,7 +14,8 @@ use crate::{
         locks::{Lock, LockKind, LockMode, LockType},
         status,
     },
-    sys::pid::HostPid,
+    process_tree::ids::in_tree,
+    sys::{pid::HostPid, pid::NsPid},
     tracee::{List, Want},
 };
 
@@ -67,7 +68,7 @@ pub(super) fn finish_dump(
 }
 
 /// The process of a task, which may be a thread whose leader has exited.
-pub(super) fn process_of(tid: i32) -> Result<i32, FileError> {
+pub(super) fn process_of(tid: HostPid) -> Result<HostPid, FileError> {
     match std::fs::read(format!("/proc/{tid}/status")) {
         Ok(text) => Ok(status::parse(&text)?.tgid),
         Err(e) => Err(io_error("read the status of a task", &e)),
@@ -93,13 +94,13 @@ fn name_of(lock: &Lock) -> &'static str {
     }
 }
 
-fn finding(pid: i32, fd: &DumpedFd, lock: &Lock, reason: &str, hint: &str) -> Finding {
+fn finding(pid: HostPid, fd: &DumpedFd, lock: &Lock, reason: &str, hint: &str) -> Finding {
     let what =
         format!("fd {} ({} on inode {} of {}:{})", fd.fd, name_of(lock), lock.ino, lock.dev.0, lock.dev.1);
-    Finding { pid: HostPid::new(pid), what, reason: reason.into(), hint: hint.into() }
+    Finding { pid, what, reason: reason.into(), hint: hint.into() }
 }
 
-fn entry(pid: i32, fd: &DumpedFd, lock: &Lock) -> Result<pb::FileLockEntry, &'static str> {
+fn entry(pid: HostPid, fd: &DumpedFd, lock: &Lock) -> Result<pb::FileLockEntry, &'static str> {
     let flag = match kind_of(lock) {
         Some(flag) => flag,
         None if lock.kind == LockKind::Lease => return Err("leases cannot be made again"),
@@ -114,17 +115,24 @@ fn entry(pid: i32, fd: &DumpedFd, lock: &Lock) -> Result<pb::FileLockEntry, &'st
         LockType::Unlck => return Err("it is being given up"),
     };
     let len = lock.end.map_or(0, |end| end - lock.start + 1);
-    Ok(pb::FileLockEntry { flag, r#type: r#type.cast_unsigned(), pid, fd: fd.fd, start: lock.start, len })
+    Ok(pb::FileLockEntry {
+        flag,
+        r#type: r#type.cast_unsigned(),
+        pid: in_tree(pid).get(),
+        fd: fd.fd,
+        start: lock.start,
+        len,
+    })
 }
 
 /// Locks of a tree that is restored, by task.
 #[derive(Debug, Default)]
-pub(super) struct Locks(BTreeMap<i32, Vec<pb::FileLockEntry>>);
+pub(super) struct Locks(BTreeMap<NsPid, Vec<pb::FileLockEntry>>);
 
 impl Locks {
     /// Reads and checks `filelocks.img`.
     pub(super) fn read(store: &dyn Store) -> Result<Self, FileError> {
-        let mut all: BTreeMap<i32, Vec<pb::FileLockEntry>> = BTreeMap::new();
+        let mut all: BTreeMap<NsPid, Vec<pb::FileLockEntry>> = BTreeMap::new();
         for lock in store.read_all::<pb::FileLockEntry>(ImageKind::FileLocks, None)? {
             let good = matches!(lock.flag, POSIX | FLOCK | OFD) && lock.start >= 0 && lock.len >= 0;
             if !good || lock_type(&lock).is_none() {
@@ -133,20 +141,20 @@ impl Locks {
                     format!("a lock on fd {} of task {} makes no sense", lock.fd, lock.pid),
                 ));
             }
-            all.entry(lock.pid).or_default().push(lock);
+            all.entry(NsPid::new(lock.pid)).or_default().push(lock);
         }
         Ok(Self(all))
     }
 
     /// Adds the calls that take the locks of task `pid`, whose table is complete.
-    pub(super) fn plan(&mut self, pid: i32, list: &mut List) {
+    pub(super) fn plan(&mut self, pid: NsPid, list: &mut List) {
         for lock in self.0.remove(&pid).unwrap_or_default() {
             plan(&lock, list);
         }
     }
 
     /// A task whose locks nobody has taken.
-    pub(super) fn left(&self) -> Option<i32> {
+    pub(super) fn left(&self) -> Option<NsPid> {
         self.0.keys().next().copied()
     }
 }
@@ -242,7 +250,7 @@ mod tests {
         let mut cycle = Cycle::new();
         cycle.dump.common.file_locks = true;
         assert_eq!(cycle.dump(&fds.iter().collect::<Vec<_>>()).unwrap(), []);
-        let me = std::process::id().cast_signed();
+        let me = in_tree(HostPid::own());
         let mut restored = Locks::read(&cycle.store).unwrap();
         assert_eq!(restored.0.get(&me).map(Vec::len), Some(4));
         let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -288,7 +296,7 @@ mod tests {
         let flock = "1: FLOCK  ADVISORY  WRITE 12212 00:1b:6 0 EOF\n";
         let posix = "1: POSIX  ADVISORY  WRITE 12212 00:1b:6 5 14\n";
         let me = std::process::id().cast_signed();
-        let table = |files_id, fds| DumpTable { files_id, pid: me, fds };
+        let table = |files_id, fds| DumpTable { files_id, pid: HostPid::new(me), fds };
         let tables = DumpTables(vec![
             table(1, vec![fd(3, flock), fd(4, flock), fd(5, posix)]),
             table(2, vec![fd(3, flock), fd(6, posix)]),

@@ -53,6 +53,8 @@ pub use fd_view::{FdView, Stat};
 pub(crate) use install::{Descriptors, FIRST_SHARED, SUPERVISOR};
 pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
+
+use crate::sys::pid::{HostPid, NsPid};
 pub(crate) use regular::FileUse;
 pub use restore::FilesRestore;
 pub(crate) use tty::{JobGroups, JobTerminal};
@@ -96,7 +98,7 @@ pub struct DumpTable {
     /// Its id.
     pub files_id: u32,
     /// A task that uses it.
-    pub pid: i32,
+    pub pid: HostPid,
     /// In order of numbers.
     pub fds: Vec<DumpedFd>,
 }
@@ -109,7 +111,7 @@ pub struct DumpTables(pub Vec<DumpTable>);
 #[derive(Debug, Clone, Default)]
 pub struct RestoreTable {
     /// The task whose list installs it.
-    pub pid: i32,
+    pub pid: NsPid,
     /// Its descriptors.
     pub fds: BTreeMap<i32, TableFd>,
 }

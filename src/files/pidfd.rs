@@ -12,7 +12,9 @@ use super::{DumpCx, FdView, FileError, FileKind, Opened, RestoreCx, kind::packed
 use crate::{
     image::pb,
     proc::{stat, status},
+    process_tree::ids::on_host,
     sys,
+    sys::pid::{HostPid, NsPid},
 };
 
 /// Flags of pidfd_open: what an entry keeps, as CRIU without O_RDWR.
@@ -44,8 +46,8 @@ impl FileKind for Pidfd {
         let nspid = match (info.pid, info.nspid.as_slice()) {
             (-1, _) => DEAD,
             (pid, [.., inner]) if pid > 0 => {
-                let root = cx.settings.pid.as_raw();
-                if !in_tree(pid, root)? {
+                let root = HostPid::new(cx.settings.pid.as_raw());
+                if !descends_from(HostPid::new(pid), root)? {
                     return Err(FileError::unsupported(
                         format!("it stands for process {pid}, which is not in the tree"),
                         "let the program close it, or dump a tree that holds both",
@@ -88,7 +90,7 @@ impl FileKind for Pidfd {
     }
 
     fn open_late(_: &mut RestoreCx<'_>, entry: &Self::Entry) -> Result<OwnedFd, FileError> {
-        sys::pidfd::open(entry.nspid, entry.flags)
+        sys::pidfd::open(on_host(NsPid::new(entry.nspid)).get(), entry.flags)
             .map_err(FileError::sys("open a pidfd of a task of the tree"))
     }
 
@@ -100,7 +102,7 @@ impl FileKind for Pidfd {
 }
 
 /// Whether `pid`, a process or a thread, is `root`, or descends from it.
-pub(super) fn in_tree(pid: i32, root: i32) -> Result<bool, FileError> {
+pub(super) fn descends_from(pid: HostPid, root: HostPid) -> Result<bool, FileError> {
     let read = |path: String| match std::fs::read(&path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
@@ -116,11 +118,11 @@ pub(super) fn in_tree(pid: i32, root: i32) -> Result<bool, FileError> {
         if pid == root {
             return Ok(true);
         }
-        if pid <= 1 {
+        if pid.get() <= 1 {
             return Ok(false);
         }
         let Some(text) = read(format!("/proc/{pid}/stat"))? else { return Ok(false) };
-        pid = stat::parse(&text)?.ppid.get();
+        pid = stat::parse(&text)?.ppid;
     }
     Ok(false)
 }

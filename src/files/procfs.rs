@@ -27,7 +27,8 @@ use super::{
 use crate::{
     image::{ImageKind, TypedStore, pb},
     proc::auxv,
-    sys::{self, Errno, clone, pid::HostPid},
+    process_tree::ids::on_host,
+    sys::{self, Errno, clone, pid::HostPid, pid::NsPid},
     tracee::{List, Want},
 };
 
@@ -89,7 +90,7 @@ impl Needs {
 
     /// As it is in a tree that is dumped.
     fn now(path: &[u8]) -> Option<Self> {
-        Self::of(path, |tid| locks::process_of(tid).ok())
+        Self::of(path, |tid| Some(locks::process_of(HostPid::new(tid)).ok()?.get()))
     }
 }
 
@@ -103,7 +104,7 @@ fn on_proc(fd: &FdView<'_>) -> bool {
 
 /// Refuses files of tasks that would be something else after a restore. `root` is the root of the tree. True for a file that
 /// shows a task of the tree, under its name.
-pub(super) fn check(fd: &FdView<'_>, root: i32, at_its_name: bool) -> Result<bool, FileError> {
+pub(super) fn check(fd: &FdView<'_>, root: HostPid, at_its_name: bool) -> Result<bool, FileError> {
     const CLOSE: &str = "let the program close it before the dump";
     if !on_proc(fd) {
         return Ok(false);
@@ -119,7 +120,7 @@ pub(super) fn check(fd: &FdView<'_>, root: i32, at_its_name: bool) -> Result<boo
         }
         return Ok(false);
     };
-    let pid = needs.process();
+    let pid = HostPid::new(needs.process());
     let alive = nix::sys::stat::lstat(format!("/proc/{pid}").as_str()).is_ok();
     if !alive {
         return Ok(false);
@@ -132,7 +133,7 @@ pub(super) fn check(fd: &FdView<'_>, root: i32, at_its_name: bool) -> Result<boo
         };
         return Err(FileError::unsupported(format!("a file of /proc {what}"), CLOSE));
     }
-    if !pidfd::in_tree(pid, root)? {
+    if !pidfd::descends_from(pid, root)? {
         return Err(FileError::unsupported(
             format!(
                 "it shows process {pid}, which is not in the tree: after a restore another may have that pid"
@@ -160,7 +161,7 @@ fn areas(text: &[u8]) -> Vec<u8> {
 }
 
 /// Whether a file that shows memory shows that which the task has now. A program that was run since has another.
-fn check_memory(fd: &FdView<'_>, pid: i32) -> Result<(), FileError> {
+fn check_memory(fd: &FdView<'_>, pid: HostPid) -> Result<(), FileError> {
     let name = fd.link.rsplit(|&b| b == b'/').next().unwrap_or_default();
     let flags = fd.flags().cast_signed();
     if !OF_MEMORY.contains(&name) || flags & libc::O_PATH != 0 {
@@ -212,12 +213,12 @@ fn check_memory(fd: &FdView<'_>, pid: i32) -> Result<(), FileError> {
 
 /// Children with chosen pids, ended and reaped when dropped.
 #[derive(Debug, Default)]
-pub(super) struct StandIns(Vec<i32>);
+pub(super) struct StandIns(Vec<HostPid>);
 
 impl Drop for StandIns {
     fn drop(&mut self) {
         for pid in self.0.drain(..) {
-            let _ = sys::task::kill(HostPid::new(pid), libc::SIGKILL);
+            let _ = sys::task::kill(pid, libc::SIGKILL);
             clone::reap(pid);
         }
     }
@@ -225,9 +226,9 @@ impl Drop for StandIns {
 
 /// Makes a child for each of `pids`. The tree exists already, so no pid of its own is taken. They must stay until every task
 /// has gone to its current directory: one of a task that is gone cannot be entered.
-pub(super) fn stand_ins(pids: &[i32]) -> Result<StandIns, FileError> {
+pub(super) fn stand_ins(pids: &[NsPid]) -> Result<StandIns, FileError> {
     let mut made = StandIns::default();
-    for &pid in pids {
+    for pid in pids.iter().copied().map(on_host) {
         match clone::stand_in(pid) {
             Ok(()) => made.0.push(pid),
             Err(Errno::EEXIST) => {
@@ -249,7 +250,7 @@ pub(super) fn check_holder(id: u32, path: &[u8], tables: &DumpTables) -> Result<
     let Some(Needs::Content(pid)) = Needs::now(path) else { return Ok(()) };
     let holders: Vec<_> = tables.0.iter().filter(|table| table.fds.iter().any(|fd| fd.id == id)).collect();
     let own = match holders[..] {
-        [table] => locks::process_of(table.pid)? == pid,
+        [table] => locks::process_of(table.pid)?.get() == pid,
         _ => false,
     };
     if !own {
@@ -271,14 +272,14 @@ pub(super) fn check_holder(id: u32, path: &[u8], tables: &DumpTables) -> Result<
 
 /// Threads of the images, each with its process.
 #[derive(Debug, Default)]
-struct Tree(Option<HashMap<i32, i32>>);
+struct Tree(Option<HashMap<NsPid, NsPid>>);
 
 /// Files that a task must open itself: id, process, path, flags, position.
 #[derive(Debug, Default)]
-struct ByTasks(BTreeMap<u32, (i32, Vec<u8>, i32, u64)>);
+struct ByTasks(BTreeMap<u32, (NsPid, Vec<u8>, i32, u64)>);
 
 /// What the images know of threads.
-fn tree<'c>(cx: &'c mut RestoreCx<'_>) -> Result<&'c HashMap<i32, i32>, FileError> {
+fn tree<'c>(cx: &'c mut RestoreCx<'_>) -> Result<&'c HashMap<NsPid, NsPid>, FileError> {
     let store = cx.store;
     match &mut cx.state::<Tree>().0 {
         Some(tree) => Ok(tree),
@@ -286,7 +287,8 @@ fn tree<'c>(cx: &'c mut RestoreCx<'_>) -> Result<&'c HashMap<i32, i32>, FileErro
             let tasks: Vec<pb::PstreeEntry> = store.read_all(ImageKind::Pstree, None)?;
             let threads = tasks.iter().flat_map(|task| {
                 let all = task.threads.iter().chain([&task.pid]);
-                all.map(|tid| (tid.cast_signed(), task.pid.cast_signed()))
+                let id = |id: &u32| NsPid::new(id.cast_signed());
+                all.map(move |tid| (id(tid), id(&task.pid)))
             });
             Ok(none.insert(threads.collect()))
         }
@@ -301,8 +303,10 @@ pub(super) fn open_late(
     gone: bool,
 ) -> Result<Option<OwnedFd>, FileError> {
     let tree = tree(cx)?;
-    let Some(needs) = Needs::of(&entry.name, |tid| tree.get(&tid).copied()) else { return Ok(None) };
-    let pid = needs.process();
+    let Some(needs) = Needs::of(&entry.name, |tid| tree.get(&NsPid::new(tid)).map(|pid| pid.get())) else {
+        return Ok(None);
+    };
+    let pid = NsPid::new(needs.process());
     // Whoever else has that pid by now is none of the tree's business.
     if !gone && !tree.contains_key(&pid) {
         return Err(FileError::entry(entry.id, format!("it shows process {pid}, which is not in the tree")));
@@ -317,7 +321,7 @@ pub(super) fn open_late(
 }
 
 /// Adds the calls by which process `pid` opens files of its descriptors and mappings, when its list has made `table`.
-pub(super) fn plan_own(cx: &mut RestoreCx<'_>, table: &RestoreTable, pid: i32, list: &mut List) {
+pub(super) fn plan_own(cx: &mut RestoreCx<'_>, table: &RestoreTable, pid: NsPid, list: &mut List) {
     cx.state::<ByTasks>().0.retain(|id, (of, path, flags, pos)| {
         let mut numbers = table.fds.iter().filter(|(_, fd)| fd.id == *id).peekable();
         if *of != pid || numbers.peek().is_none() {

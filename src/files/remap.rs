@@ -30,9 +30,11 @@ use super::{
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
+    process_tree::ids::in_tree,
     sys::{
         Errno, handle,
         passing::{self, Failed, Origin, Step},
+        pid::{HostPid, NsPid},
     },
     view::{Last, magic_link, split},
 };
@@ -106,12 +108,12 @@ pub(super) fn name(cx: &mut DumpCx<'_>, fd: &FdView<'_>, id: u32) -> Result<Vec<
             _ => None,
         }
     };
-    procfs::check(fd, cx.settings.pid.as_raw(), found.is_some())?;
+    procfs::check(fd, HostPid::new(cx.settings.pid.as_raw()), found.is_some())?;
     if let Some(found) = found {
         return Ok(found.to_vec());
     }
     if let Some(pid) = dead_task(fd, base.unwrap_or(fd.link)) {
-        let pid = pid.cast_unsigned();
+        let pid = in_tree(pid).bits();
         cx.state::<Remaps>().entries.push(remap(id, pid, pb::RemapType::Procfs));
         return Ok(base.unwrap_or(fd.link).to_vec());
     }
@@ -188,8 +190,8 @@ fn is_of_lower_layer(cx: &DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> bool {
 }
 
 /// The task whose directory under /proc the file was in, when that task is gone.
-fn dead_task(fd: &FdView<'_>, path: &[u8]) -> Option<i32> {
-    let pid = proc_pid(path)?;
+fn dead_task(fd: &FdView<'_>, path: &[u8]) -> Option<HostPid> {
+    let pid = HostPid::new(proc_pid(path)?);
     let on_proc = nix::sys::statfs::fstatfs(fd.file().ok()?)
         .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC);
     (on_proc && lstat(format!("/proc/{pid}").as_str()) == Err(Errno::ENOENT)).then_some(pid)
@@ -295,16 +297,16 @@ impl RestoreRemaps {
     }
 
     /// Tasks that must exist for a moment while files of /proc are opened.
-    pub(super) fn dead_task_of(&self, file: u32) -> Option<i32> {
+    pub(super) fn dead_task_of(&self, file: u32) -> Option<NsPid> {
         match self.by_file.get(&file) {
-            Some((pb::RemapType::Procfs, pid)) => i32::try_from(*pid).ok(),
+            Some((pb::RemapType::Procfs, pid)) => i32::try_from(*pid).ok().map(NsPid::new),
             _ => None,
         }
     }
 
     /// Pids of all tasks of which files of /proc are open though they are gone.
-    pub(super) fn dead_tasks(&self) -> Vec<i32> {
-        let mut pids: Vec<i32> = self.by_file.keys().filter_map(|id| self.dead_task_of(*id)).collect();
+    pub(super) fn dead_tasks(&self) -> Vec<NsPid> {
+        let mut pids: Vec<NsPid> = self.by_file.keys().filter_map(|id| self.dead_task_of(*id)).collect();
         pids.sort_unstable();
         pids.dedup();
         pids

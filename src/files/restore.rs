@@ -28,7 +28,7 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     ns::time::Running,
     settings::RestoreSettings,
-    sys::Errno,
+    sys::{Errno, pid::NsPid},
     tracee::{List, Want},
 };
 
@@ -255,7 +255,7 @@ impl<'a> FilesRestore<'a> {
     /// Adds the calls that make the table of task `pid` what it was, and those of its files that need a task (epoll items).
     /// The task has one descriptor, [`SUPERVISOR`](super::SUPERVISOR). A table that several tasks share is made by the first
     /// of them: none of the others may use descriptors at that time.
-    pub fn plan_table(&mut self, files_id: u32, pid: i32, list: &mut List) -> Result<(), FileError> {
+    pub fn plan_table(&mut self, files_id: u32, pid: NsPid, list: &mut List) -> Result<(), FileError> {
         let mut descriptors = Descriptors::alone();
         tty::plan_foreground(&mut self.cx, pid, &mut descriptors, list);
         descriptors.close_all(list);

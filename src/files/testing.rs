@@ -13,6 +13,7 @@ use crate::{
     image::MemStore,
     proc::fdinfo,
     settings::{DumpSettings, RestoreSettings},
+    sys::pid::HostPid,
 };
 
 /// Runs `look` with the view of one of our own descriptors.
@@ -23,7 +24,7 @@ pub(super) fn with_view<T>(fd: &OwnedFd, look: impl FnOnce(&FdView<'_>) -> T) ->
     let stat = Stat::new(&nix::sys::stat::fstat(fd).unwrap());
     let me = crate::sys::pidfd::open(Pid::this().as_raw(), 0).unwrap();
     let view = FdView {
-        pid: Pid::this().as_raw(),
+        pid: HostPid::own(),
         fd: number,
         link: std::os::unix::ffi::OsStrExt::as_bytes(link.as_os_str()),
         info: &info,

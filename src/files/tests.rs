@@ -24,7 +24,7 @@ use crate::{
     image::{MemStore, Store, TypedStore},
     proc::fdinfo,
     settings::{DumpSettings, RestoreSettings},
-    sys::pidfd,
+    sys::{pid::HostPid, pidfd},
 };
 
 pub(super) const TABLE: u32 = 5;
@@ -65,7 +65,7 @@ impl Cycle {
             files.set_shared_memory(shared);
         }
         let numbers: Vec<i32> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
-        files.descriptors(me, TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
+        files.descriptors(HostPid::new(me), TABLE, pidfd.as_fd(), &numbers, &mut findings)?;
         files.complete(std::time::Duration::ZERO, &mut findings)?;
         files.would_restore(&HashSet::new(), &mut findings)?;
         if let Some(limit) = self.limit {
@@ -403,13 +403,13 @@ fn owners_of_files() {
         .map(|&(kind, pid, euid)| {
             let fd = open_as("/dev/null", libc::O_RDWR);
             set_signal(fd.as_fd(), 40).unwrap();
-            set_owner_as(fd.as_fd(), Owner { kind, pid }, 0, euid).unwrap();
+            set_owner_as(fd.as_fd(), Owner { kind, pid: HostPid::new(pid) }, 0, euid).unwrap();
             fd
         })
         .collect();
     let again = Cycle::new().run(fds, || ());
     for (fd, &(kind, pid, euid)) in again.iter().zip(&owners) {
-        assert_eq!(owner(fd.as_fd()).unwrap(), Owner { kind, pid });
+        assert_eq!(owner(fd.as_fd()).unwrap(), Owner { kind, pid: HostPid::new(pid) });
         assert_eq!(signal(fd.as_fd()).unwrap(), 40);
         assert_eq!(owner_uids(fd.as_fd()).unwrap(), (0, euid));
     }

@@ -77,7 +77,7 @@ impl Trial {
         K::Entry: Clone,
     {
         let mut entry = entry.clone();
-        let at = Place { pid: Pid::this().as_raw(), fd: -1 };
+        let at = Place { pid: HostPid::own(), fd: -1 };
         self.cx(|cx| K::complete(cx, &DumpTables::default(), &mut entry, at))?;
         Ok(entry)
     }

@@ -7,6 +7,7 @@
 use super::ParseError;
 use super::scan::{Scan, lines};
 use super::stat::State;
+use crate::sys::pid::HostPid;
 
 const FILE: &str = "status";
 
@@ -27,7 +28,7 @@ pub struct Status {
     /// Linux 4.7; not for a zombie.
     pub umask: Option<u32>,
     pub state: State,
-    pub tgid: i32,
+    pub tgid: HostPid,
     pub pid: i32,
     pub ppid: i32,
     /// 0 when nobody traces it.
@@ -210,7 +211,7 @@ pub fn parse(bytes: &[u8]) -> Result<Status, ParseError> {
         name: name.ok_or(ParseError::whole(FILE, "Name"))?,
         umask: l.maybe("Umask", Scan::oct_as)?,
         state: l.must("State", state)?,
-        tgid: l.must("Tgid", Scan::dec_as)?,
+        tgid: HostPid::new(l.must("Tgid", Scan::dec_as)?),
         pid: l.must("Pid", Scan::dec_as)?,
         ppid: l.must("PPid", Scan::dec_as)?,
         tracer_pid: l.must("TracerPid", Scan::dec_as)?,
@@ -269,7 +270,7 @@ mod tests {
     fn every_line() {
         let s = parse(TASK.as_bytes()).unwrap();
         assert_eq!((&s.name[..], s.umask, s.state), (&b"cat"[..], Some(0o22), State::Sleeping));
-        assert_eq!((s.tgid, s.pid, s.ppid, s.tracer_pid), (5811, 5812, 5802, 9));
+        assert_eq!((s.tgid.get(), s.pid, s.ppid, s.tracer_pid), (5811, 5812, 5802, 9));
         assert_eq!(s.uid, Ids { real: 0, effective: 1, saved: 2, fs: 4_294_967_294 });
         assert_eq!(s.gid, Ids { real: 5, effective: 6, saved: 7, fs: 8 });
         assert_eq!((s.fdsize, &s.groups[..]), (256, &[4, 24, 1000][..]));
@@ -326,7 +327,7 @@ mod tests {
             (") R 1 (:", b") R 1 (:"),
         ] {
             let s = parse(TASK.replace("Name:\tcat", &format!("Name:\t{raw}")).as_bytes()).unwrap();
-            assert_eq!((&s.name[..], s.tgid), (name, 5811));
+            assert_eq!((&s.name[..], s.tgid.get()), (name, 5811));
         }
     }
 
@@ -350,7 +351,7 @@ mod tests {
     #[test]
     fn own_status() {
         let s = parse(&std::fs::read("/proc/self/status").unwrap()).unwrap();
-        assert_eq!(u32::try_from(s.tgid), Ok(std::process::id()));
+        assert_eq!(s.tgid, HostPid::own());
         assert!(s.vm_size_bytes.unwrap() > 0);
     }
 

@@ -130,7 +130,7 @@ impl Construction<'_> {
                     self.next_shared = self.next_shared.max(descriptors.end());
                 }
             }
-            Stage::Table => self.files.plan_table(task.ids.files_id, task.pid.get(), list)?,
+            Stage::Table => self.files.plan_table(task.ids.files_id, task.pid, list)?,
             Stage::Attributes => {
                 task::plan_process(core, mm, &self.supervisor, list)?;
                 task::plan_thread(&self.thread_plan(task, task.pid, core), list)?;

@@ -258,7 +258,7 @@ impl<'i> Construction<'i> {
         for step in &process.steps {
             self.plan_step(&mut list, *step)?;
             if *step == Step::Setsid && task.is_some() {
-                self.files.plan_controlling(pid.get(), &mut descriptors, &mut list);
+                self.files.plan_controlling(pid, &mut descriptors, &mut list);
                 descriptors.close_all(&mut list);
             }
         }

@@ -115,7 +115,7 @@ fn clone_blocked(args: &CloneArgs, runner: u64, entry: u64, slot: u64) -> Result
 /// Makes a child of this process with the pid `pid`, which sleeps until it is killed, or ends with the thread that made it. It
 /// tells nobody of its end.
 /// EEXIST when the pid is taken.
-pub fn stand_in(pid: pid_t) -> Result<()> {
+pub fn stand_in(pid: HostPid) -> Result<()> {
     let args = CloneArgs { set_tid: (&raw const pid).addr() as u64, set_tid_size: 1, ..CloneArgs::default() };
     let parent = std::process::id();
     let blocked = Blocked::all()?;
@@ -147,7 +147,7 @@ const MOST_CLOSED: i32 = 1 << 16;
 /// not answer (FUSE, NFS) takes for ever, even after SIGKILL. As long as somebody else has the table, nothing is
 /// closed. The child has a session of its own, so that what is sent to this process and its group does not reach it.
 /// Nobody is told of its end but who waits for it ([`reap`]).
-pub fn table_holder() -> Result<pid_t> {
+pub fn table_holder() -> Result<HostPid> {
     let own = super::pidfd::open(pid_t::try_from(std::process::id()).map_err(|_| Errno::ERANGE)?, 0)?;
     let mut ended = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let args = CloneArgs { flags: libc::CLONE_FILES as u64, ..CloneArgs::default() };
@@ -168,14 +168,14 @@ pub fn table_holder() -> Result<pid_t> {
             }
             libc::syscall(libc::SYS_exit_group, 0);
         }
-        pid_t::try_from(pid).map_err(|_| Errno::ERANGE)
+        pid_t::try_from(pid).map(HostPid::new).map_err(|_| Errno::ERANGE)
     }
 }
 
 /// Waits for the end of a child.
-pub fn reap(pid: pid_t) {
+pub fn reap(pid: HostPid) {
     // SAFETY: no status is asked for.
-    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) } == -1
+    while unsafe { libc::waitpid(pid.get(), std::ptr::null_mut(), libc::__WALL) } == -1
         && Errno::last() == Errno::EINTR
     {}
 }

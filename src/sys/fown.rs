@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::{Result, ret, ret_int};
+use super::{Result, pid::HostPid, ret, ret_int};
 
 /// A thread.
 pub const F_OWNER_TID: i32 = 0;
@@ -24,12 +24,12 @@ pub struct Owner {
     /// `F_OWNER_*`.
     pub kind: i32,
     /// 0 for nobody.
-    pub pid: i32,
+    pub pid: HostPid,
 }
 
 /// F_GETOWN_EX.
 pub fn owner(fd: BorrowedFd<'_>) -> Result<Owner> {
-    let mut owner = Owner { kind: 0, pid: 0 };
+    let mut owner = Owner { kind: 0, pid: HostPid::NONE };
     // SAFETY: `owner` is a live `struct f_owner_ex`.
     ret_int(unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })?;
     Ok(owner)

@@ -38,7 +38,13 @@ use crate::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
     },
-    sys::{Errno, pid::HostPid, ptrace, runner::Slot, wait::Status},
+    sys::{
+        Errno,
+        pid::{HostPid, NsPid},
+        ptrace,
+        runner::Slot,
+        wait::Status,
+    },
 };
 
 const PAGE: u64 = 4096;
@@ -640,9 +646,11 @@ impl Job {
         let mut tail = List::new("end of injection");
         tail.op(Op::Store(slot.plus(std::mem::offset_of!(Slot, done) as u64), 1));
         if let Some(signal) = signal {
-            let ns_pid = *status.nstgid.last().unwrap_or(&status.tgid);
-            let ns_tid = *status.nspid.last().unwrap_or(&status.pid);
-            let args = [ns_pid.into(), ns_tid.into(), signal.into()];
+            // It may be in a pid namespace below that of crtool.
+            let innermost = |ids: &[i32], outer: i32| NsPid::new(ids.last().copied().unwrap_or(outer));
+            let own_pid = innermost(&status.nstgid, status.tgid.get());
+            let own_tid = innermost(&status.nspid, status.pid);
+            let args = [own_pid.into(), own_tid.into(), signal.into()];
             tail.call("tgkill", libc::SYS_tgkill, &args, Want::Any);
         }
         tail.op(Op::Sigreturn(frame.rsp));

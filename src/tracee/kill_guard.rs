@@ -82,7 +82,7 @@ impl Drop for KillGuard {
         if self.word.take().is_some() {
             let _ = task::kill(self.pid, libc::SIGCONT);
         }
-        reap(self.pid.get());
+        reap(self.pid);
     }
 }
 

@@ -27,7 +27,11 @@ use super::{
 use crate::{
     image::{ImageKind, TypedStore, pb},
     proc::stat,
-    sys::tty,
+    process_tree::ids::in_tree,
+    sys::{
+        pid::{HostPid, NsPid},
+        tty,
+    },
     tracee::List,
 };
 
@@ -166,7 +170,7 @@ impl FileKind for Tty {
 impl FilesRestore<'_> {
     /// Adds the call by which the leader `pid` of a session takes its controlling terminal: right behind setsid, so that the
     /// children it makes from then on inherit it, and while it has the descriptors of the supervisor.
-    pub(crate) fn plan_controlling(&mut self, pid: i32, descriptors: &mut Descriptors, list: &mut List) {
+    pub(crate) fn plan_controlling(&mut self, pid: NsPid, descriptors: &mut Descriptors, list: &mut List) {
         pair::plan_controlling(&mut self.cx, pid, descriptors, list);
     }
 }
@@ -174,7 +178,7 @@ impl FilesRestore<'_> {
 /// Adds the call by which the leader `pid` of a session sets the foreground group, when all groups are there.
 pub(super) fn plan_foreground(
     cx: &mut RestoreCx<'_>,
-    pid: i32,
+    pid: NsPid,
     descriptors: &mut Descriptors,
     list: &mut List,
 ) {
@@ -310,7 +314,7 @@ fn own(fd: BorrowedFd<'_>) -> Result<OwnedFd, FileError> {
 }
 
 /// The controlling terminal of a task: its device, session and foreground group.
-fn controlling_of(pid: i32) -> Result<Option<(u64, u32, u32)>, FileError> {
+fn controlling_of(pid: HostPid) -> Result<Option<(u64, u32, u32)>, FileError> {
     let text =
         std::fs::read(format!("/proc/{pid}/stat")).map_err(|e| io_error("read the stat of a task", &e))?;
     let stat = stat::parse(&text)?;
@@ -319,8 +323,8 @@ fn controlling_of(pid: i32) -> Result<Option<(u64, u32, u32)>, FileError> {
     }
     let number = stat.tty_nr.cast_unsigned();
     let device = libc::makedev(number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00);
-    let positive = |id: i32| u32::try_from(id).unwrap_or(0);
-    Ok(Some((device, positive(stat.session.get()), positive(stat.tpgid))))
+    let positive = |id| u32::try_from(in_tree(id).get()).unwrap_or(0);
+    Ok(Some((device, positive(stat.session), positive(HostPid::new(stat.tpgid)))))
 }
 
 impl Dumped {
@@ -370,11 +374,11 @@ impl Dumped {
 
 /// Session and foreground group of a pty, asked of its master.
 fn session_of(master: &OwnedFd) -> Result<Option<(u32, u32)>, FileError> {
-    let positive = |id: i32| u32::try_from(id).unwrap_or(0);
+    let positive = |id| u32::try_from(in_tree(id).get()).unwrap_or(0);
     match tty::session(master.as_fd()) {
         Ok(session) if session > 0 => {
             let group = tty::foreground(master.as_fd()).unwrap_or(0);
-            Ok(Some((positive(session), positive(group))))
+            Ok(Some((positive(HostPid::new(session)), positive(HostPid::new(group)))))
         }
         Ok(_) | Err(crate::sys::Errno::ENOTTY) => Ok(None),
         Err(e) => Err(FileError::sys("read the session of a pty (TIOCGSID)")(e)),

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     image::{ImageKind, TypedStore, pb},
-    sys::{self, tty},
+    sys::{self, pid::NsPid, tty},
     tracee::{List, Want},
     view::{self, Last, View},
 };
@@ -264,19 +264,20 @@ fn numbered(view: &View, index: u32, path: &[u8]) -> Result<OwnedFd, FileError> 
 }
 
 /// The pty that the session of `pid` has, and its foreground group.
-fn led_by(cx: &mut RestoreCx<'_>, pid: i32) -> Option<(i32, u32)> {
+fn led_by(cx: &mut RestoreCx<'_>, pid: NsPid) -> Option<(i32, u32)> {
     let state = cx.state::<Restored>();
     let led = state.made.iter().find_map(|(index, made)| {
-        let info = state.infos.get(&(index << 1 | 1)).filter(|info| info.sid.cast_signed() == pid)?;
+        let info =
+            state.infos.get(&(index << 1 | 1)).filter(|info| NsPid::new(info.sid.cast_signed()) == pid)?;
         Some((made.slave.as_ref()?.as_raw_fd(), info.pgrp))
     });
-    led.filter(|_| pid > 0)
+    led.filter(|_| pid.get() > 0)
 }
 
 /// See [`FilesRestore::plan_controlling`](super::super::FilesRestore::plan_controlling).
 pub(super) fn plan_controlling(
     cx: &mut RestoreCx<'_>,
-    pid: i32,
+    pid: NsPid,
     descriptors: &mut Descriptors,
     list: &mut List,
 ) {
@@ -289,7 +290,7 @@ pub(super) fn plan_controlling(
 /// See [`super::plan_foreground`].
 pub(super) fn plan_foreground(
     cx: &mut RestoreCx<'_>,
-    pid: i32,
+    pid: NsPid,
     descriptors: &mut Descriptors,
     list: &mut List,
 ) {
