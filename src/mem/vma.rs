@@ -48,6 +48,13 @@ pub const MAP_DROPPABLE: u32 = 0x08;
 /// itself knows no such flag; MAP_NONBLOCK without MAP_POPULATE means nothing to it.
 pub const LOCK_ON_FAULT: u32 = libc::MAP_NONBLOCK.cast_unsigned();
 
+/// Kinds of areas that map something, at a place of their own.
+const MAPPED: u32 =
+    VDSO | VVAR | FILE_PRIVATE | FILE_SHARED | ANON_SHARED | SYSVIPC | SOCKET | AIORING | MEMFD;
+
+const SHARED: u32 = libc::MAP_SHARED.cast_unsigned();
+const PRIVATE: u32 = libc::MAP_PRIVATE.cast_unsigned();
+
 /// Checks the areas of an mm image: order, alignment, range.
 pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
     let mut last = 0u64;
@@ -55,6 +62,11 @@ pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
         let (start, end) = (vma.start, vma.end);
         let wrong =
             |what| Err(MemError::BadImage { pid, what: format!("mapping {start:#x}-{end:#x} is {what}") });
+        let has = |kinds: u32| vma.status & kinds != 0;
+        // What is said of them is said about the others only after a check of their range.
+        if has(VSYSCALL) && has(GUARD | MAPPED) || has(GUARD) && has(MAPPED) {
+            return wrong("of several kinds");
+        }
         if vma.status & (VSYSCALL | GUARD) != 0 {
             // They lie over or beside the others.
             if start >= end || (vma.status & VSYSCALL == 0 && end > TASK_SIZE) {
@@ -67,6 +79,16 @@ pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
         }
         if start < last || start >= end || end > TASK_SIZE {
             return wrong("out of order or out of range");
+        }
+        // The content of private memory is written to it: it must not go to what others share. MAP_SHARED_VALIDATE
+        // has the bits of both.
+        let shared = match vma.flags & libc::MAP_TYPE.cast_unsigned() {
+            SHARED => true,
+            PRIVATE | MAP_DROPPABLE => false,
+            _ => return wrong("neither shared nor private"),
+        };
+        if has(FILE_SHARED | ANON_SHARED) && !shared || has(FILE_PRIVATE | ANON_PRIVATE) && shared {
+            return wrong("shared in one field and private in another");
         }
         last = end;
     }
@@ -206,6 +228,43 @@ mod tests {
             ("rd wr nr wf dd dp", false, 4, 0x4008),
         ] {
             assert_eq!(map_flags(&area(flags, shared, page_kib)), want, "{flags}");
+        }
+    }
+
+    #[test]
+    fn areas_of_two_kinds_are_refused() {
+        let area = |status, flags: i32, start, end| pb::VmaEntry {
+            status,
+            flags: flags.cast_unsigned(),
+            start,
+            end,
+            ..Default::default()
+        };
+        let good = |entry: &pb::VmaEntry| {
+            check(&pb::MmEntry { vmas: vec![entry.clone()], ..Default::default() }, 1).is_ok()
+        };
+        let (private, shared) = (libc::MAP_PRIVATE, libc::MAP_SHARED);
+        let last = u64::MAX - PAGE + 1;
+        for (status, flags, want) in [
+            (REGULAR | ANON_PRIVATE, private, true),
+            (REGULAR | ANON_PRIVATE, 8, true),
+            (REGULAR | FILE_PRIVATE, private, true),
+            (REGULAR | FILE_PRIVATE | MEMFD, private, true),
+            (REGULAR | FILE_SHARED, shared, true),
+            (REGULAR | ANON_SHARED, shared, true),
+            (REGULAR | MEMFD, shared, true),
+            (REGULAR | FILE_SHARED, libc::MAP_SHARED_VALIDATE, false),
+            (REGULAR | FILE_SHARED, private, false),
+            (REGULAR | FILE_PRIVATE, shared, false),
+            (REGULAR | ANON_PRIVATE, shared, false),
+            (REGULAR | ANON_PRIVATE | FILE_SHARED, shared, false),
+            (REGULAR | ANON_PRIVATE, 0, false),
+        ] {
+            assert_eq!(good(&area(status, flags, PAGE, 2 * PAGE)), want, "{status:#x} {flags}");
+        }
+        assert!(good(&area(VSYSCALL | ANON_PRIVATE, private, last - PAGE, last)));
+        for kind in [VDSO, VVAR, GUARD, ANON_SHARED, FILE_SHARED] {
+            assert!(!good(&area(VSYSCALL | kind, private, last - PAGE, last)), "{kind:#x}");
         }
     }
 

@@ -9,6 +9,7 @@
 #[macro_use]
 mod sys;
 mod gadget;
+mod hostile;
 mod images;
 mod neighbours;
 mod roles;
@@ -49,6 +50,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("restore_of_tables_that_are_shared", tables::shapes),
     ("restore_with_a_thread_that_is_held_at_its_end", threads::held),
     ("images_that_belong_to_somebody_else", images::of_somebody_else),
+    ("images_with_one_thing_changed", hostile::one_thing_changed),
 ];
 
 /// Exit status of a trial that cannot run here.

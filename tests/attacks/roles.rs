@@ -15,6 +15,8 @@ pub fn main(role: &str) -> ExitCode {
         "no-queue" => no_queue(),
         "sharing" => crate::tables::sharing(),
         "large" => crate::threads::large(),
+        "tree" => crate::hostile::tree(),
+        "bystander" => crate::hostile::bystander(),
         "gadget" => crate::gadget::main(),
         _ => panic!("no role {role}"),
     }
