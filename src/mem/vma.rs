@@ -241,7 +241,7 @@ mod tests {
             ..Default::default()
         };
         let good = |entry: &pb::VmaEntry| {
-            check(&pb::MmEntry { vmas: vec![entry.clone()], ..Default::default() }, 1).is_ok()
+            check(&pb::MmEntry { vmas: vec![entry.clone()], ..Default::default() }, NsPid::new(1)).is_ok()
         };
         let (private, shared) = (libc::MAP_PRIVATE, libc::MAP_SHARED);
         let last = u64::MAX - PAGE + 1;

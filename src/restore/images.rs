@@ -66,6 +66,22 @@ fn id(value: u32, what: &str) -> Result<NsPid> {
     Ok(NsPid::new(i32::try_from(value)?))
 }
 
+/// Whether a task can have ended with this wait status. One that does not end anybody would leave a restore waiting.
+fn ends(status: u32) -> bool {
+    let lives_on = [
+        libc::SIGCHLD,
+        libc::SIGCONT,
+        libc::SIGSTOP,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+        libc::SIGURG,
+        libc::SIGWINCH,
+    ];
+    let signal = (status & 0x7f).cast_signed();
+    status <= 0xffff && signal <= libc::SIGRTMAX() && !lives_on.contains(&signal)
+}
+
 impl Images {
     /// Ids of the descriptor tables of all living tasks; one that is shared is there for each.
     pub(super) fn tables(&self) -> Vec<u32> {
@@ -154,7 +170,10 @@ impl Images {
         let state = match tc.task_state {
             TASK_ALIVE => State::Alive,
             TASK_STOPPED => State::Stopped,
-            TASK_DEAD => State::Zombie(tc.exit_code.cast_signed()),
+            TASK_DEAD => {
+                ensure!(ends(tc.exit_code), "core-{pid}.img: no task ends with status {:#x}", tc.exit_code);
+                State::Zombie(tc.exit_code.cast_signed())
+            }
             other => bail!("core-{pid}.img: task state {other} is not known"),
         };
         let image = u64::from(pid.bits());
@@ -184,5 +203,20 @@ impl Images {
             mm,
             fs,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_of_tasks_that_have_ended() {
+        for status in [0, 0x300, 0xff00, 9, 9 | 0x80, 64, 15] {
+            assert!(ends(status), "{status:#x}");
+        }
+        for status in [0x7f, 0x2ff, 65, 19, 0x137f, 20, 18, 17, 0x1_0000, 0xffff_ffff] {
+            assert!(!ends(status), "{status:#x}");
+        }
     }
 }

@@ -357,15 +357,14 @@ impl Puppets {
                 self.start(tid)?;
                 Ok(false)
             }
+            // Whoever may signal a task sends it such signals too, and may even have them come instead of its own. What counts
+            // is where it is, because a list that is not over must not be taken for one that is: the task would keep all
+            // rights that the rest of the list takes away. Also a list
+            // that was to end its task may fail.
+            (Status::Stopped(libc::SIGTRAP, 0), _) if self.is_at(tid, Area::behind_trap)? => self.failed(tid),
             // It ends by its own signal: the kernel asks us about that like about any other.
             (Status::Stopped(signal, 0), End::Signal(wanted)) => {
                 self.go_on(tid, if signal == wanted { signal } else { 0 })
-            }
-            // Whoever may signal a task sends it such signals too, and may even have them come instead of its own. What counts
-            // is where it is, because a list that is not over must not be taken for one that is: the task would keep all
-            // rights that the rest of the list takes away.
-            (Status::Stopped(libc::SIGTRAP, 0), End::No) if self.is_at(tid, Area::behind_trap)? => {
-                self.failed(tid)
             }
             (Status::Stopped(libc::SIGSTOP, 0), End::No) if self.is_at(tid, Area::behind_stop)? => {
                 self.at_end_of_list(tid)
