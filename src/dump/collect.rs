@@ -27,7 +27,7 @@ use crate::{
     mem::{self, AddressSpace, MappedFile, SharedMemory, VmaFiles},
     ns::{
         threads::Namespaces,
-        time::{Clocks, TimeDump},
+        time::{self, Clocks, TimeDump},
     },
     process_tree::ids::in_tree,
     settings::DumpSettings,
@@ -36,7 +36,11 @@ use crate::{
         pid::HostPid,
         pidfd,
     },
-    task::{self, robust_list::SharedBytes},
+    task::{
+        self,
+        robust_list::SharedBytes,
+        settle::{Moment, Peek},
+    },
     tracee::{GadgetCache, Thread},
 };
 
@@ -92,6 +96,7 @@ pub(super) struct Collected<'s> {
     /// Address spaces that have been looked at.
     spaces: HashSet<u32>,
     gadgets: GadgetCache,
+    peek: Peek,
     settings: &'s DumpSettings,
 }
 
@@ -138,6 +143,7 @@ impl<'s> Collected<'s> {
             tables: HashSet::new(),
             spaces: HashSet::new(),
             gadgets: GadgetCache::default(),
+            peek: Peek::new(source == Source::Frozen),
             settings,
         }
     }
@@ -330,11 +336,18 @@ impl<'s> Collected<'s> {
         Ok(cores)
     }
 
+    /// Before anything is stopped: what takes a while and may be needed of the processes `pids`.
+    pub(super) fn prepare(&self, pids: &[HostPid]) {
+        self.peek.prepare(pids);
+    }
+
     /// After the last process: what only all of them together tell.
     pub(super) fn complete(&mut self) -> Result<()> {
         let (own, clocks) = self.time.clocks().context("clocks of the tree")?;
+        let host = time::of_host(own).context("clocks of the host")?;
+        let moment = Moment::new(clocks, host, &self.peek);
         for task in &mut self.tasks {
-            task::settle_timers(&mut task.cores, task.timers_read, clocks);
+            moment.settle(&mut task.cores, task.timers_read);
         }
         self.clocks = Some(clocks);
         self.files.complete(own.monotonic, &mut self.findings).context("open files")?;

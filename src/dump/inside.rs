@@ -166,6 +166,7 @@ pub(super) fn dead_leader(
     if let Some(thread) = core.thread_core.as_mut() {
         thread.futex_rla = 0;
         thread.pdeath_sig = None;
+        thread.call_left_ns = None;
         thread.signals_p = Some(pb::SignalQueueEntry::default());
         thread.blk_sigset = Some(u64::MAX);
         thread.rseq_entry = None;

@@ -80,11 +80,13 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     look_at_root(pid)?;
     action::run(scripts, Action::PreDump, root)?;
     let mut memory = MemoryDump::new(store);
-    memory.reserve(&procfs::walk(pid)).context("room for the pages")?;
+    let pids = procfs::walk(pid);
+    memory.reserve(&pids).context("room for the pages")?;
     let mut collected = Collected::new(store, settings, Source::Frozen);
     let ticker = Ticker::start()?;
     deadline.next(Limit::Total(settings.timeout));
     let check = || Ok(deadline.check()?);
+    collected.prepare(&pids);
     let mut stats = DumpStats::default();
 
     let freezing = Instant::now();

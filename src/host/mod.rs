@@ -9,6 +9,7 @@ pub(crate) mod child;
 mod files;
 mod mem;
 mod namespaces;
+pub(crate) mod peek;
 mod tasks;
 
 use std::io;

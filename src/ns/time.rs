@@ -192,6 +192,11 @@ fn own_offsets() -> Result<Shift> {
     offsets_of("self")
 }
 
+/// The clocks of the host when those of crtool are `own`.
+pub(crate) fn of_host(own: Clocks) -> Result<Clocks> {
+    Ok(own.shifted(Shift::NONE.minus(own_offsets()?)))
+}
+
 /// Which namespace a task has; `None` where the kernel has none, or the task is gone.
 fn namespace(task: &str, name: &str) -> Option<(u64, u64)> {
     fs::metadata(format!("/proc/{task}/ns/{name}")).map(|meta| (meta.dev(), meta.ino())).ok()

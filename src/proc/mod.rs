@@ -7,6 +7,7 @@
 //! lose state is an error.
 
 pub mod auxv;
+pub mod btf;
 pub mod cgroup;
 pub mod children;
 pub mod fdinfo;

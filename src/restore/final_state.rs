@@ -6,7 +6,7 @@
 //! user comes when nothing of ours is executed in it any more.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -15,12 +15,13 @@ use anyhow::{Context, Result, ensure};
 use super::{Task, create::Construction};
 use crate::{
     deadline,
+    image::pb,
     process_tree::ids::on_host,
     sys::{
         pid::{HostPid, NsPid},
         ptrace,
     },
-    task,
+    task::{self, call::Again},
 };
 
 /// How long a thread that has ended may be listed: until it gets a processor.
@@ -30,11 +31,15 @@ impl Construction<'_> {
     /// Signals, registers, masks, and the area gone.
     pub(super) fn final_state(&mut self) -> Result<()> {
         let tasks: Vec<&Task> = self.alive().collect();
+        let mut calls = HashMap::new();
         for task in &tasks {
             let label = || format!("final state of task {}", task.pid);
             self.no_strangers(task).with_context(label)?;
             for (tid, core) in task.tids.iter().zip(&task.cores) {
                 self.queue_signals(task.pid, *tid, core).with_context(label)?;
+                if let Some(call) = self.call_again(on_host(*tid), core).with_context(label)? {
+                    calls.insert(*tid, call);
+                }
             }
         }
         let mut cleared = HashSet::new();
@@ -53,7 +58,10 @@ impl Construction<'_> {
                     self.puppets.stop_before_user_code(thread).with_context(label)?;
                 }
                 let mut state = task::final_state(core).with_context(label)?;
-                state.enter_call(thread, core);
+                match calls.get(tid) {
+                    Some((call, result)) => call.enter(&mut state.regs, *result),
+                    None => drop(state.enter_call(thread, core)),
+                }
                 ptrace::set_regset(thread, ptrace::NT_X86_XSTATE, &state.xstate)
                     .with_context(|| format!("xsave area of thread {tid}"))?;
                 ptrace::set_sigmask(thread, state.sigmask).with_context(label)?;
@@ -81,7 +89,7 @@ impl Construction<'_> {
         }
     }
 
-    fn queue_signals(&mut self, pid: NsPid, tid: NsPid, core: &crate::image::pb::CoreEntry) -> Result<()> {
+    fn queue_signals(&mut self, pid: NsPid, tid: NsPid, core: &pb::CoreEntry) -> Result<()> {
         for (info, shared) in task::pending_signals(core)? {
             let signal = u64::from(task::signal_of(&info));
             let at = self.puppets.bytes(on_host(tid), &info)?;
@@ -95,6 +103,18 @@ impl Construction<'_> {
             ensure!(result == 0, "{name} of signal {signal} failed with error {}", -result);
         }
         Ok(())
+    }
+
+    /// Lets a thread be in a call again that waits for a while. Gives what the call has returned to us.
+    fn call_again(&mut self, tid: HostPid, core: &pb::CoreEntry) -> Result<Option<(Again, i64)>> {
+        let Some(call) = task::call::again(core, self.supervisor.elapsed()?)? else { return Ok(None) };
+        let memory = match call.memory() {
+            Some(bytes) => self.puppets.bytes(tid, &bytes)?.0,
+            None => 0,
+        };
+        let result = self.puppets.interrupted_call(tid, call.number(), call.arguments(memory))?;
+        tracing::debug!("thread {tid} is in call {} again: {result}", call.number());
+        Ok(Some((call, result)))
     }
 
     /// Sets `dumpable` and unmaps the area.

@@ -521,6 +521,16 @@ impl Puppets {
     /// A system call in a waiting thread, from which nothing has to come back but its result. The
     /// thread is left at the exit of the call.
     pub(super) fn bare_call(&mut self, tid: HostPid, nr: i64, args: [u64; 6]) -> Result<i64> {
+        self.call(tid, nr, args, false)
+    }
+
+    /// As [`Self::bare_call`], for a call that would sleep: it is interrupted as soon as it does, and what the kernel then keeps
+    /// of it stays with the thread.
+    pub(super) fn interrupted_call(&mut self, tid: HostPid, nr: i64, args: [u64; 6]) -> Result<i64> {
+        self.call(tid, nr, args, true)
+    }
+
+    fn call(&mut self, tid: HostPid, nr: i64, args: [u64; 6], interrupted: bool) -> Result<i64> {
         self.within_call.insert(tid);
         let mut regs = ptrace::get_regs(tid)?;
         let area = self.members.get(&tid).context("nobody to make a call")?.area;
@@ -530,7 +540,10 @@ impl Puppets {
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
         ptrace::set_regs(tid, &regs)?;
         let mut at = regs;
-        for _ in 0..2 {
+        for exit in [false, true] {
+            if exit && interrupted {
+                ptrace::interrupt(tid)?;
+            }
             ptrace::syscall(tid, 0)?;
             loop {
                 match report_of(tid)? {

@@ -73,6 +73,17 @@ impl Mapping {
         Ok(Self { addr: addr as usize, len, code: AtomicUsize::new(0) })
     }
 
+    /// Maps the first `len` bytes of `fd`, private and read only: of some files of the kernel there is no other mapping.
+    pub(super) fn private_of(fd: BorrowedFd<'_>, len: usize) -> Result<Self> {
+        let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let addr = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd.as_raw_fd(), 0) };
+        if addr == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Self { addr: addr as usize, len, code: AtomicUsize::new(0) })
+    }
+
     /// Makes the first `len` bytes, whole pages, code: they can be read and executed, and not be written any more.
     /// ERANGE when there are too few.
     pub fn protect_code(&self, len: usize) -> Result<()> {

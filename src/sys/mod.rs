@@ -4,6 +4,7 @@
 //! and has no policy and no logging. What a call is for is decided by its callers.
 #![allow(unsafe_code)]
 
+pub mod bpf;
 pub mod clone;
 pub mod cpuid;
 pub mod event;

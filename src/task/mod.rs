@@ -9,6 +9,7 @@
 
 mod affinity;
 mod autogroup;
+pub(crate) mod call;
 mod comm;
 mod coredump_filter;
 mod creds;
@@ -38,6 +39,7 @@ mod rseq;
 mod sched;
 pub mod seccomp;
 pub mod sem_undo;
+pub(crate) mod settle;
 pub mod sigaction;
 mod sigaltstack;
 mod speculation;
@@ -60,8 +62,6 @@ pub use pending::{PendingStop, pending_signals, pending_stop, signal_of};
 pub use posix_timer::ids as posix_timer_ids;
 pub use state::final_state;
 pub use supervisor::Supervisor;
-
-use std::time::Duration;
 
 use libc::user_regs_struct;
 
@@ -290,24 +290,6 @@ pub fn dump_process(cx: &ProcessCx, findings: &mut Vec<Finding>) -> Result<pb::T
         (part.dump)(cx, &mut entry, findings)?;
     }
     Ok(entry)
-}
-
-/// Makes the time left of the timers of a process, whose core images these are, that of the moment at which its clocks stood
-/// at `now`. It was `inside` who read them, some time before.
-pub(crate) fn settle_timers(
-    cores: &mut [(HostPid, pb::CoreEntry)],
-    inside: [[u64; 2]; 2],
-    now: crate::ns::time::Clocks,
-) {
-    let [[sec, nsec], _] = inside;
-    let read = Duration::from_secs(sec).saturating_add(Duration::from_nanos(nsec));
-    let gone = now.monotonic.saturating_sub(read);
-    let infos = cores.iter().flat_map(|(_, core)| pending::infos(core));
-    let waiting = infos.filter_map(|info| posix_timer::sender(&info.siginfo)).collect();
-    for timers in cores.iter_mut().filter_map(|(_, core)| core.tc.as_mut()?.timers.as_mut()) {
-        itimer::settle(timers, gone);
-        posix_timer::settle(&mut timers.posix, gone, &waiting);
-    }
 }
 
 /// `task_state` of a task that runs.

@@ -76,7 +76,12 @@ pub(super) fn dump(
         findings.push(refuse(what, "the image format has no place for its registers"));
     }
     let mut regs = cx.regs;
-    arch::restart_for(&mut regs, delivery(view));
+    let delivery = delivery(view);
+    if delivery == Delivery::None && registers::waits_for_a_while(&regs) {
+        // How long is found out when the clocks of the tree are read.
+        parts.core.call_left_ns = Some(0);
+    }
+    arch::restart_for(&mut regs, delivery);
     parts.info.gpregs = registers::to_entry(&regs);
     parts.info.fpregs = xsave::to_entry(&cx.xstate);
     if cx.tid != cx.pid {

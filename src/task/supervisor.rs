@@ -127,7 +127,7 @@ impl Supervisor {
 
 impl Supervisor {
     /// How long the clocks of the tree have been going on; none for one that has those of crtool.
-    pub(super) fn elapsed(&self) -> Result<Duration> {
+    pub(crate) fn elapsed(&self) -> Result<Duration> {
         let elapsed = self.clocks.map(|clocks| clocks.elapsed()).transpose();
         elapsed.map(Option::unwrap_or_default).map_err(TaskError::Clocks)
     }

@@ -60,6 +60,8 @@ pub struct Case {
     pub source_clocks: Option<Clocks>,
     /// So are the tools: a host with another uptime.
     pub host_clocks: Option<Clocks>,
+    /// The tool that dumps may not make this call.
+    pub dump_denied: Option<i64>,
     /// Runs while the dump is under way.
     pub while_dumping: Option<Hook>,
     /// Runs between a dump that killed the tree and the restore.
@@ -84,6 +86,7 @@ impl Case {
             on_terminal: false,
             source_clocks: None,
             host_clocks: None,
+            dump_denied: None,
             while_dumping: None,
             between: None,
         }
@@ -143,6 +146,10 @@ impl Case {
 
     pub const fn host_clocks(self, clocks: Clocks) -> Case {
         Case { host_clocks: Some(clocks), ..self }
+    }
+
+    pub const fn dump_denied(self, number: i64) -> Case {
+        Case { dump_denied: Some(number), ..self }
     }
 
     pub const fn while_dumping(self, hook: Hook) -> Case {

@@ -208,6 +208,39 @@ pub fn in_time_namespace(command: &mut Command, clocks: Clocks) -> Result<(), St
     Ok(())
 }
 
+/// One instruction of classic BPF.
+pub type Instruction = [u16; 4];
+
+pub fn instruction(code: u16, jump_true: u8, jump_false: u8, value: u32) -> Instruction {
+    let jumps = u16::from(jump_true) | u16::from(jump_false) << 8;
+    [code, jumps, value as u16, (value >> 16) as u16]
+}
+
+/// Everything is allowed but `number`, which fails with `errno`.
+pub fn deny(number: i64, errno: i32) -> Vec<Instruction> {
+    vec![
+        instruction(0x20, 0, 0, 0),
+        instruction(0x15, 0, 1, number as u32),
+        instruction(0x06, 0, 0, 0x0005_0000 | errno as u32),
+        instruction(0x06, 0, 0, 0x7fff_0000),
+    ]
+}
+
+/// Puts the calling thread under a seccomp filter.
+pub fn install(filter: &[Instruction], flags: usize) -> Result<usize, Errno> {
+    sys!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).expect("PR_SET_NO_NEW_PRIVS");
+    let program = (filter.len(), filter.as_ptr());
+    sys!(SYS_seccomp, 1, flags, &raw const program)
+}
+
+/// Lets `command` start under a seccomp filter by which call `number` fails.
+pub fn without_call(command: &mut Command, number: i64) {
+    let filter = deny(number, libc::EPERM);
+    let enter = move || install(&filter, 0).map(drop).map_err(std::io::Error::from_raw_os_error);
+    // SAFETY: the child makes plain system calls with memory that is there already.
+    unsafe { command.pre_exec(enter) };
+}
+
 /// Field `number` of /proc/PID/stat, as proc(5) counts them.
 pub fn stat_field(pid: i32, number: usize) -> String {
     stat_number(&std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default(), number)

@@ -16,6 +16,8 @@ pub struct Tool {
     terminal: Option<PathBuf>,
     /// The clocks of its host.
     clocks: Option<Clocks>,
+    /// A call that it may not make.
+    denied: Option<i64>,
     /// It gets this signal so long after its start.
     disturbance: Option<(i32, Duration)>,
     /// The work dir of its host, and options for the way from or to the other one.
@@ -39,13 +41,14 @@ pub fn main_tool() -> Tool {
         Some(path) => {
             let path = PathBuf::from(path);
             let peer = path.file_name().is_some_and(|n| n == "criu");
-            Tool { path, peer, terminal: None, clocks: None, disturbance: None, remote: None }
+            Tool { path, peer, terminal: None, clocks: None, denied: None, disturbance: None, remote: None }
         }
         None => Tool {
             path: PathBuf::from(env!("CARGO_BIN_EXE_crtool")),
             peer: false,
             terminal: None,
             clocks: None,
+            denied: None,
             disturbance: None,
             remote: None,
         },
@@ -62,6 +65,7 @@ pub fn peer() -> Option<Tool> {
         peer: true,
         terminal: None,
         clocks: None,
+        denied: None,
         disturbance: None,
         remote: None,
     })
@@ -77,6 +81,12 @@ impl Tool {
     /// Runs it where the clocks stand so.
     pub fn clocks(mut self, clocks: Option<Clocks>) -> Tool {
         self.clocks = clocks;
+        self
+    }
+
+    /// Runs it without permission for this call.
+    pub fn denied(mut self, number: Option<i64>) -> Tool {
+        self.denied = number;
         self
     }
 
@@ -147,6 +157,9 @@ impl Tool {
         command.stderr(out);
         if let Some(clocks) = self.clocks {
             crate::sys::in_time_namespace(&mut command, clocks).expect("clocks of the tool's host");
+        }
+        if let Some(number) = self.denied {
+            crate::sys::without_call(&mut command, number);
         }
         #[allow(clippy::zombie_processes)] // the reaper waits for it
         let child = command.spawn().unwrap_or_else(|e| panic!("start {}: {e}", self.path.display()));

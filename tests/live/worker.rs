@@ -324,6 +324,7 @@ impl Trial {
 
     fn dumper(&mut self) -> Step<Tool> {
         let tool = self.mode.dumper().on(self.terminal.clone()).clocks(self.case.host_clocks);
+        let tool = tool.denied(self.case.dump_denied);
         match &mut self.remote {
             Some(remote) => remote.dumper(tool, &self.reaper),
             None => Ok(tool),

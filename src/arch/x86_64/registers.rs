@@ -3,7 +3,8 @@
 //! What a call returns when a stop interrupts it (Linux 6.18, every call that can sleep tried): most are made again by the
 //! kernel. Those that wait for a time that has begun to run leave a restart block (ERESTART_RESTARTBLOCK: poll, nanosleep,
 //! clock_nanosleep and futex with a timeout), which no image can carry; without a timeout, or to an absolute time, they are
-//! made again all the same. Some end with EINTR whether or not a handler runs (epoll_wait, semop, rt_sigtimedwait,
+//! made again all the same, and for the others a restore makes a new restart block, if the time that was left is known
+//! ([`TimedCall`]). Some end with EINTR whether or not a handler runs (epoll_wait, semop, rt_sigtimedwait,
 //! io_getevents): those that have no timeout are made again too, so that a program sees nothing of a dump.
 
 use libc::user_regs_struct;
@@ -56,9 +57,9 @@ pub fn restart_for(regs: &mut user_regs_struct, delivery: Delivery) {
 }
 
 /// Operations of futex, without their flags.
-const FUTEX_OPERATION: u64 = 0x7f;
-const FUTEX_WAIT: u64 = 0;
-const FUTEX_WAIT_BITSET: u64 = 9;
+pub(crate) const FUTEX_OPERATION: u64 = 0x7f;
+pub(crate) const FUTEX_WAIT: u64 = 0;
+pub(crate) const FUTEX_WAIT_BITSET: u64 = 9;
 
 /// Whether an argument that is an int is below zero.
 fn is_negative(argument: u64) -> bool {
@@ -71,6 +72,72 @@ fn time_runs(regs: &user_regs_struct) -> bool {
         libc::SYS_poll => !is_negative(regs.rdx),
         libc::SYS_futex => regs.rsi & FUTEX_OPERATION != FUTEX_WAIT_BITSET,
         _ => true,
+    }
+}
+
+/// Whether a thread was interrupted in a call that waits for a time which its arguments alone do not tell.
+pub fn waits_for_a_while(regs: &user_regs_struct) -> bool {
+    regs.orig_rax.cast_signed() >= 0
+        && regs.rax == (-ERESTART_RESTARTBLOCK).cast_unsigned()
+        && time_runs(regs)
+}
+
+/// Says in an image which call it was that has ended: a thread that goes on with one has another number.
+pub fn name_call(entry: &mut pb::UserX86RegsEntry, number: i64) {
+    entry.orig_ax = number.cast_unsigned();
+}
+
+/// Lets the call of an image that has ended be made again, with the same arguments.
+pub fn make_again(entry: &mut pb::UserX86RegsEntry) {
+    entry.ip = entry.ip.wrapping_sub(2);
+    entry.ax = entry.orig_ax;
+}
+
+/// How a call is told how long to wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timeout {
+    /// In milliseconds.
+    Milliseconds,
+    /// By the address of a `struct timespec`.
+    Timespec,
+}
+
+/// A call that leaves a restart block when it is interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimedCall {
+    /// Its number.
+    pub number: i64,
+    /// Its arguments.
+    pub arguments: [u64; 6],
+    /// Which of them says how long to wait, and how.
+    pub timeout: (usize, Timeout),
+}
+
+impl TimedCall {
+    /// The call that the registers of an image say has ended with EINTR, where such a one can be.
+    pub fn of(regs: &user_regs_struct, orig_rax: u64) -> Option<Self> {
+        let number = orig_rax.cast_signed();
+        let timeout = match number {
+            libc::SYS_poll if !is_negative(regs.rdx) => (2, Timeout::Milliseconds),
+            libc::SYS_nanosleep => (0, Timeout::Timespec),
+            libc::SYS_clock_nanosleep if regs.rsi == 0 => (2, Timeout::Timespec),
+            libc::SYS_futex if regs.rsi & FUTEX_OPERATION == FUTEX_WAIT && regs.r10 != 0 => {
+                (3, Timeout::Timespec)
+            }
+            _ => return None,
+        };
+        let ended = regs.rax == (-i64::from(libc::EINTR)).cast_unsigned();
+        let arguments = [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9];
+        ended.then_some(Self { number, arguments, timeout })
+    }
+
+    /// Sets the registers of a thread that has just made the call with another timeout, and been interrupted in it
+    /// unless it has ended. For the same registers as [`interrupted`].
+    pub fn enter(&self, regs: &mut user_regs_struct, result: i64) {
+        regs.rax = result.cast_unsigned();
+        if result == -ERESTART_RESTARTBLOCK {
+            regs.orig_rax = self.number.cast_unsigned();
+        }
     }
 }
 

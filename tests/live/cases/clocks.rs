@@ -5,8 +5,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::case::{Case, Clocks, Site};
-use crate::gate::{Gate, fork, join};
-use crate::sys::{self, clock, getpid, int};
+use crate::gate::{Gate, fork, join, until_in_call};
+use crate::sys::{self, Errno, clock, getpid, int};
 
 const DAY: i64 = 24 * 60 * 60;
 /// Far from each other, from most hosts, and from zero.
@@ -26,9 +26,24 @@ macro_rules! three {
 const GO_ON: [Case; 3] = three!("clocks_go_on", clocks_go_on, between(pause));
 const SLEEPS: [Case; 3] = three!("clocks_sleeps", clocks_sleeps, between(pause));
 const TIMERS: [Case; 3] = three!("clocks_timers", clocks_timers, between(pause));
+const TIMEOUTS: [Case; 3] = three!("clocks_timeouts", clocks_timeouts, between(pause), peer_fails(EINTR));
 const FORKS: [Case; 3] = three!("clocks_of_all_tasks", clocks_of_all_tasks, between(pause));
 
+/// What CRIU makes of calls with a timeout.
+const EINTR: &str = "ends calls with a timeout with EINTR";
+
 pub const CASES: &[Case] = &[
+    TIMEOUTS[0],
+    TIMEOUTS[1].only_plain(),
+    TIMEOUTS[2].only_plain(),
+    Case::new("clocks_timeouts_stopped", clocks_timeouts_stopped)
+        .between(pause)
+        .peer_fails(EINTR)
+        .only_plain(),
+    Case::new("clocks_timeouts_not_told", clocks_timeouts_end).dump_denied(libc::SYS_bpf).only_plain(),
+    Case::new("clocks_timeouts_no_types", clocks_timeouts_no_types).only_plain(),
+    Case::new("clocks_timeouts_ended", clocks_timeouts_ended).peer_fails(EINTR),
+    Case::new("clocks_timeout_interrupted", clocks_timeout_interrupted).peer_fails(EINTR),
     GO_ON[0],
     GO_ON[1].disturbed().fifty(),
     GO_ON[2].disturbed(),
@@ -244,6 +259,230 @@ fn clocks_sleeps(gate: &Gate) {
 
 /// On a busy machine something may be so late.
 const LATE: Duration = Duration::from_secs(15);
+
+/// Without them crtool cannot see how long a call is still to wait.
+fn need_types_of_the_kernel(gate: &Gate) {
+    const PROG_LOAD: i32 = 5;
+    if !sys::exists(c"/sys/kernel/btf/vmlinux") {
+        gate.skip("the kernel does not tell its types (BTF)");
+    }
+    if let Err(libc::EPERM | libc::ENOSYS) = sys!(SYS_bpf, PROG_LOAD, 0, 0) {
+        gate.skip("BPF programs are not permitted");
+    }
+}
+
+/// Runs each of `calls` in a thread of its own, and gives what they return and how long they took when the gate is open.
+fn in_threads<T: Send + 'static>(
+    gate: &Gate,
+    calls: Vec<(i64, Box<dyn FnOnce() -> T + Send>)>,
+    stopped: bool,
+    release: impl FnOnce(&[i32]),
+) -> Vec<(T, Duration)> {
+    let address = gate.address();
+    let (send, receive) = std::sync::mpsc::channel();
+    let mut tids = Vec::new();
+    let mut threads = Vec::new();
+    for (number, call) in calls {
+        let send = send.clone();
+        threads.push(std::thread::spawn(move || {
+            send.send(sys::gettid()).expect("send");
+            let start = monotonic();
+            let result = call();
+            let took = monotonic() - start;
+            Gate::at(address).wait();
+            (result, took)
+        }));
+        let tid = receive.recv().expect("tid");
+        until_in_call(getpid(), tid, number);
+        tids.push(tid);
+    }
+    if stopped {
+        join(fork(|| tids.iter().for_each(|tid| stop_once(*tid))));
+    }
+    gate.ready();
+    release(&tids);
+    threads.into_iter().map(|thread| thread.join().expect("thread")).collect()
+}
+
+/// Stops a thread and lets it go on, as debuggers and shells do. A call that keeps its time is then another one,
+/// restart_syscall.
+fn stop_once(tid: i32) {
+    let request = |request: u32| sys!(SYS_ptrace, request, tid, 0, 0).map(drop).expect("ptrace");
+    request(libc::PTRACE_SEIZE);
+    request(libc::PTRACE_INTERRUPT);
+    sys::waitpid(tid, libc::__WALL).expect("stop");
+    request(libc::PTRACE_DETACH);
+    until_in_call(int(sys!(SYS_getppid).expect("getppid")), tid, libc::SYS_restart_syscall);
+}
+
+/// A call by its name, number, what it returns when its time is over.
+type Timed = (&'static str, i64, Result<usize, Errno>, Box<dyn FnOnce() -> Result<usize, Errno> + Send>);
+
+/// Every call that waits for a while and is interrupted by any stop.
+fn timed_calls(asked: Duration) -> Vec<Timed> {
+    let spec = sys::timespec(asked);
+    let sleep = move |id: i32| sys!(SYS_clock_nanosleep, id, 0, &raw const spec, 0);
+    let number = libc::SYS_clock_nanosleep;
+    vec![
+        ("nanosleep", libc::SYS_nanosleep, Ok(0), Box::new(move || sys!(SYS_nanosleep, &raw const spec, 0))),
+        ("clock_nanosleep CLOCK_MONOTONIC", number, Ok(0), Box::new(move || sleep(libc::CLOCK_MONOTONIC))),
+        ("clock_nanosleep CLOCK_BOOTTIME", number, Ok(0), Box::new(move || sleep(libc::CLOCK_BOOTTIME))),
+        ("clock_nanosleep CLOCK_REALTIME", number, Ok(0), Box::new(move || sleep(libc::CLOCK_REALTIME))),
+        (
+            "nanosleep that tells the rest",
+            libc::SYS_nanosleep,
+            Ok(0),
+            Box::new(move || {
+                let mut rest = sys::timespec(Duration::ZERO);
+                sys!(SYS_nanosleep, &raw const spec, &raw mut rest)
+            }),
+        ),
+        (
+            "poll",
+            libc::SYS_poll,
+            Ok(0),
+            Box::new(move || {
+                let mut none = libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 };
+                sys!(SYS_poll, &raw mut none, 1, asked.as_millis())
+            }),
+        ),
+        (
+            "futex",
+            libc::SYS_futex,
+            Err(libc::ETIMEDOUT),
+            Box::new(move || {
+                let word = 0_u32;
+                sys!(SYS_futex, &raw const word, libc::FUTEX_WAIT, 0, &raw const spec)
+            }),
+        ),
+    ]
+}
+
+/// Calls with a timeout go on with what was left of it: none ends with EINTR, none too early.
+fn clocks_timeouts(gate: &Gate) {
+    time_out(gate, false, LONG, timed_calls(LONG), |_| ());
+}
+
+/// Calls that have been interrupted and gone on before: how long they wait, for what, and even which calls they are, is kept
+/// by the kernel alone.
+fn clocks_timeouts_stopped(gate: &Gate) {
+    let longer = 2 * LONG;
+    let mut calls = timed_calls(longer);
+    let (from, to) = sys::pipe(0);
+    let until = sys::timespec(monotonic() + longer);
+    calls.extend::<[Timed; 2]>([
+        (
+            "poll without a timeout",
+            libc::SYS_poll,
+            Ok(1),
+            Box::new(move || {
+                let mut item = libc::pollfd { fd: from, events: libc::POLLIN, revents: 0 };
+                sys!(SYS_poll, &raw mut item, 1, -1_i32)
+            }),
+        ),
+        (
+            "futex until a time",
+            libc::SYS_futex,
+            Err(libc::ETIMEDOUT),
+            Box::new(move || {
+                let word = 0_u32;
+                sys!(SYS_futex, &raw const word, libc::FUTEX_WAIT_BITSET, 0, &raw const until, 0, 5)
+            }),
+        ),
+    ]);
+    // The one until a time begins after that was set.
+    time_out(gate, true, longer - Duration::from_secs(1), calls, |_| {
+        while monotonic() < Duration::new(until.tv_sec as u64, until.tv_nsec as u32) {
+            sys::nap(Duration::from_millis(10));
+        }
+        sys::write(to, b"x").expect("write");
+    });
+}
+
+/// Where crtool may not ask the kernel how long a call is still to wait, a dump succeeds all the same, and the call ends.
+fn clocks_timeouts_end(gate: &Gate) {
+    let (names, calls): (Vec<_>, Vec<_>) =
+        timed_calls(LATE).into_iter().map(|(name, number, _, call)| (name, (number, call))).unzip();
+    for (name, (result, took)) in names.into_iter().zip(in_threads(gate, calls, false, |_| ())) {
+        assert_eq!(result, Err(libc::EINTR), "{name} after {took:?}");
+    }
+}
+
+/// Likewise where the kernel does not tell its types: as here, where their place is covered.
+fn clocks_timeouts_no_types(gate: &Gate) {
+    let place = c"/sys/kernel/btf";
+    let covered = sys::exists(place);
+    if covered {
+        let tmpfs = c"tmpfs".as_ptr();
+        sys!(SYS_mount, tmpfs, place.as_ptr(), tmpfs, 0, 0).expect("mount");
+    }
+    clocks_timeouts_end(gate);
+    if covered {
+        sys!(SYS_umount2, place.as_ptr(), 0).expect("umount");
+    }
+}
+
+/// So that all are in their calls for long enough.
+const LONG: Duration = Duration::from_secs(2);
+
+fn time_out(gate: &Gate, stopped: bool, asked: Duration, calls: Vec<Timed>, release: impl FnOnce(&[i32])) {
+    need_types_of_the_kernel(gate);
+    let (whats, calls): (Vec<_>, Vec<_>) =
+        calls.into_iter().map(|(name, number, ends, call)| ((name, ends), (number, call))).unzip();
+    for ((name, ends), (result, took)) in whats.into_iter().zip(in_threads(gate, calls, stopped, release)) {
+        assert_eq!(result, ends, "{name}");
+        assert!(took >= asked, "{name} took only {took:?}");
+        assert!(took < asked + LATE, "{name} took {took:?}");
+    }
+}
+
+/// What such calls wait for comes in time.
+fn clocks_timeouts_ended(gate: &Gate) {
+    need_types_of_the_kernel(gate);
+    let (from, to) = sys::pipe(0);
+    let word = sys::anon(4096);
+    let at = word.at(0);
+    let poll = move || {
+        let mut item = libc::pollfd { fd: from, events: libc::POLLIN, revents: 0 };
+        sys!(SYS_poll, &raw mut item, 1, 600_000).map(|got| got + item.revents.cast_unsigned() as usize * 100)
+    };
+    let limit = sys::timespec(Duration::from_secs(600));
+    let futex = move || sys!(SYS_futex, at, libc::FUTEX_WAIT, 0, &raw const limit);
+    type Call = Box<dyn FnOnce() -> Result<usize, Errno> + Send>;
+    let calls: Vec<(i64, Call)> = vec![(libc::SYS_poll, Box::new(poll)), (libc::SYS_futex, Box::new(futex))];
+    let ended = in_threads(gate, calls, false, |_| {
+        sys::write(to, b"x").expect("write");
+        while sys!(SYS_futex, at, libc::FUTEX_WAKE, 1) != Ok(1) {
+            sys::nap(Duration::from_millis(1));
+        }
+    });
+    let results: Vec<_> = ended.into_iter().map(|(result, _)| result).collect();
+    assert_eq!(results, [Ok(1 + 100 * libc::POLLIN as usize), Ok(0)]);
+}
+
+/// A handler ends such a call with EINTR, and the program is told what was left.
+fn clocks_timeout_interrupted(gate: &Gate) {
+    extern "C" fn nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    need_types_of_the_kernel(gate);
+    sys::handle(libc::SIGUSR1, nothing, libc::SA_RESTART);
+    let sleep = move || {
+        let (asked, mut rest) = (sys::timespec(Duration::from_secs(600)), sys::timespec(Duration::ZERO));
+        let result = sys!(SYS_nanosleep, &raw const asked, &raw mut rest);
+        (result, Duration::from_secs(rest.tv_sec.cast_unsigned()))
+    };
+    type Call = Box<dyn FnOnce() -> (Result<usize, Errno>, Duration) + Send>;
+    let calls: Vec<(i64, Call)> = vec![(libc::SYS_nanosleep, Box::new(sleep))];
+    let ended = in_threads(gate, calls, false, |tids| {
+        // In the call again, as restart_syscall.
+        until_in_call(getpid(), tids[0], libc::SYS_restart_syscall);
+        sys::tgkill(getpid(), tids[0], libc::SIGUSR1);
+    });
+    let ((result, rest), took) = ended[0];
+    assert_eq!(result, Err(libc::EINTR));
+    let sum = rest + took;
+    let asked = Duration::from_secs(600);
+    assert!(sum < asked + LATE && sum + Duration::from_secs(2) > asked, "{took:?} and {rest:?}");
+}
 
 /// Timers to a time, and after a while, expire in time, and not before.
 fn clocks_timers(gate: &Gate) {

@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::case::Case;
 use crate::gate::{self, Gate, fork, join};
-use crate::sys::{self, getpid};
+use crate::sys::{self, deny, getpid, install};
 
 pub const CASES: &[Case] = &[
     Case::new("user_and_groups", user_and_groups).peer_fails("limits of another user's task"),
@@ -239,30 +239,6 @@ fn child_of_other_user(gate: &Gate) {
     gate.ready();
     join(child);
     assert_eq!(ids(), ([0; 3], [0; 3]));
-}
-
-/// One instruction of classic BPF.
-type Instruction = [u16; 4];
-
-fn instruction(code: u16, jump_true: u8, jump_false: u8, value: u32) -> Instruction {
-    let jumps = u16::from(jump_true) | u16::from(jump_false) << 8;
-    [code, jumps, value as u16, (value >> 16) as u16]
-}
-
-/// Everything is allowed but `number`, which fails with `errno`.
-fn deny(number: i64, errno: i32) -> Vec<Instruction> {
-    vec![
-        instruction(0x20, 0, 0, 0),
-        instruction(0x15, 0, 1, number as u32),
-        instruction(0x06, 0, 0, 0x0005_0000 | errno as u32),
-        instruction(0x06, 0, 0, 0x7fff_0000),
-    ]
-}
-
-fn install(filter: &[Instruction], flags: usize) -> Result<usize, sys::Errno> {
-    sys!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).expect("PR_SET_NO_NEW_PRIVS");
-    let program = (filter.len(), filter.as_ptr());
-    sys!(SYS_seccomp, 1, flags, &raw const program)
 }
 
 /// Strict mode allows read, write, exit and sigreturn: a child waits in a read.
