@@ -124,7 +124,7 @@ pub(super) struct NoRoom;
 
 /// The calls that make the table `wanted` out of one in which [`SUPERVISOR`] is and nothing else.
 pub(super) fn plan(wanted: &BTreeMap<i32, Origin>, limit: i32) -> Result<Vec<Step>, NoRoom> {
-    let mut steps = Vec::new();
+    let mut steps = Vec::with_capacity(wanted.len());
     let mut supervisor = SUPERVISOR;
     if wanted.contains_key(&SUPERVISOR) {
         supervisor = (SUPERVISOR..).find(|number| !wanted.contains_key(number)).ok_or(NoRoom)?;
@@ -137,7 +137,7 @@ pub(super) fn plan(wanted: &BTreeMap<i32, Origin>, limit: i32) -> Result<Vec<Ste
     if wanted.keys().next_back().is_some_and(|highest| *highest >= limit) {
         return Err(NoRoom);
     }
-    let mut there: HashMap<i32, i32> = HashMap::new();
+    let mut there: HashMap<i32, i32> = HashMap::with_capacity(wanted.len());
     // The lowest number that is free: all below are the pidfd's or have been filled, as numbers ascend.
     let mut lowest = if supervisor == SUPERVISOR { SUPERVISOR + 1 } else { SUPERVISOR };
     for (&to, origin) in wanted {

@@ -15,7 +15,7 @@
 use std::{
     any::{Any, TypeId},
     cell::OnceCell,
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     os::fd::{BorrowedFd, OwnedFd},
     rc::Rc,
@@ -228,8 +228,8 @@ pub struct RestoreCx<'a> {
     pub settings: &'a RestoreSettings,
     view: OnceCell<Rc<View>>,
     pub(super) states: States,
-    /// All entries of `files.img`.
-    pub(super) entries: HashMap<u32, Rc<pb::FileEntry>>,
+    /// All entries of `files.img`. In order, because many are gone through as they lie in memory.
+    pub(super) entries: BTreeMap<u32, Rc<pb::FileEntry>>,
     /// Files that are in a descriptor table; the others are mapped, executed, or a part of another file.
     pub(super) in_tables: HashSet<u32>,
     /// Files that somebody uses.
@@ -246,7 +246,7 @@ impl<'a> RestoreCx<'a> {
             settings,
             view: OnceCell::new(),
             states: States::default(),
-            entries: HashMap::new(),
+            entries: BTreeMap::new(),
             in_tables: HashSet::new(),
             taken: HashSet::new(),
             clocks: None,

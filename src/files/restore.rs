@@ -28,7 +28,7 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     ns::time::Running,
     settings::RestoreSettings,
-    sys::{Errno, pid::NsPid},
+    sys::{Errno, fd::close_all, pid::NsPid},
     tracee::{List, Want},
 };
 
@@ -54,7 +54,7 @@ pub struct FilesRestore<'a> {
     pub(super) cx: RestoreCx<'a>,
     /// In the order of `files.img`.
     order: Vec<u32>,
-    files: HashMap<u32, File>,
+    files: BTreeMap<u32, File>,
     /// Files opened once more, for writable mappings.
     writable: HashMap<u32, OwnedFd>,
     tables: BTreeMap<u32, RestoreTable>,
@@ -79,7 +79,7 @@ impl<'a> FilesRestore<'a> {
         tables_of_tasks: &[u32],
     ) -> Result<Self, FileError> {
         let mut cx = RestoreCx::new(store, settings);
-        let mut files = HashMap::new();
+        let mut files = BTreeMap::new();
         let mut order = Vec::new();
         let mut image = store.open(ImageKind::Files, None)?;
         while let Some(entry) =
@@ -369,14 +369,12 @@ impl<'a> FilesRestore<'a> {
         if let Some(id) = self.tables.keys().find(|id| !self.planned_tables.contains(id)) {
             return Err(FileError::entry(*id, "no task uses this descriptor table"));
         }
-        let in_tables: HashSet<u32> =
-            self.tables.values().flat_map(|table| table.fds.values().map(|fd| fd.id)).collect();
         for id in &self.order {
             let Some(file) = self.files.get(id) else { continue };
             if !self.cx.taken.contains(id) {
                 return Err(file.failed(FileError::entry(*id, "no task uses it")));
             }
-            if in_tables.contains(id) && !file.planned {
+            if self.cx.in_tables.contains(id) && !file.planned {
                 return Err(file.failed(FileError::entry(*id, "no task could complete it")));
             }
         }
@@ -386,11 +384,12 @@ impl<'a> FilesRestore<'a> {
     /// The restore succeeded: what the dump had put into the file system for it is removed.
     pub fn commit(mut self) {
         self.cx.state::<RestoreRemaps>().commit();
+        close_all(self.files.values_mut().filter_map(|file| file.fd.take()).collect());
     }
 }
 
 /// Files that only stand for the path of another one.
-pub(super) fn parts(entries: &HashMap<u32, Rc<pb::FileEntry>>) -> HashSet<u32> {
+pub(super) fn parts(entries: &BTreeMap<u32, Rc<pb::FileEntry>>) -> HashSet<u32> {
     let fifos = entries.values().filter_map(|file| file.fifo.as_ref()?.regf_id);
     let terminals = entries.values().filter_map(|file| file.tty.as_ref()?.regf_id);
     fifos.chain(terminals).collect()
@@ -460,7 +459,7 @@ pub(super) fn no_room(wanted: &BTreeMap<i32, install::Origin>, limit: i32) -> Fi
 fn read_table(
     store: &dyn Store,
     files_id: u32,
-    files: &HashMap<u32, File>,
+    files: &BTreeMap<u32, File>,
 ) -> Result<RestoreTable, FileError> {
     let mut table = RestoreTable::default();
     for entry in store.read_all::<pb::FdinfoEntry>(ImageKind::Fdinfo, u64::from(files_id))? {

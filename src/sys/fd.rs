@@ -39,6 +39,18 @@ pub fn give_up(fd: i32) -> Result<()> {
     Ok(())
 }
 
+/// Closes all, many at once where their numbers follow each other.
+pub(crate) fn close_all(fds: Vec<OwnedFd>) {
+    let mut numbers: Vec<i32> = fds.into_iter().map(IntoRawFd::into_raw_fd).collect();
+    numbers.sort_unstable();
+    for run in numbers.chunk_by(|one, next| one + 1 == *next) {
+        if let (Some(first), Some(last)) = (run.first(), run.last()) {
+            // SAFETY: no pointers; the numbers were ours alone until now.
+            unsafe { libc::syscall(libc::SYS_close_range, *first, *last, 0) };
+        }
+    }
+}
+
 /// A close-on-exec duplicate of a descriptor that is named by number only. EBADF when it is not open.
 pub fn dup(fd: i32) -> Result<OwnedFd> {
     // SAFETY: no pointers; the new descriptor is ours alone.
@@ -65,4 +77,34 @@ pub fn unsent(fd: BorrowedFd<'_>) -> Result<u32> {
     // SAFETY: the kernel writes one int.
     ret_int(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
     Ok(bytes.cast_unsigned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write, pipe},
+        os::fd::AsFd,
+    };
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_given_is_closed() {
+        let (mut ended, end) = pipe().unwrap();
+        let (mut other, kept) = pipe().unwrap();
+        // With a gap in the numbers, in which somebody else's descriptor is.
+        let copy = |fd: BorrowedFd<'_>| dup_above(fd, 900).unwrap();
+        let mut fds: Vec<OwnedFd> = (0..4).map(|_| copy(end.as_fd())).collect();
+        let kept = [copy(kept.as_fd()), kept.into()];
+        fds.extend((0..4).map(|_| copy(end.as_fd())));
+        fds.push(end.into());
+        fds.reverse();
+        close_all(fds);
+        assert_eq!(ended.read(&mut [0]).unwrap(), 0, "nobody can write any more");
+        for fd in kept {
+            std::fs::File::from(fd).write_all(b"x").unwrap();
+        }
+        assert_eq!(other.read(&mut [0; 4]).unwrap(), 2);
+        close_all(Vec::new());
+    }
 }
