@@ -286,7 +286,7 @@ pub fn dump_process(cx: &ProcessCx, findings: &mut Vec<Finding>) -> Result<pb::T
         ..Default::default()
     };
     for part in PROCESS {
-        tracing::trace!(pid = %cx.pid, part = part.name, "dump");
+        tracing::trace!(pid = cx.pid.get(), part = part.name, "dump");
         (part.dump)(cx, &mut entry, findings)?;
     }
     Ok(entry)

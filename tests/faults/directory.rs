@@ -53,9 +53,13 @@ pub fn killed_before_commit(site: &mut Site) -> Result<(), String> {
         }
         let before = picture(&images)?;
         let moment = site.moment(&aim);
+        let signal = [Signal::SIGKILL, Signal::SIGTERM][number % 2];
+        if signal == Signal::SIGTERM {
+            // One that is ended before it has opened the directory leaves what the one before has left.
+            let _ = fs::remove_dir_all(images.join(".crtool-new"));
+        }
         let tool = site.begin_dump(&["-R"], &images)?;
         thread::sleep(moment);
-        let signal = [Signal::SIGKILL, Signal::SIGTERM][number % 2];
         tool.signal(signal);
         let run = tool.end()?;
         let when = format!("dump {number}, {signal} after {moment:?} ({:?})", run.end);

@@ -24,12 +24,14 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::proc::stat;
+use crate::{proc::stat, tracee::procfs};
 
 /// In the environment of every process of a demo: its directory.
 const MARK: &str = "CRTOOL_DEMO_STAGE";
 /// Who does not end by itself after this time is killed.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to look again whether somebody is left.
+const UNSURE: Duration = Duration::from_millis(500);
 
 /// All processes of the demo.
 pub(super) struct Processes {
@@ -84,16 +86,23 @@ impl Processes {
         }
     }
 
-    /// Our children that belong to the demo and are not dead yet; the dead ones are reaped.
-    fn left(&self) -> Vec<Pid> {
-        children()
+    /// Our children that belong to the demo and are not dead yet; the dead ones are reaped. And whether these are all: one
+    /// that has ended since it was listed may have left us a child that was not, and one that executes a program shows no
+    /// environment for a moment.
+    fn left(&self) -> (Vec<Pid>, bool) {
+        let mut all = true;
+        let left = children()
             .into_iter()
             .filter(|&pid| {
-                let marked = fs::read(format!("/proc/{pid}/environ"))
-                    .is_ok_and(|env| env.split(|&byte| byte == 0).any(|entry| entry == self.mark));
-                marked && waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive)
+                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                all &= !environment.is_empty();
+                let marked = environment.split(|&byte| byte == 0).any(|entry| entry == self.mark);
+                let lives = marked && waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive);
+                all &= lives || !marked;
+                lives
             })
-            .collect()
+            .collect();
+        (left, all)
     }
 }
 
@@ -103,8 +112,9 @@ impl Drop for Processes {
         let mut told = Vec::new();
         // Whoever ends may leave children to us: until there are none.
         loop {
-            let left = self.left();
-            if left.is_empty() {
+            let (left, all) = self.left();
+            // A child of our caller's may have an empty environment for good.
+            if left.is_empty() && (all || begin.elapsed() > UNSURE) {
                 break;
             }
             for pid in left {
@@ -154,7 +164,7 @@ fn pid_of(child: &Child) -> anyhow::Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(child.id()).context("pid out of range")?))
 }
 
-/// Our children, those of all our threads.
+/// Our children that are not dead, those of all our threads.
 fn children() -> Vec<Pid> {
     let own = std::process::id().cast_signed();
     let numbers = |name: &OsStr| name.to_str().and_then(|name| name.parse::<i32>().ok());
@@ -166,7 +176,7 @@ fn children() -> Vec<Pid> {
             fs::read(format!("/proc/{pid}/stat"))
                 .ok()
                 .and_then(|bytes| stat::parse(&bytes).ok())
-                .is_some_and(|stat| stat.ppid.get() == own)
+                .is_some_and(|stat| stat.ppid.get() == own && !procfs::is_dead(&stat))
         })
         .map(Pid::from_raw)
         .collect()
