@@ -87,7 +87,8 @@ pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
             PRIVATE | MAP_DROPPABLE => false,
             _ => return wrong("neither shared nor private"),
         };
-        if has(FILE_SHARED | ANON_SHARED) && !shared || has(FILE_PRIVATE | ANON_PRIVATE) && shared {
+        // Memory that others share may also be mapped privately, as a file may.
+        if has(FILE_SHARED) && !shared || has(FILE_PRIVATE | ANON_PRIVATE) && shared {
             return wrong("shared in one field and private in another");
         }
         last = end;
@@ -252,6 +253,7 @@ mod tests {
             (REGULAR | FILE_PRIVATE | MEMFD, private, true),
             (REGULAR | FILE_SHARED, shared, true),
             (REGULAR | ANON_SHARED, shared, true),
+            (REGULAR | ANON_SHARED, private, true),
             (REGULAR | MEMFD, shared, true),
             (REGULAR | FILE_SHARED, libc::MAP_SHARED_VALIDATE, false),
             (REGULAR | FILE_SHARED, private, false),
