@@ -312,7 +312,7 @@ impl<'s> Collected<'s> {
                 pid: process.pid,
                 tid: thread.tid(),
                 regs: thread.regs,
-                xstate: thread.xstate.clone(),
+                xstate: thread.xstate.whole(),
                 sigmask: thread.sigmask,
                 restarting: inside.process.restarting(),
                 inside: inside_thread.clone(),

@@ -115,6 +115,8 @@ pub fn collect(
             }
         }
     }
+    // Those of all processes are kept until all are known.
+    collector.vmas.shrink_to_fit();
     let execute_only_pkey = collector.execute_only_pkey();
     let Collector { vmas, targets, aios, .. } = collector;
     let private_pages = targets

@@ -228,7 +228,8 @@ impl Area {
         if !self.buffer.is_empty() {
             let at = self.remote.plus((self.next - self.buffer.len()) as u64);
             self.memory()?.write(self.remote, at, &self.buffer)?;
-            self.buffer.clear();
+            // Every process of a tree has an area, and few are written to at the same time.
+            self.buffer = Vec::new();
         }
         Ok(())
     }

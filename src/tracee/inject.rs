@@ -55,6 +55,34 @@ const ALL_BLOCKED: u64 = u64::MAX;
 /// stack or its code from under it would kill it. What it runs is short; one that takes longer than this hangs.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// The xsave area of a thread, without the zeros at its end: it has 11 KiB where a processor has AMX, most threads use less
+/// than 3 KiB of it, and a dump keeps it for every thread of a tree.
+#[derive(Debug, Clone)]
+pub struct Xstate {
+    used: Vec<u8>,
+    len: usize,
+}
+
+impl Xstate {
+    fn new(whole: &[u8]) -> Self {
+        let zeros = whole.iter().rev().take_while(|byte| **byte == 0).count();
+        let used = whole.get(..whole.len() - zeros).unwrap_or_default().to_vec();
+        Self { used, len: whole.len() }
+    }
+
+    /// Its length, zeros included.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// All of it.
+    pub(crate) fn whole(&self) -> Vec<u8> {
+        let mut whole = self.used.clone();
+        whole.resize(self.len, 0);
+        whole
+    }
+}
+
 /// True state of a stopped thread, read once when it stopped.
 #[derive(Debug)]
 pub struct Thread {
@@ -63,7 +91,7 @@ pub struct Thread {
     /// Its general registers.
     pub regs: libc::user_regs_struct,
     /// Its xsave area.
-    pub xstate: Vec<u8>,
+    pub xstate: Xstate,
     /// Its signal mask.
     pub sigmask: u64,
     /// Its seccomp filters do not apply to what we run in it.
@@ -79,7 +107,7 @@ impl Thread {
             stopped.set_regs(&regs)?;
         }
         super::rseq::leave_critical_section(stopped.tid(), &mut regs)?;
-        let xstate = stopped.xstate()?;
+        let xstate = Xstate::new(&stopped.xstate()?);
         let sigmask = stopped.sigmask()?;
         Ok(Self { stopped, regs, xstate, sigmask, seccomp_suspended: false })
     }
@@ -92,8 +120,9 @@ impl Thread {
     fn put_back(&self) -> Result<(), TraceError> {
         // The mask first: until the registers are back the thread still heals itself.
         self.stopped.set_sigmask(self.sigmask)?;
-        if xsave::with_rights_for_key_0(&self.xstate).is_some() {
-            self.stopped.set_xstate(&self.xstate)?;
+        let xstate = self.xstate.whole();
+        if xsave::with_rights_for_key_0(&xstate).is_some() {
+            self.stopped.set_xstate(&xstate)?;
         }
         self.stopped.set_regs(&self.regs)
     }
@@ -192,8 +221,8 @@ impl<'t> Injection<'t> {
         let sps: Vec<u64> = threads.iter().map(|t| t.regs.rsp).collect();
         // The frame's own 64-byte alignment needs slack on top.
         let len_frame =
-            (sigframe::build(&agent.regs, &agent.xstate, agent.sigmask, RemoteAddr(0)).bytes.len() + 256)
-                as u64;
+            (sigframe::build(&agent.regs, &agent.xstate.whole(), agent.sigmask, RemoteAddr(0)).bytes.len()
+                + 256) as u64;
         // One frame of what undoes the first call, and one of the true state.
         let len_frame = 2 * len_frame;
         let scratch = scratch_place(&maps, &sps, agent.regs.rsp, len_frame);
@@ -452,7 +481,7 @@ impl<'t> Injection<'t> {
         regs: &libc::user_regs_struct,
         sigmask: u64,
     ) -> Result<u64, TraceError> {
-        let frame = sigframe::build(regs, &self.agent.xstate, sigmask, *end);
+        let frame = sigframe::build(regs, &self.agent.xstate.whole(), sigmask, *end);
         self.memory.write(*end, &frame.bytes)?;
         *end = end.plus(frame.bytes.len() as u64);
         let slot = RemoteAddr(frame.rsp.0.wrapping_sub(8));
@@ -638,9 +667,10 @@ impl Job {
         let signal = stop_signal(&status, thread.sigmask);
         let mut heal = thread.regs;
         crate::arch::restart(&mut heal);
-        let size = sigframe::build(&heal, &thread.xstate, thread.sigmask, RemoteAddr(0)).bytes.len();
+        let xstate = thread.xstate.whole();
+        let size = sigframe::build(&heal, &xstate, thread.sigmask, RemoteAddr(0)).bytes.len();
         let at = area.alloc(size + 128, 64)?;
-        let frame = sigframe::build(&heal, &thread.xstate, thread.sigmask, at);
+        let frame = sigframe::build(&heal, &xstate, thread.sigmask, at);
         area.write(at, &frame.bytes)?;
         let slot = area.slot()?;
         let mut tail = List::new("end of injection");
@@ -673,7 +703,7 @@ impl Job {
         regs.rbp = self.slot.0;
         regs.eflags &= !0x0500;
         thread.stopped.set_regs(&regs)?;
-        if let Some(xstate) = xsave::with_rights_for_key_0(&thread.xstate) {
+        if let Some(xstate) = xsave::with_rights_for_key_0(&thread.xstate.whole()) {
             // A list writes its results to memory with protection key 0, like all memory that nobody gave a key.
             thread.stopped.set_xstate(&xstate)?;
         }
@@ -756,6 +786,16 @@ mod tests {
             in_call.split(' ').rev().take(2).collect::<Vec<_>>(),
             after.split(' ').rev().take(2).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn states_of_registers_lose_nothing() {
+        for whole in
+            [vec![], vec![0; 11_008], vec![7; 576], [vec![0; 512], vec![3, 0, 0, 1], vec![0; 2000]].concat()]
+        {
+            let kept = Xstate::new(&whole);
+            assert_eq!((kept.len(), kept.whole()), (whole.len(), whole));
+        }
     }
 
     #[test]
