@@ -67,7 +67,7 @@ pub(super) fn plan(entry: &pb::TaskCoreEntry, _: &Supervisor, list: &mut List) -
         let action: KernelSigaction = [sa.sigaction, sa.flags, sa.restorer, sa.mask];
         let action = list.value(&action);
         let args = [signal.into(), action.into(), 0u64.into(), 8u64.into()];
-        list.call(format!("rt_sigaction of signal {signal}"), libc::SYS_rt_sigaction, &args, Want::Zero);
+        list.call("rt_sigaction", libc::SYS_rt_sigaction, &args, Want::Zero);
     }
     Ok(())
 }

@@ -334,6 +334,7 @@ impl Area {
                 libc::SYS_pidfd_getfd if entry.flags & flag::EQUAL != 0 => {
                     name = format!("{name} as {}", entry.expect);
                 }
+                libc::SYS_rt_sigaction => name = format!("{name} of signal {}", entry.args[0]),
                 libc::SYS_fcntl => name = format!("{name} of descriptor {}", entry.args[0]),
                 _ => {}
             }
