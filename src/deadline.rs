@@ -27,7 +27,10 @@ use crate::{
 const CONTINUE: Duration = Duration::from_millis(500);
 const END: Duration = Duration::from_millis(600);
 const KILL: Duration = Duration::from_millis(900);
-/// Whoever is interrupted by a signal ends by itself, if it gets a processor: on a busy machine that may take a while.
+/// Whoever is interrupted by a signal ends by itself and removes its files, if it gets a processor. On a busy machine that may
+/// take a while: so long it is waited for as long as it does not hang, looking again and again.
+const END_INTERRUPTED: Duration = Duration::from_secs(4);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const KILL_INTERRUPTED: Duration = Duration::from_secs(5);
 /// What is left to do after a failure (files to remove) may take so long.
 const CLEANUP: Duration = Duration::from_secs(5);
@@ -312,6 +315,11 @@ impl Clock {
         }
     }
 
+    /// Whether a signal has come just now.
+    fn may_still_end(&self) -> bool {
+        self.interrupted.is_some_and(|since| since.elapsed() < END_INTERRUPTED)
+    }
+
     /// Why the process has to end now, if it has to.
     fn overdue(&self) -> Option<Late> {
         self.end().filter(|end| *end + END <= Instant::now())?;
@@ -345,12 +353,18 @@ pub(crate) fn interrupted() {
 }
 
 /// Why the process has to end now, with which status, and what holds then. `None`: something has moved since the timers
-/// were set, and they are set anew.
-pub(crate) fn overdue() -> Option<(Late, Exit, &'static str)> {
+/// were set, and they are set anew; or a signal asks for the end, and the thread that does the work `runs`.
+pub(crate) fn overdue(runs: impl Fn() -> bool) -> Option<(Late, Exit, &'static str)> {
     let mut clock = clock();
     let late = clock.overdue();
-    if late.is_none() {
-        clock.arm();
+    match late {
+        None => clock.arm(),
+        Some(Late::Interrupted(_)) if clock.may_still_end() && runs() => {
+            // The kernel refuses nothing of this.
+            let _ = clock.timers.as_ref().map(|timers| timers.end.set(Some(LOOK_AGAIN)));
+            return None;
+        }
+        Some(_) => {}
     }
     Some((late?, clock.status, clock.holds))
 }

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | at once | waits fail (`Deadline::check`): the usual way out |
 //! | 0.5 s | SIGCONT, from a timer of the kernel: for a crtool that is stopped |
-//! | 0.6 s | the thread says what happened and ends the process with the status of a failure |
+//! | 0.6 s | the thread says what happened and ends the process with the status of a failure; after a signal, not before 4 s as long as the thread that does the work can run and only gets no processor |
 //! | 0.9 s (5 s after a signal) | SIGKILL, from a timer of the kernel: for one in which no thread runs (a debugger, a frozen cgroup) |
 //!
 //! The kernel holds the clock, so nobody's parent, process group or signals change, and no process can be stopped in
@@ -34,6 +34,7 @@ use nix::{
 use crate::{
     deadline::{self, Timers},
     interrupt, log,
+    proc::stat,
     sys::{
         Errno,
         clone::{reap, table_holder},
@@ -136,12 +137,18 @@ fn watch(command: &str, watched: i32, end: &PollTimer, quit: &EventFd) {
             signals = None;
         }
         if ready(1)
-            && let Some((late, exit, holds)) = deadline::overdue()
+            && let Some((late, exit, holds)) = deadline::overdue(|| is_runnable(watched))
         {
             log::failure(&format!("{command}: {late}{}; {holds}", whereabouts(watched)));
             exit_now(exit.status());
         }
     }
+}
+
+/// Whether the thread that does the work could run: it does not hang, and if it has done nothing, others have the processors.
+fn is_runnable(tid: i32) -> bool {
+    let stat = std::fs::read(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    stat::parse(&stat).is_ok_and(|stat| stat.state == stat::State::Running)
 }
 
 /// Where the thread that does the work hangs.
