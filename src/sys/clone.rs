@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd as _;
 
 use libc::pid_t;
 
-use super::{Errno, Result, pid::HostPid};
+use super::{Errno, Result, passing::AtWork, pid::HostPid};
 
 /// `struct clone_args` (Linux 5.5, with set_tid).
 #[derive(Debug, Clone, Copy, Default)]
@@ -141,6 +141,9 @@ pub fn stand_in(pid: HostPid) -> Result<()> {
 /// Descriptors below this are closed one by one by [`table_holder`].
 const MOST_CLOSED: i32 = 1 << 16;
 
+/// So many milliseconds [`table_holder`] waits for those who remove names ([`super::passing`]) after our end.
+const MOST_WAITED: u32 = 5000;
+
 /// Makes a child that shares the descriptor table of this process, and holds it until this process has ended.
 ///
 /// A process that ends closes its files before it lets go of its tracees, and the close of one on a file system that does
@@ -151,6 +154,7 @@ pub fn table_holder() -> Result<HostPid> {
     let own = super::pidfd::open(pid_t::try_from(std::process::id()).map_err(|_| Errno::ERANGE)?, 0)?;
     let mut ended = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let args = CloneArgs { flags: libc::CLONE_FILES as u64, ..CloneArgs::default() };
+    let at_work = AtWork::share()?;
     // The child keeps the number, which nobody else may get.
     std::mem::forget(own);
     // SAFETY: `args` and `ended` live across the call. The child, a copy of one thread, makes nothing but system calls
@@ -162,6 +166,14 @@ pub fn table_holder() -> Result<HostPid> {
             libc::syscall(libc::SYS_setsid);
             libc::syscall(libc::SYS_prctl, libc::PR_SET_NAME, c"crtool-files".as_ptr());
             while libc::syscall(libc::SYS_poll, &raw mut ended, 1, -1) != 1 {}
+            // Children of the process that has ended still work with these descriptors.
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+            for _ in 0..MOST_WAITED {
+                if !at_work.any() {
+                    break;
+                }
+                libc::syscall(libc::SYS_nanosleep, &raw const pause, 0);
+            }
             // One after another: what lies before a file that hangs (locks, sockets) is let go all the same.
             for fd in 0..MOST_CLOSED {
                 libc::syscall(libc::SYS_close, fd);

@@ -7,9 +7,66 @@
 use std::{
     ffi::{CStr, CString},
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    ptr,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicI32, AtomicPtr, Ordering},
+    },
 };
 
 use super::{Errno, Result, ret_int};
+
+/// The id of the child that is at work, 0 for none, in memory that is shared with whoever holds our descriptor table after our
+/// end: closed too early, the directory would be gone before the name is. Null while nobody else holds it.
+static AT_WORK: AtomicPtr<AtomicI32> = AtomicPtr::new(ptr::null_mut());
+/// There is one at a time.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// What [`AT_WORK`] leads to, for processes that share it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AtWork(Option<&'static AtomicI32>);
+
+impl AtWork {
+    /// Shares it with all processes that are made from here on.
+    pub(super) fn share() -> Result<Self> {
+        let now = Self::now();
+        if now.0.is_some() {
+            return Ok(now);
+        }
+        let len = size_of::<AtomicI32>();
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping, which nobody unmaps.
+        let at =
+            unsafe { libc::mmap(ptr::null_mut(), len, prot, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        AT_WORK.store(at.cast(), Ordering::Release);
+        Ok(Self::now())
+    }
+
+    fn now() -> Self {
+        // SAFETY: null, or a mapping that stays, of zeros at first.
+        Self(unsafe { AT_WORK.load(Ordering::Acquire).as_ref() })
+    }
+
+    /// Where the kernel writes the id as it makes the child, before that runs. So there is none without a child, whenever
+    /// its parent is killed.
+    fn place(self, other: &AtomicI32) -> *mut i32 {
+        self.0.unwrap_or(other).as_ptr()
+    }
+
+    fn end(self) {
+        if let Some(child) = self.0 {
+            child.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether a child is.
+    pub(super) fn any(self) -> bool {
+        self.0.is_some_and(|child| child.load(Ordering::SeqCst) != 0)
+    }
+}
 
 /// How the file comes to be. What is made belongs to us, and only we may read and write it.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +118,7 @@ struct Job<'a> {
     origin: Origin<'a>,
     /// Room for a descriptor of each directory that is made.
     dirs: Vec<i32>,
+    at_work: AtWork,
     result: std::result::Result<i32, Failed>,
 }
 
@@ -71,6 +129,7 @@ extern "C" fn work(arg: *mut libc::c_void) -> libc::c_int {
     // SAFETY: no pointers.
     unsafe { libc::setpgid(0, 0) };
     job.result = pass(job);
+    job.at_work.end();
     0
 }
 
@@ -239,10 +298,11 @@ pub fn open(
         name,
         origin,
         dirs: Vec::with_capacity(parents.len()),
+        at_work: AtWork::now(),
         result: Err(begin(Errno::EIO)),
     };
     // Without a signal at its end: nobody is to be told but us.
-    let how = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
+    let how = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES | libc::CLONE_PARENT_SETTID;
     // SAFETY: structures of bits, which the calls fill.
     let (mut all, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
     // Neither may a signal end the child half-way: it would take our handlers for its own.
@@ -251,11 +311,14 @@ pub fn open(
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
     }
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let nowhere = AtomicI32::new(0);
+    let id = job.at_work.place(&nowhere);
     // SAFETY: with CLONE_VFORK this thread waits until the child, which runs on a stack of its own, has ended. If we are
     // killed meanwhile, the child keeps the memory alive.
     let pid = ret_int(unsafe {
         let top = stack.as_mut_ptr_range().end;
-        libc::clone(work, top.cast(), how, (&raw mut job).cast())
+        libc::clone(work, top.cast(), how, (&raw mut job).cast(), id)
     });
     // SAFETY: the structure that the first call filled.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
@@ -379,16 +442,19 @@ mod tests {
         assert_eq!(std::fs::read(&theirs).unwrap(), b"theirs");
     }
 
-    /// Killed again and again in the middle of it.
+    /// Killed again and again in the middle of it, also where a process holds the descriptor table and closes it then.
     #[test]
     fn who_is_killed_leaves_no_name() {
         let dir = tempfile::tempdir().unwrap();
         let base = dir_of(dir.path());
-        for round in 0..40 {
+        for round in 0..80 {
             let (ended, held) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
             // SAFETY: the child does nothing but what is tested, and is killed.
             let pid = ret_int(unsafe { libc::fork() }).unwrap();
             if pid == 0 {
+                if round % 2 == 1 && crate::sys::clone::table_holder().is_err() {
+                    std::process::abort();
+                }
                 loop {
                     let made = open(base.as_fd(), &[], c"name", Origin::Regular);
                     let _ = nix::unistd::write(&held, &[u8::from(made.is_ok())]);
@@ -397,7 +463,7 @@ mod tests {
             drop(held);
             let mut made = [0];
             assert_eq!((nix::unistd::read(&ended, &mut made), made), (Ok(1), [1]));
-            std::thread::sleep(std::time::Duration::from_micros(round * 7));
+            std::thread::sleep(std::time::Duration::from_micros(round * 4));
             let pid = super::super::pid::HostPid::new(pid);
             super::super::task::kill(pid, libc::SIGKILL).unwrap();
             super::super::wait::wait(pid).unwrap();

@@ -39,7 +39,6 @@ pub const CASES: &[Case] = &[
     Case::new("file_made_immutable", file_made_immutable)
         .refused("open it again with the access it had")
         .only_plain(),
-    Case::new("ghost_file_without_name", ghost_file_without_name),
     Case::new("ghost_file", ghost_file).disturbed().fifty(),
     Case::new("ghost_shared", ghost_shared),
     Case::new("ghost_empty", ghost_empty),
@@ -458,11 +457,6 @@ fn ghost_file(gate: &Gate) {
     assert_eq!((meta.uid(), meta.gid()), (12, 34));
     file.write_all(b"end").expect("write");
     assert_eq!(file.metadata().expect("stat").len(), 50_003);
-}
-
-/// A restore that is killed in the moment in which the file has a name leaves it, so this one is not disturbed.
-fn ghost_file_without_name(gate: &Gate) {
-    ghost_file(gate);
     assert!(!fs::exists("ghost").expect("stat"), "the name has come back");
 }
 
