@@ -355,11 +355,13 @@ pub(crate) fn interrupted() {
 /// Why the process has to end now, with which status, and what holds then. `None`: something has moved since the timers
 /// were set, and they are set anew; or a signal asks for the end, and the thread that does the work `runs`.
 pub(crate) fn overdue(runs: impl Fn() -> bool) -> Option<(Late, Exit, &'static str)> {
+    // Before the lock is taken: whoever waits for it does not run.
+    let runs = runs();
     let mut clock = clock();
     let late = clock.overdue();
     match late {
         None => clock.arm(),
-        Some(Late::Interrupted(_)) if clock.may_still_end() && runs() => {
+        Some(Late::Interrupted(_)) if clock.may_still_end() && runs => {
             // The kernel refuses nothing of this.
             let _ = clock.timers.as_ref().map(|timers| timers.end.set(Some(LOOK_AGAIN)));
             return None;

@@ -158,7 +158,7 @@ impl View {
         self.resolve(path, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
     }
 
-    /// As [`reopen`], for many objects: the way to the descriptors is gone once.
+    /// As [`reopen`], for many objects: /proc/self/fd is looked up only once.
     pub(crate) fn reopen(&self, object: BorrowedFd<'_>, flags: OFlag) -> Result<OwnedFd, Errno> {
         if self.descriptors.get().is_none() {
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

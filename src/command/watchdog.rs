@@ -145,7 +145,7 @@ fn watch(command: &str, watched: i32, end: &PollTimer, quit: &EventFd) {
     }
 }
 
-/// Whether the thread that does the work could run: it does not hang, and if it has done nothing, others have the processors.
+/// Whether the thread that does the work runs, or would if others had not the processors: then it does not hang in the kernel.
 fn is_runnable(tid: i32) -> bool {
     let stat = std::fs::read(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
     stat::parse(&stat).is_ok_and(|stat| stat.state == stat::State::Running)

@@ -70,21 +70,32 @@ fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
         }
     }
     // Not before all have been let go: whoever executes a program, and so ends these, waits for their ends to be taken.
+    let deadline = Instant::now() + REAP_PATIENCE;
     for (pid, tid) in dying {
-        let end = loop {
-            match wait::wait(tid) {
-                Ok(wait::Status::Stopped(..) | wait::Status::Continued) => {}
-                end => break end,
-            }
-        };
         // A thread that another one ends by executing a program exits with 0, and a leader whose pid it takes is not
         // there any more: such a process goes on. The report tells it from one that was killed, which may take a while
         // to be seen dead in /proc.
-        if matches!(end, Ok(wait::Status::Signaled(..))) {
+        if matches!(end_of(tid, deadline), Some(wait::Status::Signaled(..))) {
             failed.get_or_insert(anyhow!(TraceError::Died(tid)).context(format!("release of task {pid}")));
         }
     }
     failed.map_or(Ok(()), |e| Err(e.context(SAFE)))
+}
+
+/// How a dying thread ends; `None` if somebody else has its id, or if it does not end in time, since it writes a core or
+/// closes a file that does not answer.
+fn end_of(tid: HostPid, deadline: Instant) -> Option<wait::Status> {
+    let mut pause = Duration::from_micros(20);
+    loop {
+        match wait::poll(tid) {
+            Ok(Some((_, end @ (wait::Status::Exited(_) | wait::Status::Signaled(..))))) => return Some(end),
+            Ok(_) | Err(Errno::EINTR) if Instant::now() < deadline => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+            _ => return None,
+        }
+    }
 }
 
 /// Kills everybody, the root first: when it is dead or about to die, so is the whole tree.

@@ -17,9 +17,9 @@ use crate::{
     proc::stat::Stat,
     sys::{pid::HostPid, wait},
     tracee::{
-        Seized, Stop, Thread, TraceError, procfs, read_maps,
+        Seized, Stop, Thread, TraceError, procfs,
         silent::{self, FrozenGroups},
-        vdso,
+        vdso::Vdso,
     },
 };
 
@@ -91,11 +91,7 @@ impl Tree {
             }
             let new = parents.keys().copied().filter(|pid| !known.contains(pid)).collect();
             if !tree.hold_new(new, &mut known, &mut groups, check)? {
-                let mut tree = tree.finished(&parents)?;
-                for process in &mut tree.processes {
-                    process.leave_vdso(check)?;
-                }
-                return Ok(tree);
+                return tree.finished(&parents);
             }
         }
     }
@@ -286,6 +282,7 @@ impl Process {
                 seized.push(thread);
             }
         }
+        let vdso = Vdso::new();
         let mut seized = seized.into_iter();
         while let Some(thread) = seized.next() {
             let tid = thread.tid();
@@ -304,7 +301,8 @@ impl Process {
                     _ => late.map_or(Ok(()), |late| Err(silent::reason(pid, tid).unwrap_or(late))),
                 }
             };
-            let stopped = match thread.settle(&patient).and_then(Thread::new) {
+            let stopped = thread.settle(&patient).and_then(|stopped| vdso.leave(stopped, &patient));
+            let stopped = match stopped.and_then(Thread::new) {
                 Ok(thread) => thread,
                 Err(TraceError::Died(_)) => continue,
                 Err(error) => {
@@ -366,27 +364,6 @@ impl Process {
                 }
             },
         }
-    }
-
-    /// Lets threads that were stopped in the code of the vDSO leave it.
-    fn leave_vdso(&mut self, check: Check<'_>) -> Result<(), TraceError> {
-        if !self.unheld.is_empty() || !self.threads.iter().any(vdso::may_be_inside) {
-            return Ok(());
-        }
-        let Some(agent) = self.agent() else { return Ok(()) };
-        let Some(place) = vdso::place(&read_maps(agent.tid())?) else { return Ok(()) };
-        let mut threads = std::mem::take(&mut self.threads).into_iter();
-        while let Some(thread) = threads.next() {
-            match vdso::leave(thread, &place, check) {
-                Ok(thread) => self.threads.push(thread),
-                Err(error) => {
-                    // All others go on with the tree.
-                    self.threads.extend(threads);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Takes what is final now that nobody runs.

@@ -153,11 +153,6 @@ impl fmt::Debug for States {
 }
 
 impl States {
-    /// The value, if there is one.
-    pub(super) fn peek<T: 'static>(&self) -> Option<&T> {
-        self.0.get(&TypeId::of::<T>())?.downcast_ref()
-    }
-
     fn get<T: Default + 'static>(&mut self) -> &mut T {
         let state = self.0.entry(TypeId::of::<T>()).or_insert_with(|| Box::new(T::default()));
         state.downcast_mut().expect("stored under its own type")
@@ -228,7 +223,7 @@ pub struct RestoreCx<'a> {
     pub settings: &'a RestoreSettings,
     view: OnceCell<Rc<View>>,
     pub(super) states: States,
-    /// All entries of `files.img`. In order, because many are gone through as they lie in memory.
+    /// All entries of `files.img`. By id, which is the order in which they were read: so they are met as they lie in memory.
     pub(super) entries: BTreeMap<u32, Rc<pb::FileEntry>>,
     /// Files that are in a descriptor table; the others are mapped, executed, or a part of another file.
     pub(super) in_tables: HashSet<u32>,

@@ -278,9 +278,11 @@ fn linked(cx: &mut DumpCx<'_>, fd: &FdView<'_>, base: &[u8]) -> Result<Option<u3
 #[derive(Debug, Default)]
 pub(super) struct RestoreRemaps {
     by_file: HashMap<u32, (pb::RemapType, u32)>,
+    /// The files of each remap, once that has been asked for.
+    users: Option<HashMap<(i32, u32), Vec<u32>>>,
     /// Names of linked files.
     links: HashMap<u32, Vec<u8>>,
-    /// Files that were made or found, by kind of remap and id.
+    /// Files that were made or found, by kind of remap and id; only those that several entries are for.
     objects: HashMap<(i32, u32), OwnedFd>,
     /// Descriptions that came with their files, by entry.
     descriptions: HashMap<u32, OwnedFd>,
@@ -291,6 +293,19 @@ pub(super) struct RestoreRemaps {
 }
 
 impl RestoreRemaps {
+    /// The files that are remapped to this.
+    fn users(&mut self, key: (i32, u32)) -> &[u32] {
+        let by_file = &self.by_file;
+        let users = self.users.get_or_insert_with(|| {
+            let mut users: HashMap<_, Vec<u32>> = HashMap::new();
+            for (file, (r#type, id)) in by_file {
+                users.entry((i32::from(*r#type), *id)).or_default().push(*file);
+            }
+            users
+        });
+        users.get(&key).map_or(&[], Vec::as_slice)
+    }
+
     /// Ids of linked files: they exist only for others.
     pub(super) fn link_ids(&self) -> impl Iterator<Item = u32> {
         self.links.keys().copied()
@@ -363,18 +378,20 @@ pub(super) fn object(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result
         pb::RemapType::Linked => open_link(cx, entry, remap_id)?,
         pb::RemapType::Procfs => return Ok(None),
     };
+    let state = cx.state::<RestoreRemaps>();
+    // Each takes a descriptor, of which there may be few.
+    if state.users(key).len() < 2 {
+        return Ok(Some(object));
+    }
     let duplicate = copy(&object, entry)?;
-    cx.state::<RestoreRemaps>().objects.insert(key, object);
+    state.objects.insert(key, object);
     Ok(Some(duplicate))
 }
 
 /// The entry whose description made the ghost `remap_id` by O_TMPFILE, if it is still there.
 fn made_by(cx: &mut RestoreCx<'_>, remap_id: u32) -> Option<pb::RegFileEntry> {
-    let of_ghost = |file: &&u32| {
-        let remaps = cx.states.peek::<RestoreRemaps>();
-        remaps.is_some_and(|remaps| remaps.by_file.get(file) == Some(&(pb::RemapType::Ghost, remap_id)))
-    };
-    let entries = cx.entries.keys().filter(of_ghost).filter_map(|id| cx.entries.get(id)?.reg.as_deref());
+    let users = cx.state::<RestoreRemaps>().users((i32::from(pb::RemapType::Ghost), remap_id)).to_vec();
+    let entries = users.iter().filter_map(|id| cx.entries.get(id)?.reg.as_deref());
     entries.filter(|reg| reg.flags & ghost::TMPFILE != 0).min_by_key(|reg| reg.id).cloned()
 }
 

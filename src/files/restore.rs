@@ -10,7 +10,7 @@ use std::{
     rc::Rc,
 };
 
-use nix::{fcntl::OFlag, sys::stat::Mode};
+use nix::fcntl::OFlag;
 
 use super::{
     FileError, Opened, Planned, RestoreCx, RestoreTable, TableFd,
@@ -234,8 +234,11 @@ impl<'a> FilesRestore<'a> {
             return Ok(fd.as_raw_fd());
         }
         // CRIU's entries of mapped files are all read-only; the mapping says what it needs.
-        let path = format!("/proc/self/fd/{number}");
-        let fd = nix::fcntl::open(path.as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
+        let file = self.files.get(&id).and_then(|file| file.fd.as_ref());
+        let file = file.ok_or_else(|| FileError::entry(id, "no such file"))?.as_fd();
+        let view = self.cx.view()?;
+        let fd = view
+            .reopen(file, OFlag::O_RDWR)
             .map_err(FileError::sys("open for a shared writable mapping"))
             .map_err(|e| {
                 self.files.get(&id).map_or(FileError::entry(id, "no such file"), |file| file.failed(e))

@@ -12,7 +12,7 @@ use crate::proc::smaps::{Smap, VmFlags};
 use crate::tracee::room::TASK_SIZE;
 use crate::{image::pb, sys::pid::NsPid};
 
-/// An ordinary area; all but [`VSYSCALL`] have it.
+/// An ordinary area; [`VSYSCALL`], [`AIORING`] and [`GUARD`] are none.
 pub const REGULAR: u32 = 1 << 0;
 /// `[vsyscall]`: the kernel's, the same everywhere.
 pub const VSYSCALL: u32 = 1 << 2;
@@ -36,7 +36,7 @@ pub const SOCKET: u32 = 1 << 11;
 pub const VVAR: u32 = 1 << 12;
 /// Completion ring of asynchronous I/O.
 pub const AIORING: u32 = 1 << 13;
-/// The mapped file is a memfd (beside a FILE_ bit, or alone when shared).
+/// The mapped file is a memfd (beside a FILE_ bit, or without one when shared).
 pub const MEMFD: u32 = 1 << 14;
 /// No area but guard pages in others: MADV_GUARD_INSTALL.
 pub const GUARD: u32 = 1 << 16;
@@ -63,7 +63,7 @@ pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
         let wrong =
             |what| Err(MemError::BadImage { pid, what: format!("mapping {start:#x}-{end:#x} is {what}") });
         let has = |kinds: u32| vma.status & kinds != 0;
-        // What is said of them is said about the others only after a check of their range.
+        // The first two pass by the checks below, so they must not claim a kind as well whose range is used later.
         if has(VSYSCALL) && has(GUARD | MAPPED) || has(GUARD) && has(MAPPED) {
             return wrong("of several kinds");
         }
@@ -79,6 +79,12 @@ pub fn check(mm: &pb::MmEntry, pid: NsPid) -> Result<(), MemError> {
         }
         if start < last || start >= end || end > TASK_SIZE {
             return wrong("out of order or out of range");
+        }
+        // One object is mapped at most, and what is mapped from one is no memory of the task's own.
+        let object = vma.status & (FILE_PRIVATE | FILE_SHARED | ANON_SHARED);
+        let kinds = object | vma.status & (VDSO | VVAR | AIORING);
+        if kinds.count_ones() > 1 || object != 0 && has(ANON_PRIVATE) {
+            return wrong("of several kinds");
         }
         // The content of private memory is written to it: it must not go to what others share. MAP_SHARED_VALIDATE
         // has the bits of both.
@@ -261,6 +267,13 @@ mod tests {
             (REGULAR | ANON_PRIVATE, shared, false),
             (REGULAR | ANON_PRIVATE | FILE_SHARED, shared, false),
             (REGULAR | ANON_PRIVATE, 0, false),
+            (REGULAR | VDSO | ANON_PRIVATE, private, true),
+            (AIORING, shared, true),
+            (REGULAR | VDSO | FILE_SHARED, shared, false),
+            (REGULAR | AIORING | ANON_SHARED, shared, false),
+            (REGULAR | ANON_PRIVATE | ANON_SHARED, private, false),
+            (REGULAR | ANON_PRIVATE | FILE_PRIVATE, private, false),
+            (REGULAR | FILE_SHARED | MEMFD, shared, true),
         ] {
             assert_eq!(good(&area(status, flags, PAGE, 2 * PAGE)), want, "{status:#x} {flags}");
         }

@@ -1,7 +1,7 @@
 //! From ids as crtool sees them to ids as the tree sees them, and back.
 //!
 //! A tree lives in the pid namespace of crtool: a dump refuses any other, and a restore makes none. So the numbers are
-//! the same. Whatever depends on that goes through these two functions.
+//! the same. What depends on that goes through these two functions, but for names below `/proc/PID` (`files/procfs.rs`).
 
 use crate::sys::pid::{HostPid, NsPid};
 

@@ -2,7 +2,8 @@
 //!
 //! The same task has one id in each pid namespace that it is visible in. crtool meets two of them: the one in which it
 //! runs itself, and the one of the tree. Where both are the same namespace the numbers are equal, and a mistake would
-//! not show; so each has its own type, and `process_tree/ids.rs` alone turns one into the other.
+//! not show; so each has its own type, and `process_tree/ids.rs` turns one into the other. One place does not: names below
+//! `/proc/PID`, which go into images as they are (`files/procfs.rs`).
 
 use std::fmt;
 

@@ -55,10 +55,6 @@ pub fn cont(tid: HostPid, signal: i32) -> Result<()> {
 pub fn syscall(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_SYSCALL, tid, 0, signal as u64).map(drop)
 }
-/// PTRACE_SINGLESTEP: continue for one instruction, or to the first one of the handler of `signal`.
-pub fn single_step(tid: HostPid, signal: i32) -> Result<()> {
-    request(libc::PTRACE_SINGLESTEP, tid, 0, signal as u64).map(drop)
-}
 /// PTRACE_DETACH.
 pub fn detach(tid: HostPid, signal: i32) -> Result<()> {
     request(libc::PTRACE_DETACH, tid, 0, signal as u64).map(drop)

@@ -111,6 +111,11 @@ fn of_nanosleep(regs: &pb::UserX86RegsEntry, block: &RestartBlock, host: Clocks)
     ((sleep.rest, sleep.clock) == (rest, clock)).then_some((number, wait))
 }
 
+/// Whether these are the registers of a thread whose call a restore can make again.
+pub(super) fn is_known(regs: &pb::UserX86RegsEntry) -> bool {
+    registers::from_entry(regs).is_some_and(|of| TimedCall::of(&of, regs.orig_ax).is_some())
+}
+
 /// A call for a restored thread to be interrupted in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Again {

@@ -49,14 +49,14 @@ impl Peek {
 pub(crate) struct Moment<'a> {
     /// Of the tree.
     tree: Clocks,
-    /// Of the host.
-    host: Clocks,
+    /// Of the host, if they can be told.
+    host: Option<Clocks>,
     peek: &'a Peek,
 }
 
 impl<'a> Moment<'a> {
     /// The clocks of the tree and of the host.
-    pub(crate) fn new(tree: Clocks, host: Clocks, peek: &'a Peek) -> Self {
+    pub(crate) fn new(tree: Clocks, host: Option<Clocks>, peek: &'a Peek) -> Self {
         Self { tree, host, peek }
     }
 
@@ -90,19 +90,24 @@ impl<'a> Moment<'a> {
         if thread.call_left_ns.take().is_none() {
             return;
         }
+        let Some(host) = self.host else { return };
         let block = self.peek.open().map(|peek| peek.restart_block(tid));
         let block = match block {
             Some(Ok(block)) => block,
             Some(Err(error)) => return tracing::debug!("thread {tid}: {error}"),
             None => return,
         };
-        let Some((number, wait)) = call::waits(&info.gpregs, &block, self.host) else {
+        let Some((number, wait)) = call::waits(&info.gpregs, &block, host) else {
             return tracing::debug!("thread {tid}: {block:?} is not what its registers say");
         };
         registers::name_call(&mut info.gpregs, number);
         match wait {
             Wait::AsAsked => registers::make_again(&mut info.gpregs),
-            Wait::For(left) => thread.call_left_ns = u64::try_from(left.as_nanos()).ok(),
+            // A restore makes only calls again that it knows by their registers.
+            Wait::For(left) if call::is_known(&info.gpregs) => {
+                thread.call_left_ns = u64::try_from(left.as_nanos()).ok();
+            }
+            Wait::For(_) => tracing::debug!("thread {tid}: its call has ended with EINTR"),
         }
     }
 }

@@ -168,7 +168,6 @@ pub enum Stop {
 #[derive(Debug)]
 pub struct Seized {
     tid: HostPid,
-    seccomp_suspended: bool,
     attached: bool,
 }
 
@@ -182,31 +181,20 @@ impl Seized {
     /// exit reports of the process's other threads. So whoever holds some of them takes these reports in `check`,
     /// which is called whenever a signal comes (see `sys::ticker`) and may also end the wait.
     pub fn seize(tid: HostPid, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
-        let attempt = |options| -> Result<Result<(), Errno>, TraceError> {
-            loop {
-                match ptrace::seize(tid, options) {
-                    Err(Errno::EINTR) => check()?,
-                    other => return Ok(other),
-                }
+        // Its seccomp filters are in force as long as it runs.
+        loop {
+            match ptrace::seize(tid, ptrace::O_TRACESYSGOOD) {
+                Ok(()) => return Self { tid, attached: true }.asked(),
+                Err(Errno::EINTR) => check()?,
+                Err(e) => return Err(seize_error(tid, e)),
             }
-        };
-        let options = ptrace::O_TRACESYSGOOD;
-        let seccomp_suspended = match attempt(options | ptrace::O_SUSPEND_SECCOMP)? {
-            Ok(()) => true,
-            Err(Errno::EPERM | Errno::EINVAL) => {
-                attempt(options)?.map_err(|e| seize_error(tid, e))?;
-                false
-            }
-            Err(e) => return Err(seize_error(tid, e)),
-        };
-        Self { tid, seccomp_suspended, attached: true }.asked()
+        }
     }
 
     /// Takes up a thread that this thread of ours traces already, under the id it has now: a thread that executes
     /// a program gets its leader's.
     pub(crate) fn adopt(tid: HostPid) -> Result<Self, TraceError> {
-        // Whether filters are suspended is only known once it stands still.
-        Self { tid, seccomp_suspended: false, attached: true }.asked()
+        Self { tid, attached: true }.asked()
     }
 
     fn asked(self) -> Result<Self, TraceError> {
@@ -239,10 +227,9 @@ impl Seized {
                 Status::Stopped(signal, ptrace::EVENT_STOP) => {
                     let stop = if signal == libc::SIGTRAP { Stop::Running } else { Stop::Group(signal) };
                     self.attached = false;
-                    // One that was taken up may have been seized without.
+                    // From now on it runs nothing of its own.
                     let options = ptrace::O_TRACESYSGOOD | ptrace::O_SUSPEND_SECCOMP;
-                    let seccomp_suspended =
-                        self.seccomp_suspended || ptrace::set_options(tid, options).is_ok();
+                    let seccomp_suspended = ptrace::set_options(tid, options).is_ok();
                     return Ok(Stopped { tid, stop, seccomp_suspended, attached: true });
                 }
                 Status::Stopped(signal, 0) => {
@@ -369,6 +356,16 @@ impl Stopped {
             Status::Exited(_) | Status::Signaled(..) => Err(TraceError::Died(self.tid)),
             status => Ok(status),
         }
+    }
+
+    /// Lets a thread that was stopped while it was running go on for a moment, under its seccomp filters, and stops it again.
+    pub(crate) fn go_on(mut self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
+        let tid = self.tid;
+        ptrace::set_options(tid, ptrace::O_TRACESYSGOOD)
+            .map_err(|e| TraceError::request("PTRACE_SETOPTIONS", tid, e))?;
+        ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
+        self.attached = false;
+        Seized { tid, attached: true }.asked()?.settle(check)
     }
 
     /// Lets the thread go on as it was (a job-control stop stays in effect). [`TraceError::Died`] when it was killed

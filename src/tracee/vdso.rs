@@ -3,29 +3,33 @@
 //! That code reads a clock in several steps: the time of the machine, then what the time namespace of the task adds to it.
 //! Restored between the two, a thread would add what its new namespace adds to the time of another machine, and a clock
 //! would jump by days. On a kernel with another vDSO it would even go on in code that does not fit the data it reads. So
-//! a thread is let go on, instruction by instruction, until it has left the vDSO.
+//! a thread that was stopped there goes on for a moment, and is stopped again, until it is elsewhere.
 //!
-//! Signals are not blocked meanwhile, since a thread whose tracer is killed must be as it was. One that comes is delivered:
-//! its handler is outside of the vDSO, and the frame from which it will return there is a part of the memory like any other.
+//! It is not led out by single steps: the trap of a step changes what the task does with SIGTRAP, and a thread whose
+//! tracer is killed would keep the trap flag.
+//!
+//! What this does not do: a thread in a signal handler that came in the middle of the vDSO goes back there, and one that
+//! is stopped by job control stays where it is.
 
-use std::ops::Range;
-
-use super::{Stop, Thread, TraceError};
-use crate::{
-    proc::maps::{Vma, VmaName},
-    sys::{
-        ptrace,
-        wait::{self, Status},
-    },
+use std::{
+    cell::OnceCell,
+    ops::Range,
+    time::{Duration, Instant},
 };
 
-/// A reading of a clock takes less than a hundred instructions; a thread that calls something there again and again, with no
-/// instruction of its own between, is let be after so many.
-const MOST_STEPS: u32 = 20_000;
+use libc::user_regs_struct;
+
+use super::{Stop, Stopped, TraceError, read_maps};
+use crate::{proc::maps::VmaName, sys::pid::HostPid};
+
+/// So long the threads of a process may take to be elsewhere, all together. A reading of a clock takes some 50 ns.
+const LONGEST: Duration = Duration::from_millis(50);
 
 /// Whether a stopped thread may be in the vDSO. One that sleeps in a system call is not, because no function of the vDSO
 /// makes a call that sleeps.
-pub(crate) fn may_be_inside(thread: &Thread) -> bool {
+fn may_be_inside(regs: &user_regs_struct) -> bool {
+    /// Of 64-bit code: the vDSO of 32-bit code is the way into every system call.
+    const USER_CS: u64 = 0x33;
     const CALLS: [i64; 6] = [
         libc::SYS_clock_gettime,
         libc::SYS_gettimeofday,
@@ -34,60 +38,50 @@ pub(crate) fn may_be_inside(thread: &Thread) -> bool {
         libc::SYS_getcpu,
         libc::SYS_getrandom,
     ];
-    let call = thread.regs.orig_rax.cast_signed();
-    call == -1 || CALLS.contains(&call)
+    let call = regs.orig_rax.cast_signed();
+    regs.cs == USER_CS && (call == -1 || CALLS.contains(&call))
 }
 
-/// Where the vDSO is mapped.
-pub(crate) fn place(maps: &[Vma]) -> Option<Range<u64>> {
-    maps.iter().find(|vma| vma.name == Some(VmaName::Vdso)).map(|vma| vma.start..vma.end)
+/// The vDSO of one process, whose threads are about to be held.
+#[derive(Debug)]
+pub(crate) struct Vdso {
+    /// Where it is mapped; looked at when it is needed, since that takes a while.
+    place: OnceCell<Option<Range<u64>>>,
+    until: Instant,
 }
 
-/// Lets a thread that is in the vDSO, which is mapped at `vdso`, go on until it has left it. `check` may end the wait.
-pub(crate) fn leave(
-    thread: Thread,
-    vdso: &Range<u64>,
-    check: &dyn Fn() -> Result<(), TraceError>,
-) -> Result<Thread, TraceError> {
-    if !vdso.contains(&thread.regs.rip) {
-        return Ok(thread);
+impl Vdso {
+    /// Not looked at yet.
+    pub(crate) fn new() -> Self {
+        Self { place: OnceCell::new(), until: Instant::now() + LONGEST }
     }
-    let Thread { stopped, seccomp_suspended, .. } = thread;
-    let tid = stopped.tid();
-    let request = |what| move |e| TraceError::request(what, tid, e);
-    let mut signal = 0;
-    let mut steps = 0;
-    while steps < MOST_STEPS {
-        ptrace::single_step(tid, signal).map_err(request("PTRACE_SINGLESTEP"))?;
-        signal = match stopped.report(check)? {
-            Status::Stopped(libc::SIGTRAP, 0) => 0,
-            // A process that is stopped already notices nothing of it.
-            Status::Stopped(libc::SIGSTOP, 0) if matches!(stopped.stop(), Stop::Group(_)) => 0,
-            Status::Stopped(signal, 0) => signal,
-            Status::Stopped(_, ptrace::EVENT_STOP) => 0,
-            stop => return Err(TraceError::Stop { tid, stop, doing: "leaving the vDSO" }),
+
+    fn has(&self, tid: HostPid, regs: &user_regs_struct) -> bool {
+        let look = || {
+            let maps = read_maps(tid).ok()?;
+            maps.iter().find(|vma| vma.name == Some(VmaName::Vdso)).map(|vma| vma.start..vma.end)
         };
-        steps += 1;
-        if signal == 0 && !vdso.contains(&stopped.regs()?.rip) {
-            break;
+        may_be_inside(regs) && self.place.get_or_init(look).as_ref().is_some_and(|at| at.contains(&regs.rip))
+    }
+
+    /// Lets a thread that is in it go on until it is stopped elsewhere. `check` may end the wait.
+    pub(crate) fn leave(
+        &self,
+        mut stopped: Stopped,
+        check: &dyn Fn() -> Result<(), TraceError>,
+    ) -> Result<Stopped, TraceError> {
+        while stopped.stop() == Stop::Running && self.has(stopped.tid(), &stopped.regs()?) {
+            if Instant::now() > self.until {
+                let tid = stopped.tid();
+                tracing::warn!(
+                    "thread {tid} reads a clock all the time: after a restore one reading may be wrong"
+                );
+                break;
+            }
+            stopped = stopped.go_on(check)?;
         }
+        Ok(stopped)
     }
-    tracing::debug!("thread {tid} was in the vDSO, and left it after {steps} instructions");
-    // It is held where it would have stopped by itself, not at the trap of a step.
-    ptrace::interrupt(tid).map_err(request("PTRACE_INTERRUPT"))?;
-    loop {
-        ptrace::cont(tid, signal).map_err(request("PTRACE_CONT"))?;
-        signal = match stopped.report(check)? {
-            Status::Stopped(_, ptrace::EVENT_STOP) => break,
-            Status::Stopped(libc::SIGSTOP, 0) if matches!(stopped.stop(), Stop::Group(_)) => 0,
-            Status::Stopped(signal, 0) => signal,
-            stop => return Err(TraceError::Stop { tid, stop, doing: "leaving the vDSO" }),
-        };
-    }
-    debug_assert!(wait::has_report(tid) == Ok(false));
-    let mut thread = Thread::new(stopped)?;
-    thread.seccomp_suspended = seccomp_suspended;
-    Ok(thread)
 }
 
 #[cfg(test)]
@@ -95,10 +89,7 @@ mod tests {
     use std::process::{Child, Command};
 
     use super::*;
-    use crate::{
-        sys::pid::HostPid,
-        tracee::{Seized, procfs, read_maps},
-    };
+    use crate::tracee::{Seized, procfs};
 
     struct Reader(Child);
 
@@ -111,33 +102,38 @@ mod tests {
 
     #[test]
     fn a_thread_that_reads_the_time_leaves_the_vdso() {
-        let program =
-            "$SIG{USR1} = sub { $n++ }; $t = 0; while (1) { $u = time; $u >= $t || exit 3; $t = $u }";
+        let program = "$SIG{USR1} = sub { $n++ }; $SIG{TRAP} = 'IGNORE'; $t = 0; \
+                       while (1) { $u = time; $u >= $t || exit 3; $t = $u }";
         let Ok(child) = Command::new("perl").args(["-e", program]).spawn() else { return };
         let reader = Reader(child);
         let tid = HostPid::new(reader.0.id().cast_signed());
         let patient = || Ok(());
         let (mut inside, mut tries) = (0, 0);
+        let signals = || {
+            let status = crate::tracee::read_status(tid, tid).unwrap();
+            (status.sigblk, status.sigign, status.sigcgt)
+        };
+        let mut before = None;
         while inside < 10 {
             tries += 1;
             assert!(tries < 100_000, "it was in the vDSO {inside} times only");
             std::thread::sleep(std::time::Duration::from_micros(100));
-            let thread =
-                Thread::new(Seized::seize(tid, &patient).unwrap().settle(&patient).unwrap()).unwrap();
-            let Some(place) = place(&read_maps(tid).unwrap()) else { continue };
-            if place.contains(&thread.regs.rip) {
+            let stopped = Seized::seize(tid, &patient).unwrap().settle(&patient).unwrap();
+            let vdso = Vdso::new();
+            if vdso.has(tid, &stopped.regs().unwrap()) {
                 inside += 1;
-                assert!(may_be_inside(&thread));
+                before.get_or_insert_with(signals);
                 // Also when a signal comes, with a handler or without one.
                 let signal = [0, libc::SIGUSR1, libc::SIGCHLD][inside % 3];
                 crate::sys::task::kill(tid, signal).unwrap();
             }
-            let thread = leave(thread, &place, &patient).unwrap();
-            assert!(!place.contains(&thread.regs.rip));
-            assert!(thread.stopped.holds());
-            thread.stopped.detach().unwrap();
+            let stopped = vdso.leave(stopped, &patient).unwrap();
+            assert!(!vdso.has(tid, &stopped.regs().unwrap()));
+            assert!(stopped.holds());
+            stopped.detach().unwrap();
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
         assert!(!procfs::is_dead(&procfs::stat(tid).unwrap()), "it ended");
+        assert_eq!(Some(signals()), before);
     }
 }

@@ -56,6 +56,9 @@ pub fn restart_for(regs: &mut user_regs_struct, delivery: Delivery) {
     }
 }
 
+/// A flag of clock_nanosleep: to a time, not for a while.
+const TIMER_ABSTIME: u64 = libc::TIMER_ABSTIME as u64;
+
 /// Operations of futex, without their flags.
 pub(crate) const FUTEX_OPERATION: u64 = 0x7f;
 pub(crate) const FUTEX_WAIT: u64 = 0;
@@ -120,7 +123,7 @@ impl TimedCall {
         let timeout = match number {
             libc::SYS_poll if !is_negative(regs.rdx) => (2, Timeout::Milliseconds),
             libc::SYS_nanosleep => (0, Timeout::Timespec),
-            libc::SYS_clock_nanosleep if regs.rsi == 0 => (2, Timeout::Timespec),
+            libc::SYS_clock_nanosleep if regs.rsi & TIMER_ABSTIME == 0 => (2, Timeout::Timespec),
             libc::SYS_futex if regs.rsi & FUTEX_OPERATION == FUTEX_WAIT && regs.r10 != 0 => {
                 (3, Timeout::Timespec)
             }

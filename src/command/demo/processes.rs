@@ -86,7 +86,7 @@ impl Processes {
         }
     }
 
-    /// Our children that belong to the demo and are not dead yet; the dead ones are reaped. And whether these are all: one
+    /// Our children that belong to the demo and are not dead yet. And whether these are all: one
     /// that has ended since it was listed may have left us a child that was not, and one that executes a program shows no
     /// environment for a moment.
     fn left(&self) -> (Vec<Pid>, bool) {
