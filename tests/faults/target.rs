@@ -182,10 +182,15 @@ fn pipe_with_child(
     mut to: impl Write + Send,
     mut from: impl Read + Send,
 ) -> impl FnMut(u64) -> Result<(), String> {
+    // Whoever kills the tree kills one process after the other: this one may see that the child is dead.
+    let unless_killed = |what: &str, error: io::Error| {
+        thread::sleep(Duration::from_millis(300));
+        format!("{what}: {error}")
+    };
     move |round| {
-        to.write_all(&round.to_le_bytes()).map_err(|e| format!("write: {e}"))?;
+        to.write_all(&round.to_le_bytes()).map_err(|e| unless_killed("write", e))?;
         let mut word = [0; 8];
-        from.read_exact(&mut word).map_err(|e| format!("read: {e}"))?;
+        from.read_exact(&mut word).map_err(|e| unless_killed("read", e))?;
         let got = u64::from_le_bytes(word);
         if got == round { Ok(()) } else { Err(format!("sent {round}, got {got}")) }
     }

@@ -128,6 +128,8 @@ fn root(dir: &Path) -> ExitCode {
             }
             drop(state);
             if let Err(e) = to_child.write_all(&count.to_le_bytes()) {
+                // Whoever kills the tree kills one process after the other: this one may see that the child is dead.
+                thread::sleep(Duration::from_millis(300));
                 wrong(&of, &format!("the pipe to the child: {e}"));
                 return;
             }
