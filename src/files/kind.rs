@@ -250,7 +250,7 @@ impl<'a> RestoreCx<'a> {
 
     /// How paths of the images are resolved.
     pub(super) fn view(&self) -> Result<Rc<View>, FileError> {
-        view(&self.view, if self.settings.allow_symlinks { Symlinks::All } else { Symlinks::OfRoot })
+        view(&self.view, symlinks(self.settings))
     }
 
     /// What the kind remembers between its calls: one value per type, made by `Default`.
@@ -265,6 +265,11 @@ impl<'a> RestoreCx<'a> {
             .and_then(|file| file.reg.as_deref().cloned())
             .ok_or_else(|| FileError::entry(id, "it should be a file with a path"))
     }
+}
+
+/// Which symbolic links may stand where the tree had none.
+pub(super) fn symlinks(settings: &RestoreSettings) -> Symlinks {
+    if settings.allow_symlinks { Symlinks::All } else { Symlinks::OfRoot }
 }
 
 fn view(cell: &OnceCell<Rc<View>>, symlinks: Symlinks) -> Result<Rc<View>, FileError> {

@@ -6,6 +6,7 @@
 use std::{
     ffi::CString,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    rc::Rc,
 };
 
 use nix::{
@@ -20,15 +21,15 @@ use nix::{
 use super::{
     DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, Stat, build_id, device,
     external, flags,
-    kind::packed_in,
+    kind::{packed_in, symlinks},
     path::{proc_pid, to_path},
     procfs, remap,
 };
 use crate::{
     image::pb,
-    settings::FileValidation,
+    settings::{FileValidation, RestoreSettings},
     sys::{Errno, inode},
-    view::{Last, ViewError},
+    view::{Last, View, ViewError},
 };
 
 /// Flags of open(2) that speak of the act of opening; most are not kept by the kernel, but an image may hold anything.
@@ -151,42 +152,106 @@ fn open_entry(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedF
         None => match remap::object(cx, entry)? {
             Some(object) => match remap::description(cx, entry.id) {
                 Some(description) => description,
-                None => reopen(cx, &object, &stat(&object, entry)?, entry)?,
+                None => reopen(&*cx.view()?, &object, &stat(&object, entry)?, entry)?,
             },
-            None => {
-                let (object, found) = find_with_stat(cx, entry)?;
-                match by_name(cx, &found, entry)? {
-                    Some(fd) => fd,
-                    None => reopen(cx, &object, &found, entry)?,
-                }
-            }
+            None => return open_there(&*cx.view()?, cx.settings, entry),
         },
     };
     seek(&fd, entry)?;
     Ok(fd)
 }
 
+/// Opens a file that is where its name says.
+fn open_there(
+    view: &View,
+    settings: &RestoreSettings,
+    entry: &pb::RegFileEntry,
+) -> Result<OwnedFd, FileError> {
+    let (object, found) = find_with_stat(view, settings, entry)?;
+    let fd = match by_name(view, &found, entry)? {
+        Some(fd) => fd,
+        None => reopen(view, &object, &found, entry)?,
+    };
+    seek(&fd, entry)?;
+    Ok(fd)
+}
+
+/// So many files are opened by one thread alone; to start another takes about as long as to open ten.
+const FEW: usize = 200;
+/// More threads would wait for each other, since they share one descriptor table.
+const MOST_THREADS: usize = 4;
+
+/// Opens those of `files` that are where their names say, by several threads where there are many. One that cannot be
+/// opened is left to [`FileKind::open`], which says why.
+pub(super) fn open_ahead(cx: &mut RestoreCx<'_>, files: &[Rc<pb::FileEntry>]) -> Vec<(u32, OwnedFd)> {
+    if files.len() <= FEW || !cx.settings.inherit_fds.is_empty() {
+        return Vec::new();
+    }
+    let mut there: Vec<&pb::RegFileEntry> = Vec::with_capacity(files.len());
+    for file in files {
+        if let Some(entry) = file.reg.as_deref()
+            && entry.ext != Some(true)
+            && proc_pid(&entry.name).is_none()
+            && !remap::is_remapped(cx, entry.id)
+        {
+            there.push(entry);
+        }
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    if there.len() <= FEW || threads < 2 {
+        return Vec::new();
+    }
+    let settings = cx.settings;
+    let open = |entries: &[&pb::RegFileEntry]| {
+        let mut opened = Vec::with_capacity(entries.len());
+        if let Ok(view) = View::own(symlinks(settings)) {
+            for &entry in entries {
+                if let Ok(fd) = open_there(&view, settings, entry) {
+                    opened.push((entry.id, fd));
+                }
+            }
+        }
+        opened
+    };
+    std::thread::scope(|scope| {
+        let (own, others) = there.split_at(there.len().div_ceil(threads));
+        // Where no more threads may be made, their files are left.
+        let others: Vec<_> = others
+            .chunks(own.len())
+            .map_while(|part| std::thread::Builder::new().spawn_scoped(scope, move || open(part)).ok())
+            .collect();
+        let mut opened = open(own);
+        for other in others {
+            opened.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        opened
+    })
+}
+
 /// The file that has the entry's name, if it is still the one that was saved: an O_PATH descriptor. What is checked is what
 /// is opened later, through that descriptor, whoever renames or replaces files in the meantime.
 pub(super) fn find(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<OwnedFd, FileError> {
-    find_with_stat(cx, entry).map(|(object, _)| object)
+    find_with_stat(&*cx.view()?, cx.settings, entry).map(|(object, _)| object)
 }
 
 /// As [`find`], with what was looked at.
-fn find_with_stat(cx: &RestoreCx<'_>, entry: &pb::RegFileEntry) -> Result<(OwnedFd, Stat), FileError> {
+fn find_with_stat(
+    view: &View,
+    settings: &RestoreSettings,
+    entry: &pb::RegFileEntry,
+) -> Result<(OwnedFd, Stat), FileError> {
     let last = match entry.mode() & libc::S_IFMT {
         libc::S_IFLNK => Last::Itself,
         libc::S_IFDIR => Last::Directory,
         _ => Last::Target,
     };
-    let view = cx.view()?;
     let object = match view.find(&entry.name, last) {
         // No directory any more: what it is now is said below.
         Err(ViewError::Sys(Errno::ENOTDIR)) => view.find(&entry.name, Last::Itself),
         found => found,
     }
     .map_err(FileError::name("open", &entry.name))?;
-    let found = validate(cx, &object, entry)?;
+    let found = validate(settings, &object, entry)?;
     Ok((object, found))
 }
 
@@ -266,14 +331,14 @@ pub(super) fn would_serve(cx: &mut RestoreCx<'_>, id: u32, usage: FileUse) -> Re
 
 /// O_NOFOLLOW is a flag that F_GETFL shows, and only opening by name gives it. `None` where it was not set, or the name
 /// leads to something else now.
-fn by_name(cx: &RestoreCx<'_>, found: &Stat, entry: &pb::RegFileEntry) -> Result<Option<OwnedFd>, FileError> {
+fn by_name(view: &View, found: &Stat, entry: &pb::RegFileEntry) -> Result<Option<OwnedFd>, FileError> {
     let flags = open_flags(entry, found.mode);
     if flags & libc::O_NOFOLLOW == 0 || !matches!(found.kind(), libc::S_IFREG | libc::S_IFDIR) {
         return Ok(None);
     }
     // What has the name by now may be a fifo, which must not keep us waiting.
     let how = OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
-    let Ok(fd) = cx.view()?.open_by_name(&entry.name, how) else { return Ok(None) };
+    let Ok(fd) = view.open_by_name(&entry.name, how) else { return Ok(None) };
     if !stat(&fd, entry)?.same_file(found) {
         return Ok(None);
     }
@@ -299,7 +364,7 @@ fn open_flags(entry: &pb::RegFileEntry, mode: u32) -> i32 {
 
 /// A description of `object`, which is `found`, with the entry's flags.
 fn reopen(
-    cx: &RestoreCx<'_>,
+    view: &View,
     object: &OwnedFd,
     found: &Stat,
     entry: &pb::RegFileEntry,
@@ -324,7 +389,6 @@ fn reopen(
             what: "is not one of the devices that can be opened again".into(),
         });
     }
-    let view = cx.view()?;
     view.reopen(object.as_fd(), OFlag::from_bits_retain(flags)).map_err(FileError::path("open", &entry.name))
 }
 
@@ -353,23 +417,23 @@ pub(super) fn path_of(cx: &mut RestoreCx<'_>, id: u32) -> Result<OwnedFd, FileEr
 
 /// Is this still the file that was dumped? What it is now.
 pub(super) fn validate(
-    cx: &RestoreCx<'_>,
+    settings: &RestoreSettings,
     object: &OwnedFd,
     entry: &pb::RegFileEntry,
 ) -> Result<Stat, FileError> {
     let found = stat(object, entry)?;
-    validate_stat(cx, &found, entry)?;
+    validate_stat(settings, &found, entry)?;
     // Nothing else may be opened just to look at it.
     if found.kind() == libc::S_IFREG {
-        validate_build_id(cx, object, entry)?;
+        validate_build_id(settings, object, entry)?;
     }
     Ok(found)
 }
 
-fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> Result<(), FileError> {
+fn validate_stat(settings: &RestoreSettings, stat: &Stat, entry: &pb::RegFileEntry) -> Result<(), FileError> {
     let changed = |what: String| FileError::Changed { path: to_path(&entry.name).to_owned(), what };
     if let Some(mode) = entry.mode {
-        let mask = if cx.settings.skip_file_rwx_check { libc::S_IFMT } else { !0 };
+        let mask = if settings.skip_file_rwx_check { libc::S_IFMT } else { !0 };
         if stat.mode & libc::S_IFMT != mode & libc::S_IFMT {
             return Err(changed(format!("is {} now, but was {}", kind_name(stat.mode), kind_name(mode))));
         }
@@ -382,7 +446,7 @@ fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> R
         }
     }
     let owner = (entry.uid.unwrap_or(stat.uid), entry.gid.unwrap_or(stat.gid));
-    if owner != (stat.uid, stat.gid) && !cx.settings.skip_file_rwx_check {
+    if owner != (stat.uid, stat.gid) && !settings.skip_file_rwx_check {
         return Err(changed(format!(
             "belongs to user {} and group {}, but belonged to {} and {} (--skip-file-rwx-check allows it)",
             stat.uid, stat.gid, owner.0, owner.1
@@ -398,11 +462,11 @@ fn validate_stat(cx: &RestoreCx<'_>, stat: &Stat, entry: &pb::RegFileEntry) -> R
 }
 
 fn validate_build_id(
-    cx: &RestoreCx<'_>,
+    settings: &RestoreSettings,
     object: &OwnedFd,
     entry: &pb::RegFileEntry,
 ) -> Result<(), FileError> {
-    if cx.settings.common.file_validation == FileValidation::BuildId
+    if settings.common.file_validation == FileValidation::BuildId
         && !entry.build_id.is_empty()
         && build_id::read(object).is_some_and(|id| id != entry.build_id)
     {

@@ -452,7 +452,7 @@ fn open_link(cx: &mut RestoreCx<'_>, entry: &pb::RegFileEntry, remap_id: u32) ->
     }
     let view = cx.view()?;
     let object = view.find(&link, Last::Itself).map_err(FileError::name("open", &link))?;
-    regular::validate(cx, &object, &pb::RegFileEntry { name: link.clone(), ..entry.clone() })?;
+    regular::validate(cx.settings, &object, &pb::RegFileEntry { name: link.clone(), ..entry.clone() })?;
     let stat = fstat(&object).map_err(FileError::path("stat", &link))?;
     let (dir, name) = view.parent(&link).map_err(FileError::name("open", &link))?;
     let used = HardLink { dir: Rc::new(dir), name, file: (stat.st_dev, stat.st_ino) };

@@ -20,7 +20,7 @@ use super::{
     kind::Kind,
     locks::{self, Locks},
     procfs::{self, StandIns},
-    remap,
+    regular, remap,
     remap::RestoreRemaps,
     tty,
 };
@@ -132,6 +132,16 @@ impl<'a> FilesRestore<'a> {
         let mut parts = parts(&self.cx.entries);
         parts.extend(self.cx.state::<RestoreRemaps>().link_ids());
         self.choose_waiting(&parts);
+        let now = self
+            .files
+            .values()
+            .filter(|f| !self.waiting.contains(&f.entry.id) && !parts.contains(&f.entry.id));
+        let now: Vec<_> = now.map(|file| Rc::clone(&file.entry)).collect();
+        for (id, fd) in regular::open_ahead(&mut self.cx, &now) {
+            if let Some(file) = self.files.get_mut(&id) {
+                file.fd = Some(fd);
+            }
+        }
         for id in &self.order {
             if self.waiting.contains(id) {
                 continue;
@@ -141,7 +151,7 @@ impl<'a> FilesRestore<'a> {
                 self.cx.taken.insert(*id);
                 continue;
             }
-            let Some(file) = self.files.get_mut(id) else { continue };
+            let Some(file) = self.files.get_mut(id).filter(|file| file.fd.is_none()) else { continue };
             match (file.kind.open)(&mut self.cx, &file.entry) {
                 Ok(Opened::Now(fd)) => file.fd = Some(fd),
                 Ok(Opened::Late) => file.late = true,

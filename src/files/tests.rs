@@ -184,6 +184,34 @@ fn files_flags_and_positions() {
     Cycle::new().run(fds, || ());
 }
 
+/// So many that several threads open them.
+#[test]
+fn many_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |n: usize| dir.path().join(format!("f{n}"));
+    let open = |n: usize| {
+        fs::write(path(n), b"0123456789").unwrap();
+        let flags = [libc::O_RDONLY, libc::O_RDWR | libc::O_APPEND, libc::O_PATH, libc::O_WRONLY][n % 4];
+        let mut file = fs::File::from(open_as(path(n), flags));
+        if flags & libc::O_PATH == 0 {
+            file.seek(std::io::SeekFrom::Start(n as u64 % 7)).unwrap();
+        }
+        file.into()
+    };
+    let mut fds: Vec<OwnedFd> = (0..300).map(open).collect();
+    for n in (1..300).step_by(50) {
+        fs::remove_file(path(n)).unwrap();
+    }
+    fds.push(open_as(dir.path(), libc::O_RDONLY | libc::O_DIRECTORY));
+    fds.push(open_as(format!("/proc/{}/status", Pid::this()), libc::O_RDONLY));
+    let cycle = Cycle::new();
+    cycle.run(fds, || ());
+    fs::write(path(271), b"another one").unwrap();
+    let error = cycle.restore().unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.ends_with("f271: size is 11 bytes, but was 10"), "{source}");
+}
+
 #[test]
 fn a_name_that_only_looks_deleted() {
     let dir = tempfile::tempdir().unwrap();
