@@ -32,6 +32,7 @@ pub(crate) mod host;
 pub(crate) mod image;
 #[cfg(not(feature = "internals"))]
 pub(crate) mod interrupt;
+pub(crate) mod kept;
 #[cfg(not(feature = "internals"))]
 pub(crate) mod log;
 #[cfg(not(feature = "internals"))]

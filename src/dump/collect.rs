@@ -24,7 +24,8 @@ use crate::{
     files::{FileUse, FilesDump},
     finding::Finding,
     image::{Store, pb},
-    mem::{self, AddressSpace, MappedFile, SharedMemory, VmaFiles},
+    kept::Kept,
+    mem::{self, AddressSpace, KeptSpace, MappedFile, SharedMemory, VmaFiles},
     ns::{
         threads::Namespaces,
         time::{self, Clocks, TimeDump},
@@ -53,17 +54,17 @@ pub(super) enum Source {
     Running,
 }
 
-/// The messages of one living process.
+/// The messages of one living process. Those of all are kept until all are known.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) pid: HostPid,
     pub(super) ids: pb::TaskKobjIdsEntry,
     /// Its areas, as `mm-PID.img` will have them, and which of their pages are wanted; until they are written.
-    pub(super) space: Option<AddressSpace>,
+    pub(super) space: Option<KeptSpace>,
     /// `None`: refused, see the findings.
     pub(super) fs: Option<pb::FsEntry>,
     /// Of all its threads, the leader's first.
-    pub(super) cores: Vec<(HostPid, pb::CoreEntry)>,
+    pub(super) cores: Vec<(HostPid, Kept<pb::CoreEntry>)>,
     /// Its clocks when its timers were read.
     timers_read: [[u64; 2]; 2],
 }
@@ -95,6 +96,8 @@ pub(super) struct Collected<'s> {
     tables: HashSet<u32>,
     /// Address spaces that have been looked at.
     spaces: HashSet<u32>,
+    /// What files are needed for besides being open.
+    uses: HashSet<(u32, FileUse)>,
     gadgets: GadgetCache,
     peek: Peek,
     settings: &'s DumpSettings,
@@ -142,6 +145,7 @@ impl<'s> Collected<'s> {
             words: Vec::new(),
             tables: HashSet::new(),
             spaces: HashSet::new(),
+            uses: HashSet::new(),
             gadgets: GadgetCache::default(),
             peek: Peek::new(source == Source::Frozen),
             settings,
@@ -199,7 +203,9 @@ impl<'s> Collected<'s> {
         let cores = self.cores(process, &inside).with_context(|| format!("state of task {pid}"))?;
         let timers_read = inside.process.clocks;
         self.words_cleared(agent, &space, &cores).with_context(|| format!("thread ids of task {pid}"))?;
-        self.tasks.push(Task { pid, ids, space: Some(space), fs, cores, timers_read });
+        self.uses.extend(uses_of(&space.entry));
+        let space = Some(space.keep());
+        self.tasks.push(Task { pid, ids, space, fs, cores: kept(&cores), timers_read });
         Ok(())
     }
 
@@ -348,13 +354,13 @@ impl<'s> Collected<'s> {
         let host = time::of_host(own).inspect_err(|e| tracing::debug!("clocks of the host: {e}")).ok();
         let moment = Moment::new(clocks, host, &self.peek);
         for task in &mut self.tasks {
-            moment.settle(&mut task.cores, task.timers_read);
+            let mut cores: Vec<_> = task.cores.iter().map(|(tid, core)| (*tid, core.message())).collect();
+            moment.settle(&mut cores, task.timers_read);
+            task.cores = kept(&cores);
         }
         self.clocks = Some(clocks);
         self.files.complete(own.monotonic, &mut self.findings).context("open files")?;
-        let uses: HashSet<_> =
-            self.tasks.iter().filter_map(|task| task.space.as_ref()).flat_map(uses_of).collect();
-        self.files.would_restore(&uses, &mut self.findings).context("whether open files can be restored")
+        self.files.would_restore(&self.uses, &mut self.findings).context("whether open files can be restored")
     }
 
     /// All that stands in the way of a dump, each said once.
@@ -367,14 +373,18 @@ impl<'s> Collected<'s> {
 }
 
 /// The program of an address space, and the files whose code it has mapped.
-fn uses_of(space: &AddressSpace) -> impl Iterator<Item = (u32, FileUse)> + '_ {
+fn uses_of(entry: &pb::MmEntry) -> impl Iterator<Item = (u32, FileUse)> + '_ {
     let code = |vma: &&pb::VmaEntry| {
         vma.status & (mem::vma::FILE_PRIVATE | mem::vma::FILE_SHARED) != 0
             && vma.prot & libc::PROT_EXEC.cast_unsigned() != 0
     };
-    let mapped = space.entry.vmas.iter().filter(code).filter_map(|vma| u32::try_from(vma.shmid).ok());
-    let program = (space.entry.exe_file_id, FileUse::Program);
+    let mapped = entry.vmas.iter().filter(code).filter_map(|vma| u32::try_from(vma.shmid).ok());
+    let program = (entry.exe_file_id, FileUse::Program);
     std::iter::once(program).chain(mapped.map(|id| (id, FileUse::Code)))
+}
+
+fn kept(cores: &[(HostPid, pb::CoreEntry)]) -> Vec<(HostPid, Kept<pb::CoreEntry>)> {
+    cores.iter().map(|(tid, core)| (*tid, Kept::new(core))).collect()
 }
 
 fn pstree_entry(process: &Process) -> pb::PstreeEntry {

@@ -25,7 +25,7 @@ pub(super) fn memory(
     for task in &mut collected.tasks {
         if let Some(space) = task.space.take() {
             memory
-                .task(in_tree(task.pid), space, stats)
+                .task(in_tree(task.pid), space.space(), stats)
                 .with_context(|| format!("memory of task {}", task.pid))?;
         }
     }
@@ -44,7 +44,7 @@ pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<
     for task in std::mem::take(&mut collected.tasks) {
         let image = u64::from(in_tree(task.pid).bits());
         for (tid, core) in &task.cores {
-            store.write_one(ImageKind::Core, u64::from(in_tree(*tid).bits()), core)?;
+            store.write_one(ImageKind::Core, u64::from(in_tree(*tid).bits()), &core.message())?;
         }
         store.write_one(ImageKind::Ids, image, &task.ids)?;
         if let Some(fs) = &task.fs {

@@ -13,7 +13,7 @@ use super::collect::Collected;
 use crate::{
     finding::Finding,
     image::pb,
-    mem::{pkeys, vma},
+    mem::{KeptSpace, pkeys, vma},
     proc::limits::{self, Limit},
     process_tree::{
         self, ForkPlan, Listed, Outside, Sharing,
@@ -21,10 +21,10 @@ use crate::{
     },
     settings::DumpSettings,
     sys::pid::{HostPid, NsPid},
-    task::{self, Supervisor, TaskError},
+    task::{self, Supervisor, TaskError, seccomp},
     tracee::{
         List, procfs,
-        room::{self, AREA_MAPPINGS, Need},
+        room::{self, AREA_MAPPINGS, Need, Used},
     },
 };
 
@@ -34,10 +34,7 @@ pub(super) fn check(collected: &mut Collected<'_>, settings: &DumpSettings) -> R
     if let Some(forks) = checks.forks(collected)? {
         checks.ids_of_the_dead(&forks, collected)?;
     }
-    checks.room(collected);
-    checks.mappings(collected)?;
-    checks.address_space(collected)?;
-    checks.state(collected)?;
+    checks.tasks(collected)?;
     let Checks { findings, host } = checks;
     collected.findings.extend(findings);
     if settings.remote.is_none() {
@@ -66,9 +63,27 @@ fn pid_of(entry: &pb::PstreeEntry) -> HostPid {
     on_host(NsPid::new(entry.pid.cast_signed()))
 }
 
-/// The address spaces that have been collected, with whose they are.
-fn spaces<'c>(collected: &'c Collected<'_>) -> impl Iterator<Item = (HostPid, &'c pb::MmEntry)> {
-    collected.tasks.iter().filter_map(|task| Some((task.pid, &task.space.as_ref()?.entry)))
+/// What this host allows, and what crtool may do on it.
+struct Here {
+    /// Most mappings of one address space.
+    mappings: usize,
+    limits: [Limit; 16],
+    supervisor: Supervisor,
+}
+
+impl Here {
+    fn read() -> Result<Self> {
+        let path = "/proc/sys/vm/max_map_count";
+        let mappings = std::fs::read_to_string(path).context(path)?.trim().parse().context(path)?;
+        let limits = std::fs::read("/proc/self/limits").context("limits of crtool")?;
+        let limits = limits::parse(&limits).context("limits of crtool")?;
+        let supervisor = Supervisor::probe().context("state of crtool")?;
+        Ok(Self { mappings, limits, supervisor })
+    }
+
+    fn hard(&self, resource: libc::__rlimit_resource_t) -> u64 {
+        self.limits.get(resource as usize).map_or(u64::MAX, |Limit { max, .. }| *max)
+    }
 }
 
 impl Checks {
@@ -139,20 +154,32 @@ impl Checks {
         Ok(())
     }
 
+    /// Each task, whose messages are decoded for that once.
+    fn tasks(&mut self, collected: &Collected<'_>) -> Result<()> {
+        let here = Here::read()?;
+        let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
+        let mut seccomp = match seccomp::Plan::new(collected.seccomp.entry()) {
+            Ok(plan) => plan,
+            Err(error) => return self.task_error(root, error),
+        };
+        let (mut used, mut need) = (Used::default(), Need::default());
+        for task in &collected.tasks {
+            let Some(mm) = task.space.as_ref().map(KeptSpace::entry) else { continue };
+            used.add(mm.vmas.iter().map(|v| (v.start, v.end)));
+            need.mappings = need.mappings.max(mm.vmas.len() as u64);
+            need.threads = need.threads.max(task.cores.len() as u64);
+            self.mappings(task.pid, &mm, &here);
+            self.address_space(task.pid, &mm, &here);
+            let cores: Vec<_> = task.cores.iter().map(|(tid, core)| (*tid, core.message())).collect();
+            self.state(task.pid, &mm, &cores, &here.supervisor, &mut seccomp)?;
+        }
+        self.room(root, &used, need);
+        Ok(())
+    }
+
     /// Room for lists.
-    fn room(&mut self, collected: &Collected<'_>) {
-        let used: Vec<(u64, u64)> =
-            spaces(collected).flat_map(|(_, mm)| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
-        let most = |of: fn(&super::collect::Task) -> usize| {
-            collected.tasks.iter().map(of).max().map_or(0, |most| most as u64)
-        };
-        let need = Need {
-            mappings: most(|task| task.space.as_ref().map_or(0, |space| space.entry.vmas.len())),
-            pages: 0,
-            threads: most(|task| task.cores.len()),
-        };
-        if let Err(bytes) = room::place(&used, need) {
-            let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
+    fn room(&mut self, root: HostPid, used: &Used, need: Need) {
+        if let Err(bytes) = room::place(used.ranges(), need) {
             let reason = format!(
                 "a restore needs {} MiB of addresses that are free at the same place in all tasks",
                 bytes.div_ceil(1 << 20)
@@ -162,101 +189,77 @@ impl Checks {
     }
 
     /// The number of mappings, and what they are.
-    fn mappings(&mut self, collected: &Collected<'_>) -> Result<()> {
-        let path = "/proc/sys/vm/max_map_count";
-        let most: usize = std::fs::read_to_string(path).context(path)?.trim().parse().context(path)?;
-        for (pid, mm) in spaces(collected) {
-            if let Err(error) = vma::check(mm, in_tree(pid)) {
-                self.findings.push(finding(pid, "address space", format!("{error:#}"), ""));
-            }
-            // Guards are no mappings of their own, nor is the vsyscall page one of the task's.
-            let own = |v: &&pb::VmaEntry| v.status & (vma::GUARD | vma::VSYSCALL) == 0;
-            let count = mm.vmas.iter().filter(own).count();
-            if count + AREA_MAPPINGS > most {
-                let reason = format!(
-                    "{count} mappings, and a restore needs {AREA_MAPPINGS} more; this host allows {most} in all"
-                );
-                let hint = "raise vm.max_map_count";
-                self.host.push(finding(pid, "address space", reason, hint));
-            }
+    fn mappings(&mut self, pid: HostPid, mm: &pb::MmEntry, here: &Here) {
+        if let Err(error) = vma::check(mm, in_tree(pid)) {
+            self.findings.push(finding(pid, "address space", format!("{error:#}"), ""));
         }
-        Ok(())
+        // Guards are no mappings of their own, nor is the vsyscall page one of the task's.
+        let own = |v: &&pb::VmaEntry| v.status & (vma::GUARD | vma::VSYSCALL) == 0;
+        let count = mm.vmas.iter().filter(own).count();
+        if count + AREA_MAPPINGS > here.mappings {
+            let reason = format!(
+                "{count} mappings, and a restore needs {AREA_MAPPINGS} more; this host allows {} in all",
+                here.mappings
+            );
+            self.host.push(finding(pid, "address space", reason, "raise vm.max_map_count"));
+        }
     }
 
     /// Limits of crtool's that tasks have until they have their own.
-    fn address_space(&mut self, collected: &Collected<'_>) -> Result<()> {
-        let text = std::fs::read("/proc/self/limits").context("limits of crtool")?;
-        let own = limits::parse(&text).context("limits of crtool")?;
-        let hard = |resource: libc::__rlimit_resource_t| {
-            own.get(resource as usize).map_or(u64::MAX, |Limit { max, .. }| *max)
+    fn address_space(&mut self, pid: HostPid, mm: &pb::MmEntry, here: &Here) {
+        let sum = |of: &dyn Fn(&pb::VmaEntry) -> bool| -> u64 {
+            let lens = mm.vmas.iter().filter(|v| v.status & (vma::VSYSCALL | vma::GUARD) == 0 && of(v));
+            lens.map(|v| v.end - v.start).sum()
         };
-        for (pid, mm) in spaces(collected) {
-            let sum = |of: &dyn Fn(&pb::VmaEntry) -> bool| -> u64 {
-                let lens = mm.vmas.iter().filter(|v| v.status & (vma::VSYSCALL | vma::GUARD) == 0 && of(v));
-                lens.map(|v| v.end - v.start).sum()
-            };
-            let private = libc::MAP_PRIVATE.cast_unsigned();
-            for (name, resource, bytes) in [
-                ("RLIMIT_AS", libc::RLIMIT_AS, sum(&|_| true)),
-                ("RLIMIT_DATA", libc::RLIMIT_DATA, sum(&|v| v.flags & private != 0)),
-            ] {
-                // The area comes on top.
-                let needed = bytes.saturating_add(16 << 20);
-                if needed > hard(resource) {
-                    let reason = format!(
-                        "a restore needs {} MiB of {name}, and crtool may have {} MiB here",
-                        needed.div_ceil(1 << 20),
-                        hard(resource) >> 20
-                    );
-                    let hint = "start crtool without that limit";
-                    self.host.push(finding(pid, "address space", reason, hint));
-                }
+        let private = libc::MAP_PRIVATE.cast_unsigned();
+        for (name, resource, bytes) in [
+            ("RLIMIT_AS", libc::RLIMIT_AS, sum(&|_| true)),
+            ("RLIMIT_DATA", libc::RLIMIT_DATA, sum(&|v| v.flags & private != 0)),
+        ] {
+            // The area comes on top.
+            let needed = bytes.saturating_add(16 << 20);
+            let hard = here.hard(resource);
+            if needed > hard {
+                let reason = format!(
+                    "a restore needs {} MiB of {name}, and crtool may have {} MiB here",
+                    needed.div_ceil(1 << 20),
+                    hard >> 20
+                );
+                self.host.push(finding(pid, "address space", reason, "start crtool without that limit"));
             }
         }
-        Ok(())
     }
 
-    /// What tasks are besides memory and files.
-    fn state(&mut self, collected: &Collected<'_>) -> Result<()> {
-        let supervisor = Supervisor::probe().context("state of crtool")?;
-        let processes: Vec<(NsPid, Vec<&pb::CoreEntry>)> = collected
-            .tasks
-            .iter()
-            .map(|task| (in_tree(task.pid), task.cores.iter().map(|(_, core)| core).collect()))
-            .collect();
-        let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
-        let seccomp = match task::seccomp::Plan::new(collected.seccomp.entry(), &processes) {
-            Ok(plan) => plan,
-            Err(error) => return self.task_error(root, error),
+    /// What a task is besides memory and files.
+    fn state(
+        &mut self,
+        pid: HostPid,
+        mm: &pb::MmEntry,
+        cores: &[(HostPid, pb::CoreEntry)],
+        supervisor: &Supervisor,
+        seccomp: &mut seccomp::Plan,
+    ) -> Result<()> {
+        let mut list = List::new("what a restore would do");
+        let mut plans = || -> Result<(), TaskError> {
+            seccomp.process(in_tree(pid), cores.iter().map(|(_, core)| core))?;
+            let (_, leader) = cores.first().ok_or_else(|| TaskError::image("no thread"))?;
+            task::plan_process_early(leader, supervisor, &mut list)?;
+            task::plan_process(leader, mm, supervisor, &mut list)?;
+            for (tid, core) in cores {
+                task::final_state(core)?;
+                task::pending_signals(core)?;
+                let plan =
+                    task::ThreadPlan { core, pid: in_tree(pid), tid: in_tree(*tid), seccomp, supervisor };
+                task::plan_thread(&plan, &mut list)?;
+            }
+            task::dumpable_to_set(mm.dumpable.unwrap_or(1)).map(drop)
         };
-        for task in &collected.tasks {
-            let Some(mm) = task.space.as_ref().map(|space| &space.entry) else { continue };
-            let mut list = List::new("what a restore would do");
-            let mut plans = || -> Result<(), TaskError> {
-                let (_, leader) = task.cores.first().ok_or_else(|| TaskError::image("no thread"))?;
-                task::plan_process_early(leader, &supervisor, &mut list)?;
-                task::plan_process(leader, mm, &supervisor, &mut list)?;
-                for (tid, core) in &task.cores {
-                    task::final_state(core)?;
-                    task::pending_signals(core)?;
-                    let plan = task::ThreadPlan {
-                        core,
-                        pid: in_tree(task.pid),
-                        tid: in_tree(*tid),
-                        seccomp: &seccomp,
-                        supervisor: &supervisor,
-                    };
-                    task::plan_thread(&plan, &mut list)?;
-                }
-                task::dumpable_to_set(mm.dumpable.unwrap_or(1)).map(drop)
-            };
-            if let Err(error) = plans() {
-                self.task_error(task.pid, error)?;
-            }
-            let knows_keys = task.cores.iter().any(|(_, core)| pkeys::known_to(core));
-            if let Err(error) = pkeys::plan(mm, in_tree(task.pid), knows_keys) {
-                self.host.push(finding(task.pid, "address space", error.to_string(), ""));
-            }
+        if let Err(error) = plans() {
+            self.task_error(pid, error)?;
+        }
+        let knows_keys = cores.iter().any(|(_, core)| pkeys::known_to(core));
+        if let Err(error) = pkeys::plan(mm, in_tree(pid), knows_keys) {
+            self.host.push(finding(pid, "address space", error.to_string(), ""));
         }
         Ok(())
     }

@@ -373,6 +373,8 @@ impl Process {
         self.sid = stat.session;
         self.exit_signal = stat.exit_signal;
         self.starttime = stat.starttime;
+        // There are many processes, most of them with one thread.
+        self.threads.shrink_to_fit();
         if dead {
             self.state = State::Zombie(stat.exit_code);
             self.dead_leader = false;

@@ -20,6 +20,7 @@ use super::shared::FileKey;
 use super::{Inside, MemError, SharedMemory, aio, pkeys, vma};
 use crate::finding::Finding;
 use crate::image::pb;
+use crate::kept::Kept;
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{self, Smap, VmFlags};
 use crate::proc::{auxv, stat};
@@ -89,6 +90,33 @@ impl AddressSpace {
         self.targets.clear();
         self.private_pages = 0;
     }
+
+    /// Until it is written, while all others are collected.
+    pub(crate) fn keep(self) -> KeptSpace {
+        let Self { tid, pid, entry, targets, private_pages } = self;
+        KeptSpace { tid, pid, entry: Kept::new(&entry), targets: targets.into(), private_pages }
+    }
+}
+
+/// An [`AddressSpace`] that waits to be written.
+#[derive(Debug)]
+pub(crate) struct KeptSpace {
+    tid: HostPid,
+    pid: HostPid,
+    entry: Kept<pb::MmEntry>,
+    targets: Box<[Target]>,
+    private_pages: u64,
+}
+
+impl KeptSpace {
+    pub(crate) fn entry(&self) -> pb::MmEntry {
+        self.entry.message()
+    }
+
+    pub(crate) fn space(self) -> AddressSpace {
+        let Self { tid, pid, entry, targets, private_pages } = self;
+        AddressSpace { tid, pid, entry: entry.message(), targets: targets.into(), private_pages }
+    }
 }
 
 /// Collects the address space of a stopped task. What cannot be saved goes to `findings`; then
@@ -115,8 +143,6 @@ pub fn collect(
             }
         }
     }
-    // Those of all processes are kept until all are known.
-    collector.vmas.shrink_to_fit();
     let execute_only_pkey = collector.execute_only_pkey();
     let Collector { vmas, targets, aios, .. } = collector;
     let private_pages = targets

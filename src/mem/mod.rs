@@ -29,6 +29,7 @@ pub mod vma;
 /// Value of PR_GET_THP_DISABLE (Linux 6.18): transparent huge pages are off but where they are advised.
 pub const THP_EXCEPT_ADVISED: u32 = 3;
 
+pub(crate) use collect::KeptSpace;
 pub use collect::{AddressSpace, MappedFile, Task, VmaFiles, collect};
 pub use dump::MemoryDump;
 pub use error::MemError;

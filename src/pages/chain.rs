@@ -160,6 +160,9 @@ impl Pages {
         }
         // Each snapshot brought a sorted sequence.
         pages.pieces.sort_by_key(|piece| piece.start);
+        // Those of all tasks of a tree are kept.
+        pages.pieces.shrink_to_fit();
+        pages.images.shrink_to_fit();
         Ok(Some(pages))
     }
 

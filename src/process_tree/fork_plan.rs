@@ -173,15 +173,17 @@ impl ForkPlan {
         order
     }
 
-    /// What process `index` shares with its maker.
-    pub(crate) fn share_of(&self, index: usize) -> Share {
-        let maker = self.processes.get(index).and_then(|p| p.maker).and_then(|m| self.processes.get(m));
-        let steps = maker.map_or(&[][..], |m| &m.steps);
-        let made = steps.iter().find_map(|step| match step {
-            Step::Make { child, share, .. } if *child == index => Some(*share),
-            _ => None,
-        });
-        made.unwrap_or_default()
+    /// What each process shares with its maker.
+    pub(crate) fn shares(&self) -> Vec<Share> {
+        let mut shares = vec![Share::default(); self.processes.len()];
+        for step in self.processes.iter().flat_map(|process| &process.steps) {
+            if let Step::Make { child, share, .. } = step
+                && let Some(of_child) = shares.get_mut(*child)
+            {
+                *of_child = *share;
+            }
+        }
+        shares
     }
 
     /// Ids that no task has and that helpers must have: those of dead leaders.

@@ -99,8 +99,10 @@ impl Construction<'_> {
 
     fn give_list(&mut self, stages: &[Stage], index: usize, task: &Task) -> Result<()> {
         let mut list = List::new(format!("restore of {}", task.pid));
+        let images = (task.core()?, task.mm().context("no mm image")?);
         for stage in stages {
-            self.plan_stage(*stage, index, task, &mut list).with_context(|| format!("task {}", task.pid))?;
+            let planned = self.plan_stage(*stage, index, task, &images, &mut list);
+            planned.with_context(|| format!("task {}", task.pid))?;
         }
         list.op(Op::Stop);
         list.op(Op::Next);
@@ -108,14 +110,19 @@ impl Construction<'_> {
         self.puppets.next_list(on_host(task.pid), &list)
     }
 
-    fn plan_stage(&mut self, stage: Stage, index: usize, task: &Task, list: &mut List) -> Result<()> {
-        let core = task.core()?;
-        let mm = task.mm.as_ref().context("no mm image")?;
+    fn plan_stage(
+        &mut self,
+        stage: Stage,
+        index: usize,
+        task: &Task,
+        (core, mm): &(pb::CoreEntry, pb::MmEntry),
+        list: &mut List,
+    ) -> Result<()> {
         match stage {
             Stage::Threads => {
                 self.clocks.plan_task(list);
                 self.plan_reaping(index, list)?;
-                if !self.forks.share_of(index).vm {
+                if !self.share_of(index).vm {
                     let made = self.made.get(index).context("a task that was not made")?;
                     let keys = self.keys.get(&task.pid).context("no protection keys")?;
                     layout::plan_late(list, mm, task.pid, made, keys)?;
@@ -146,16 +153,16 @@ impl Construction<'_> {
     /// Threads beside the leader, each with a list of its own attributes.
     fn plan_threads(&mut self, index: usize, task: &Task, list: &mut List) -> Result<()> {
         let (area, _) = self.place(index)?;
-        for (tid, core) in task.tids.iter().zip(&task.cores).skip(1) {
+        for (tid, core) in task.threads().skip(1) {
             let mut own = List::new(format!("restore of thread {tid}"));
-            task::plan_thread(&self.thread_plan(task, *tid, core), &mut own)?;
+            task::plan_thread(&self.thread_plan(task, tid, &core), &mut own)?;
             own.op(Op::Stop);
             own.op(Op::Next);
             let slot = self.puppets.add_slot(area)?;
             let label = format!("thread {tid} of task {}", task.pid);
-            self.puppets.expect_thread(on_host(*tid), label, (area, slot), &own)?;
+            self.puppets.expect_thread(on_host(tid), label, (area, slot), &own)?;
             let args = CloneArgs { flags: THREAD_FLAGS | CLONE_PTRACE, ..CloneArgs::default() };
-            list.clone3(format!("clone of thread {tid}"), &args, &[*tid], slot);
+            list.clone3(format!("clone of thread {tid}"), &args, &[tid], slot);
         }
         Ok(())
     }
@@ -165,7 +172,7 @@ impl Construction<'_> {
     fn stop(&self, task: &Task) -> Result<()> {
         let core = task.core()?;
         let wanted = core.tc.as_ref().and_then(|tc| tc.stop_signo).and_then(|s| i32::try_from(s).ok());
-        let wanted = wanted.filter(|s| task::sigaction::is_default(core, *s)).unwrap_or(libc::SIGSTOP);
+        let wanted = wanted.filter(|s| task::sigaction::is_default(&core, *s)).unwrap_or(libc::SIGSTOP);
         let tids: Vec<HostPid> = task.tids.iter().copied().map(on_host).collect();
         self.puppets.stop_process(&tids, wanted)
     }

@@ -4,10 +4,11 @@
 //! what is its own before it makes anybody, so that children share pages copy-on-write as they did.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::Write as _,
     os::fd::{AsRawFd, OwnedFd},
+    rc::Rc,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -23,7 +24,7 @@ use super::{
     pid_allocator::PidAllocator,
     plan,
     puppets::{AreaId, Puppets},
-    shared::SharedObjects,
+    shared::{SharedObjects, WantedObjects},
     taken, vdso,
 };
 use crate::{
@@ -32,7 +33,7 @@ use crate::{
     image::{ImageKind, Store, TypedStore, pb},
     mem::{pkeys, vma},
     pages::Pages,
-    process_tree::{ForkPlan, PlannedPid, Step, ids::on_host},
+    process_tree::{ForkPlan, PlannedPid, Share, Step, ids::on_host},
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{
@@ -41,7 +42,7 @@ use crate::{
         pid::{HostPid, NsPid},
         pidfd, pipe, ptrace, rseq,
     },
-    task,
+    task::{self, PendingStop},
     tracee::{List, Op, RemoteAddr, Want},
 };
 
@@ -53,6 +54,10 @@ const RSEQ_FLAG_UNREGISTER: u64 = 1;
 pub(super) struct Construction<'i> {
     pub(super) images: &'i Images,
     pub(super) forks: ForkPlan,
+    /// What each process shares with its maker.
+    shares: Vec<Share>,
+    /// Those that are made with a descriptor table that others have too.
+    in_shared_tables: HashSet<usize>,
     pub(super) files: FilesRestore<'i>,
     pub(super) puppets: Puppets,
     /// Ids of all processes, also of helpers.
@@ -67,7 +72,11 @@ pub(super) struct Construction<'i> {
     pub(super) supervisor: task::Supervisor,
     /// Numbers for descriptors of those who share a table: none is used twice.
     pub(super) next_shared: i32,
+    /// SIGSTOPs that pend, which come when all are let go.
+    pub(super) pending_stops: Vec<(NsPid, NsPid, PendingStop)>,
     page_threads: PageThreads,
+    /// The address space of the task that makes the one which is planned.
+    maker_mm: Option<(usize, Rc<pb::MmEntry>)>,
     pages: Vec<Pages>,
     /// Held open until all have mapped them.
     shared: SharedObjects,
@@ -106,23 +115,28 @@ impl<'i> Construction<'i> {
         files: FilesRestore<'i>,
         clocks: TreeClocks,
     ) -> Result<Self> {
-        let mms = || images.tasks.iter().filter_map(|t| t.mm.as_ref());
+        let filters: pb::SeccompEntry = store.read_one(ImageKind::Seccomp, None)?.unwrap_or_default();
+        let mut seccomp = task::seccomp::Plan::new(&filters)?;
         let mut keys = HashMap::new();
+        let (mut areas, mut wanted) = (plan::Areas::default(), WantedObjects::default());
         for task in &images.tasks {
-            if let Some(mm) = &task.mm {
-                vma::check(mm, task.pid)?;
-                keys.insert(task.pid, pkeys::plan(mm, task.pid, task.cores.iter().any(pkeys::known_to))?);
-            }
-            for core in task.cores.iter().filter(|_| !task.is_zombie()) {
+            let Some(mm) = task.mm() else { continue };
+            vma::check(&mm, task.pid)?;
+            let cores: Vec<pb::CoreEntry> = task.threads().map(|(_, core)| core).collect();
+            keys.insert(task.pid, pkeys::plan(&mm, task.pid, cores.iter().any(pkeys::known_to))?);
+            for core in &cores {
                 task::final_state(core).with_context(|| format!("state of task {}", task.pid))?;
             }
+            seccomp.process(task.pid, &cores)?;
+            areas.add(&mm, cores.len());
+            wanted.add(&mm)?;
         }
-        let shared = SharedObjects::make(store, mms())?;
+        let shared = SharedObjects::make(store, wanted)?;
         let mut pages = Vec::with_capacity(images.tasks.len());
         for task in &images.tasks {
             pages.push(if task.is_zombie() { Pages::default() } else { pages_of(store, task)? });
         }
-        let (place, reserved) = plan::place_of_areas(images)?;
+        let (place, reserved) = areas.place()?;
         let of_tree = images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid]));
         let mut allocator = PidAllocator::new(of_tree);
         let mut pids = Vec::with_capacity(forks.processes.len());
@@ -133,11 +147,16 @@ impl<'i> Construction<'i> {
             });
         }
         let (held, go) = pipe::pipe2(libc::O_CLOEXEC).context("pipe")?;
-        let filters: pb::SeccompEntry = store.read_one(ImageKind::Seccomp, None)?.unwrap_or_default();
-        let alive = images.tasks.iter().filter(|t| !t.is_zombie());
-        let processes: Vec<_> = alive.map(|t| (t.pid, t.cores.iter().collect())).collect();
+        let shares = forks.shares();
+        let with_shares = forks.processes.iter().zip(&shares).enumerate();
+        let sharing = with_shares.filter(|(_, (_, share))| share.files);
+        let in_shared_tables =
+            sharing.flat_map(|(index, (process, _))| [Some(index), process.maker]).flatten();
+        let in_shared_tables = in_shared_tables.collect();
         let mut this = Self {
             images,
+            shares,
+            in_shared_tables,
             files,
             puppets: Puppets::new(place, allocator),
             pids,
@@ -145,10 +164,12 @@ impl<'i> Construction<'i> {
             made: Vec::new(),
             keys,
             clocks,
-            seccomp: task::seccomp::Plan::new(&filters, &processes)?,
+            seccomp,
             supervisor: task::Supervisor::probe()?,
             next_shared: FIRST_SHARED,
+            pending_stops: Vec::new(),
             page_threads: PageThreads::new(),
+            maker_mm: None,
             pages,
             shared,
             pidfd: pidfd::open(HostPid::own().get(), 0).context("pidfd of crtool")?,
@@ -161,6 +182,7 @@ impl<'i> Construction<'i> {
         for index in this.forks.order() {
             this.plan_process(index, reserved, own_vdso.as_ref())?;
         }
+        this.maker_mm = None;
         Ok(this)
     }
 
@@ -170,7 +192,7 @@ impl<'i> Construction<'i> {
         for index in self.forks.order() {
             let maker = self.forks.processes.get(index).and_then(|p| p.maker);
             let of_maker = maker.and_then(|m| places.get(m).copied().flatten());
-            let shared = of_maker.filter(|_| self.forks.share_of(index).vm);
+            let shared = of_maker.filter(|_| self.share_of(index).vm);
             let place = match shared {
                 Some((area, _)) => (area, self.puppets.add_slot(area)?),
                 None => {
@@ -201,14 +223,16 @@ impl<'i> Construction<'i> {
 
     /// Numbers for the descriptors that process `index` has while it is made.
     pub(super) fn descriptors_of(&self, index: usize) -> Descriptors {
-        if self.shares_table(index) { Descriptors::sharing(self.next_shared) } else { Descriptors::alone() }
+        if self.in_shared_tables.contains(&index) {
+            Descriptors::sharing(self.next_shared)
+        } else {
+            Descriptors::alone()
+        }
     }
 
-    /// Whether process `index` is made with a descriptor table that others have too.
-    fn shares_table(&self, index: usize) -> bool {
-        let makes = |step: &Step| matches!(step, Step::Make { share, .. } if share.files);
-        let with_children = self.forks.processes.get(index).is_some_and(|p| p.steps.iter().any(makes));
-        with_children || self.forks.share_of(index).files
+    /// What process `index` shares with its maker.
+    pub(super) fn share_of(&self, index: usize) -> Share {
+        self.shares.get(index).copied().unwrap_or_default()
     }
 
     /// The first list of one process.
@@ -232,26 +256,26 @@ impl<'i> Construction<'i> {
         if first {
             plan_first(&mut list, &self.gate, self.pidfd.as_raw_fd());
             self.clocks.plan_first(&mut list);
-        } else if process.maker.is_some_and(|maker| self.shares_table(maker))
-            && !self.forks.share_of(index).files
+        } else if process.maker.is_some_and(|maker| self.in_shared_tables.contains(&maker))
+            && !self.share_of(index).files
         {
             // The copy of a table holds what others who share it had at that moment.
             plan_shed(&mut list);
         }
-        let shares_memory = self.forks.share_of(index).vm;
-        match task.and_then(|t| t.mm.as_ref()) {
+        let shares_memory = self.share_of(index).vm;
+        match task.filter(|t| !t.is_zombie()) {
             Some(_) if shares_memory => {}
             // What it makes is to have what crtool would have given it.
             None if first => {}
             None => layout::plan_clear(&mut list, reserved, &[]),
-            Some(mm) => {
+            Some(task) => {
                 let made = self
-                    .plan_memory(index, mm, reserved, own_vdso, &mut descriptors, &mut list)
+                    .plan_memory(index, task, reserved, own_vdso, &mut descriptors, &mut list)
                     .with_context(|| format!("memory of task {pid}"))?;
                 *self.made.get_mut(index).context("a task that is not planned")? = made;
             }
         }
-        if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.cores.first()?.tc.as_ref()) {
+        if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.core().ok()?.tc) {
             let comm = list.cstr(&tc.comm);
             list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
         }
@@ -277,27 +301,31 @@ impl<'i> Construction<'i> {
     fn plan_memory(
         &mut self,
         index: usize,
-        mm: &'i pb::MmEntry,
+        task: &'i Task,
         reserved: (u64, u64),
         own_vdso: Option<&vdso::Own>,
         descriptors: &mut Descriptors,
         list: &mut List,
     ) -> Result<Made> {
-        let task = self.task_of(index).context("no task")?;
+        let mm = task.mm().context("no mm image")?;
         let exe_fd = self.files.vma_file(mm.exe_file_id, false).context("program")?;
         let maker =
             self.forks.processes.get(index).and_then(|p| p.maker).and_then(|m| self.forks.processes.get(m));
-        let parent = maker.and_then(|m| {
-            let task = m.task?;
-            Some(ParentMemory { mm: self.images.tasks.get(task)?.mm.as_ref()?, pages: self.pages.get(task)? })
-        });
+        let maker = maker.and_then(|maker| maker.task);
+        // One after another has the same maker.
+        if self.maker_mm.as_ref().is_none_or(|(of, _)| Some(*of) != maker) {
+            self.maker_mm = maker.and_then(|of| Some((of, Rc::new(self.images.tasks.get(of)?.mm()?))));
+        }
+        let maker_mm = self.maker_mm.clone();
+        let parent =
+            maker_mm.as_ref().and_then(|(of, mm)| Some(ParentMemory { mm, pages: self.pages.get(*of)? }));
         let pages = self.pages.get(index).context("a task without pages")?;
-        let vdso = vdso::plan(mm, pages, own_vdso, reserved.0)?;
+        let vdso = vdso::plan(&mm, pages, own_vdso, reserved.0)?;
         if let vdso::Plan::Foreign { start, end, .. } = &vdso {
             not_within(task, *start, *end)?;
         }
         let id = self.place(index)?.0;
-        let space = Space { pid: task.pid, mm, pages, exe_fd, parent, area: reserved, vdso };
+        let space = Space { pid: task.pid, mm: &mm, pages, exe_fd, parent, area: reserved, vdso };
         let (area, pids) = self.puppets.area_and_pids(id)?;
         let mut spawner = Spawner { threads: &mut self.page_threads, id, area, pids };
         layout::plan(list, &space, &mut (&mut self.files, &self.shared), descriptors, &mut spawner)
@@ -456,7 +484,7 @@ fn plan_first(list: &mut List, gate: &Gate, pidfd: i32) {
 
 /// No thread was stopped inside `[start, end)`, code whose data is gone.
 fn not_within(task: &Task, start: u64, end: u64) -> Result<()> {
-    for (tid, core) in task.tids.iter().zip(&task.cores) {
+    for (tid, core) in task.threads() {
         let ip = core.thread_info.as_ref().map_or(0, |i| i.gpregs.ip);
         ensure!(
             !(start..end).contains(&ip),

@@ -35,10 +35,10 @@ impl Construction<'_> {
         for task in &tasks {
             let label = || format!("final state of task {}", task.pid);
             self.no_strangers(task).with_context(label)?;
-            for (tid, core) in task.tids.iter().zip(&task.cores) {
-                self.queue_signals(task.pid, *tid, core).with_context(label)?;
-                if let Some(call) = self.call_again(on_host(*tid), core).with_context(label)? {
-                    calls.insert(*tid, call);
+            for (tid, core) in task.threads() {
+                self.queue_signals(task.pid, tid, &core).with_context(label)?;
+                if let Some(call) = self.call_again(on_host(tid), &core).with_context(label)? {
+                    calls.insert(tid, call);
                 }
             }
         }
@@ -52,15 +52,16 @@ impl Construction<'_> {
         }
         for task in &tasks {
             let label = || format!("final state of task {}", task.pid);
-            for (tid, core) in task.tids.iter().zip(&task.cores) {
-                let thread = on_host(*tid);
+            for (tid, core) in task.threads() {
+                self.pending_stops.extend(task::pending_stop(&core).map(|stop| (task.pid, tid, stop)));
+                let thread = on_host(tid);
                 if self.puppets.is_within_call(thread) {
                     self.puppets.stop_before_user_code(thread).with_context(label)?;
                 }
-                let mut state = task::final_state(core).with_context(label)?;
-                match calls.get(tid) {
+                let mut state = task::final_state(&core).with_context(label)?;
+                match calls.get(&tid) {
                     Some((call, result)) => call.enter(&mut state.regs, *result),
-                    None => drop(state.enter_call(thread, core)),
+                    None => drop(state.enter_call(thread, &core)),
                 }
                 ptrace::set_regset(thread, ptrace::NT_X86_XSTATE, &state.xstate)
                     .with_context(|| format!("xsave area of thread {tid}"))?;
@@ -120,7 +121,7 @@ impl Construction<'_> {
     /// Sets `dumpable` and unmaps the area.
     fn take_area(&mut self, task: &Task, at: u64, len: u64) -> Result<()> {
         let pid = on_host(task.pid);
-        let dumpable = task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1);
+        let dumpable = task.dumpable;
         let value = task::dumpable_to_set(dumpable)?;
         let prctl = |option: i32, value| [u64::from(option.cast_unsigned()), value, 0, 0, 0, 0];
         let has = self.puppets.bare_call(pid, libc::SYS_prctl, prctl(libc::PR_GET_DUMPABLE, 0))?;

@@ -1,6 +1,8 @@
 //! What the images say about the tree: read, checked, indexed.
 //!
-//! Everything small is read before anything is made; the pages stay where they are.
+//! Everything small is read before anything is made; the pages stay where they are. The messages of a task are decoded anew
+//! each time they are needed, because those of thousands of tasks would take ten times the memory. They come from what has been
+//! read once, not from the images again: somebody might have changed those meanwhile.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
+    kept::Kept,
     sys::pid::NsPid,
 };
 
@@ -37,15 +40,28 @@ pub(super) struct Task {
     /// Thread ids, the leader first.
     pub(super) tids: Vec<NsPid>,
     /// One for each thread, in the same order.
-    pub(super) cores: Vec<pb::CoreEntry>,
+    cores: Vec<Kept<pb::CoreEntry>>,
     pub(super) ids: pb::TaskKobjIdsEntry,
-    pub(super) mm: Option<pb::MmEntry>,
+    mm: Option<Kept<pb::MmEntry>>,
+    pub(super) dumpable: i32,
     pub(super) fs: Option<pb::FsEntry>,
 }
 
 impl Task {
-    pub(super) fn core(&self) -> Result<&pb::CoreEntry> {
-        self.cores.first().with_context(|| format!("core-{}.img has no entry", self.pid))
+    /// The core image of the leader.
+    pub(super) fn core(&self) -> Result<pb::CoreEntry> {
+        let core = self.cores.first().with_context(|| format!("core-{}.img has no entry", self.pid))?;
+        Ok(core.message())
+    }
+
+    /// All threads with their core images, the leader first.
+    pub(super) fn threads(&self) -> impl Iterator<Item = (NsPid, pb::CoreEntry)> + '_ {
+        self.tids.iter().copied().zip(self.cores.iter().map(Kept::message))
+    }
+
+    /// Its address space; `None` for a zombie.
+    pub(super) fn mm(&self) -> Option<pb::MmEntry> {
+        self.mm.as_ref().map(Kept::message)
     }
 
     pub(super) fn is_zombie(&self) -> bool {
@@ -155,17 +171,19 @@ impl Images {
         }
         let mut cores = Vec::with_capacity(tids.len());
         for tid in &tids {
-            let core: pb::CoreEntry = match *tid == pid {
-                true => leader.clone(),
-                false => store.need_one(ImageKind::Core, u64::from(tid.bits()))?,
+            let other;
+            let core: &pb::CoreEntry = if *tid == pid {
+                &leader
+            } else {
+                other = store.need_one(ImageKind::Core, u64::from(tid.bits()))?;
+                &other
             };
             ensure!(
                 core.mtype == pb::core_entry::March::X8664 as i32,
                 "core-{tid}.img is of another architecture"
             );
-            cores.push(core);
+            cores.push(Kept::new(core));
         }
-        let leader = cores.first().context("a task without threads")?;
         let tc = leader.tc.as_ref().with_context(|| format!("core-{pid}.img has no task part"))?;
         let state = match tc.task_state {
             TASK_ALIVE => State::Alive,
@@ -186,11 +204,8 @@ impl Images {
                 None => bail!("ids-{pid}.img is missing"),
             },
         };
-        let (mm, fs) = if alive {
-            (Some(store.need_one(ImageKind::Mm, image)?), store.read_one(ImageKind::Fs, image)?)
-        } else {
-            (None, None)
-        };
+        let mm: Option<pb::MmEntry> = if alive { Some(store.need_one(ImageKind::Mm, image)?) } else { None };
+        let fs = if alive { store.read_one(ImageKind::Fs, image)? } else { None };
         Ok(Task {
             pid,
             ppid: id(entry.ppid, "ppid")?,
@@ -200,7 +215,8 @@ impl Images {
             tids,
             cores,
             ids,
-            mm,
+            dumpable: mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1),
+            mm: mm.as_ref().map(Kept::new),
             fs,
         })
     }

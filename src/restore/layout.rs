@@ -196,7 +196,7 @@ fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<P
         vdso::Plan::Same { at, .. } | vdso::Plan::Foreign { at, .. } => *at,
     };
     list.call(
-        format!("arch_prctl(ARCH_MAP_VDSO_64) at {at:#x}"),
+        "arch_prctl(ARCH_MAP_VDSO_64)",
         libc::SYS_arch_prctl,
         &[ARCH_MAP_VDSO_64.into(), at.into()],
         Want::Ok,

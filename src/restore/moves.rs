@@ -64,7 +64,7 @@ impl Construction<'_> {
             let process = self.forks.processes.get(*other);
             process.is_some_and(|p| p.parent == Some(index) && p.task.is_none())
         };
-        for other in (0..self.forks.processes.len()).filter(helper) {
+        for other in (self.images.tasks.len()..self.forks.processes.len()).filter(helper) {
             let pid = self.pid(other)?;
             let args = [pid.into(), 0u64.into(), libc::__WALL.into(), 0u64.into()];
             list.call(format!("wait4 for helper {pid}"), libc::SYS_wait4, &args, Want::OkRetry);

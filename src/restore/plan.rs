@@ -14,7 +14,7 @@ use crate::{
     sys::pid::HostPid,
     tracee::{
         RemoteAddr,
-        room::{self, Need},
+        room::{self, Need, Used},
     },
 };
 
@@ -62,28 +62,37 @@ fn must_not_be_our_child(root: &Task, images: &Images) -> bool {
         core.thread_core.as_ref().is_some_and(|c| c.pdeath_sig.is_some_and(|signal| signal != 0))
     };
     let stopped = images.tasks.iter().any(|task| task.state == State::Stopped);
-    root.cores.iter().any(asks) || (stopped && root.sid != root.pid)
+    root.threads().any(|(_, core)| asks(&core)) || (stopped && root.sid != root.pid)
 }
 
-/// Where lists are to lie: where no task of the tree will have anything, nor have we. With it the whole range that must be
-/// left alone.
-pub(super) fn place_of_areas(images: &Images) -> Result<(Place, (u64, u64))> {
-    let mms = || images.tasks.iter().filter_map(|task| task.mm.as_ref());
-    let mut used: Vec<(u64, u64)> = mms().flat_map(|mm| mm.vmas.iter().map(|v| (v.start, v.end))).collect();
-    used.extend(crate::tracee::read_maps(HostPid::own())?.iter().map(|v| (v.start, v.end)));
-    let need = Need {
-        mappings: mms().map(|mm| mm.vmas.len() as u64).max().unwrap_or(0),
-        pages: 0,
-        threads: images.tasks.iter().map(|task| task.tids.len() as u64).max().unwrap_or(0),
-    };
-    match room::place(&used, need) {
-        Ok(room::Place { room, at, len }) => {
-            tracing::debug!("lists at {at:#x}");
-            Ok((Place { at: RemoteAddr(at), len: usize::try_from(len)? }, (room, at + len)))
+/// What decides where lists are to lie.
+#[derive(Debug, Default)]
+pub(super) struct Areas {
+    used: Used,
+    need: Need,
+}
+
+impl Areas {
+    /// Adds the address space of a task that has so many threads.
+    pub(super) fn add(&mut self, mm: &pb::MmEntry, threads: usize) {
+        self.used.add(mm.vmas.iter().map(|v| (v.start, v.end)));
+        self.need.mappings = self.need.mappings.max(mm.vmas.len() as u64);
+        self.need.threads = self.need.threads.max(threads as u64);
+    }
+
+    /// Where lists are to lie: where no task of the tree will have anything, nor have we. With it the whole range that must
+    /// be left alone.
+    pub(super) fn place(mut self) -> Result<(Place, (u64, u64))> {
+        self.used.add(crate::tracee::read_maps(HostPid::own())?.iter().map(|v| (v.start, v.end)));
+        match room::place(self.used.ranges(), self.need) {
+            Ok(room::Place { room, at, len }) => {
+                tracing::debug!("lists at {at:#x}");
+                Ok((Place { at: RemoteAddr(at), len: usize::try_from(len)? }, (room, at + len)))
+            }
+            Err(bytes) => bail!(
+                "no address is free in all tasks of the tree: {} MiB are needed, at the same place in each",
+                bytes.div_ceil(1 << 20)
+            ),
         }
-        Err(bytes) => bail!(
-            "no address is free in all tasks of the tree: {} MiB are needed, at the same place in each",
-            bytes.div_ceil(1 << 20)
-        ),
     }
 }

@@ -28,7 +28,10 @@ use crate::{
         wait::Status,
     },
     task::robust_list::{self, SharedBytes},
-    tracee::{Area, CODE_LEN, Failure, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page, procfs},
+    tracee::{
+        Area, CODE_LEN, Failure, KnownNames, List, Memory, Op, Placed, RemoteAddr, TraceError, code_page,
+        procfs,
+    },
 };
 
 const PAGE: usize = 4096;
@@ -80,7 +83,10 @@ struct Member {
     label: String,
     area: AreaId,
     slot: RemoteAddr,
-    lists: Vec<Placed>,
+    /// The first list.
+    start: RemoteAddr,
+    /// The list that it has not come to the end of.
+    list: Option<Placed>,
     doing: Doing,
     end: End,
     /// The area that its maker had, if it comes with a copy of that which is to become its own.
@@ -103,6 +109,8 @@ pub(super) struct Puppets {
     /// Where a list goes on that has failed; at the same place in all areas.
     on_fail: RemoteAddr,
     members: HashMap<HostPid, Member>,
+    /// What lists are called.
+    names: KnownNames,
     /// Process ids, in the order in which they were announced.
     leaders: Vec<HostPid>,
     armed: bool,
@@ -139,6 +147,7 @@ impl Puppets {
             areas: Vec::new(),
             on_fail: place.at,
             members: HashMap::new(),
+            names: KnownNames::default(),
             leaders: Vec::new(),
             armed: true,
             pids,
@@ -219,10 +228,13 @@ impl Puppets {
     ) -> Result<()> {
         let on_fail = self.on_fail;
         let mapped = self.mapped(area)?;
-        let list = mapped.area.place(list)?;
+        let mut list = mapped.area.place(list)?;
         mapped.area.arm(slot, list.start, on_fail)?;
-        let lists = vec![list];
-        let member = Member { label, area, slot, lists, doing: Doing::Expected, end: End::No, copy_of };
+        mapped.area.pack();
+        self.names.share(&mut list);
+        let start = list.start;
+        let list = Some(list);
+        let member = Member { label, area, slot, start, list, doing: Doing::Expected, end: End::No, copy_of };
         ensure!(self.members.insert(tid, member).is_none(), "id {tid} occurs twice");
         Ok(())
     }
@@ -245,8 +257,7 @@ impl Puppets {
     /// Entry point of the runner, and where process `pid` begins: its first list and its slot.
     pub(super) fn entry(&self, pid: HostPid) -> Result<(RemoteAddr, RemoteAddr, RemoteAddr)> {
         let member = self.members.get(&pid).context("nobody to start")?;
-        let first = member.lists.first().context("no list to start with")?;
-        Ok((self.area(member.area)?.runner(), first.start, member.slot))
+        Ok((self.area(member.area)?.runner(), member.start, member.slot))
     }
 
     /// The first process has been cloned from us, and runs.
@@ -263,11 +274,12 @@ impl Puppets {
         let member = self.members.get(&tid).context("a list for nobody")?;
         let (area, slot) = (member.area, member.slot);
         let mapped = self.mapped(area)?;
-        let placed = mapped.area.place(list)?;
+        let mut placed = mapped.area.place(list)?;
         mapped.area.set_next(slot, placed.start)?;
         self.flush(tid)?;
+        self.names.share(&mut placed);
         if let Some(member) = self.members.get_mut(&tid) {
-            member.lists.push(placed);
+            member.list = Some(placed);
         }
         Ok(())
     }
@@ -411,7 +423,7 @@ impl Puppets {
         let first = member.doing == Doing::Expected;
         member.doing = Doing::Running;
         let (area, slot, label) = (member.area, member.slot, member.label.clone());
-        let list = member.lists.first().context("no list to start with")?.start;
+        let list = member.start;
         if let Some(maker) = member.copy_of.take().filter(|_| first) {
             // Until now it has nothing of its own; what its area holds is what its maker's held.
             let len = self.mapped(maker)?.len;
@@ -440,6 +452,7 @@ impl Puppets {
     fn at_end_of_list(&mut self, tid: HostPid) -> Result<bool> {
         let member = self.members.get_mut(&tid).context("nobody at the end of a list")?;
         member.doing = Doing::Waiting;
+        member.list = None;
         Ok(true)
     }
 
@@ -449,7 +462,7 @@ impl Puppets {
         member.doing = Doing::Waiting;
         let (area, slot) = (member.area, member.slot);
         let member = self.members.get(&tid).context("nobody at a trap")?;
-        let lists: Vec<&Placed> = member.lists.iter().collect();
+        let lists: Vec<&Placed> = member.list.iter().collect();
         match self.area(area)?.failure(slot, &lists)? {
             None => bail!("{}: a trap that no list has", member.label),
             Some(failure) => match (&failure.error, failure.chosen_id) {

@@ -11,7 +11,7 @@ use crate::{
         pid::{HostPid, NsPid},
         ptrace,
     },
-    task,
+    task::PendingStop,
     tracee::KillGuard,
 };
 
@@ -47,21 +47,18 @@ impl Construction<'_> {
             if stop_all && task.state != State::Stopped {
                 note(crate::sys::task::kill(on_host(task.pid), libc::SIGSTOP), "stop of task", task.pid);
             }
-            // It could not be queued before, since nothing blocks it.
-            for (tid, core) in task.tids.iter().zip(&task.cores) {
-                match task::pending_stop(core) {
-                    Some(task::PendingStop::Process) => note(
-                        crate::sys::task::kill(on_host(task.pid), libc::SIGSTOP),
-                        "pending SIGSTOP of",
-                        task.pid,
-                    ),
-                    Some(task::PendingStop::Thread) => note(
-                        crate::sys::task::tgkill(on_host(task.pid), on_host(*tid), libc::SIGSTOP),
-                        "pending SIGSTOP of thread",
-                        *tid,
-                    ),
-                    None => {}
+        }
+        // They could not be queued before, since nothing blocks them.
+        for &(pid, tid, stop) in &self.pending_stops {
+            match stop {
+                PendingStop::Process => {
+                    note(crate::sys::task::kill(on_host(pid), libc::SIGSTOP), "pending SIGSTOP of", pid);
                 }
+                PendingStop::Thread => note(
+                    crate::sys::task::tgkill(on_host(pid), on_host(tid), libc::SIGSTOP),
+                    "pending SIGSTOP of thread",
+                    tid,
+                ),
             }
         }
         for tid in self.alive().flat_map(|t| t.tids.iter().rev()) {

@@ -24,21 +24,10 @@ pub(super) struct SharedObjects {
 }
 
 impl SharedObjects {
-    /// Makes the anonymous shared memory that the areas of `mms` map, as large as the furthest of them.
-    pub(super) fn make<'m>(store: &dyn Store, mms: impl Iterator<Item = &'m pb::MmEntry>) -> Result<Self> {
-        let mut wanted: HashMap<u64, Wanted> = HashMap::new();
-        for vma in mms.flat_map(|mm| &mm.vmas) {
-            if vma.status & super::layout::status::ANON_SHARED != 0 {
-                let end =
-                    vma.pgoff.checked_add(vma.end - vma.start).context("shared mapping out of range")?;
-                let object = wanted.entry(vma.shmid).or_default();
-                object.end = object.end.max(end);
-                object.bytes = object.bytes.or(vma.object_bytes);
-                object.huge |= vma.flags & HUGE_BITS;
-            }
-        }
+    /// Makes the anonymous shared memory that areas map, as large as the furthest of them.
+    pub(super) fn make(store: &dyn Store, wanted: WantedObjects) -> Result<Self> {
         let mut objects = HashMap::new();
-        for (shmid, Wanted { end, bytes, huge }) in wanted {
+        for (shmid, Wanted { end, bytes, huge }) in wanted.0 {
             let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?.unwrap_or_default();
             // Where no area says how long it is, its end may still be mapped by nobody any more.
             let size = bytes.unwrap_or_else(|| end.max(pages.end()));
@@ -57,6 +46,27 @@ impl SharedObjects {
     pub(super) fn get(&self, shmid: u64) -> Result<i32> {
         let fd = self.objects.get(&shmid).with_context(|| format!("no shared memory {shmid}"))?;
         Ok(fd.as_raw_fd())
+    }
+}
+
+/// The anonymous shared memory that the areas of tasks map.
+#[derive(Debug, Default)]
+pub(super) struct WantedObjects(HashMap<u64, Wanted>);
+
+impl WantedObjects {
+    /// Adds what a task has mapped.
+    pub(super) fn add(&mut self, mm: &pb::MmEntry) -> Result<()> {
+        for vma in &mm.vmas {
+            if vma.status & super::layout::status::ANON_SHARED != 0 {
+                let end =
+                    vma.pgoff.checked_add(vma.end - vma.start).context("shared mapping out of range")?;
+                let object = self.0.entry(vma.shmid).or_default();
+                object.end = object.end.max(end);
+                object.bytes = object.bytes.or(vma.object_bytes);
+                object.huge |= vma.flags & HUGE_BITS;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -136,8 +136,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Checks seccomp.img. `processes` are pids with the core images of all their threads.
-    pub fn new(entry: &pb::SeccompEntry, processes: &[(NsPid, Vec<&pb::CoreEntry>)]) -> Result<Self> {
+    /// Checks seccomp.img.
+    pub fn new(entry: &pb::SeccompEntry) -> Result<Self> {
         let mut filters = Vec::with_capacity(entry.seccomp_filters.len());
         for (index, f) in entry.seccomp_filters.iter().enumerate() {
             let bad = |what: &str| TaskError::image(format!("seccomp filter {index}: {what}"));
@@ -155,19 +155,25 @@ impl Plan {
                 .map(|p| usize::try_from(p).ok().filter(|p| *p < index).ok_or(bad("no earlier filter")));
             filters.push((f.filter.clone(), prev.transpose()?, flags));
         }
-        let mut plan = Self { filters, synchronised: Vec::new() };
-        for (pid, cores) in processes {
-            let threads: Vec<_> = cores.iter().filter_map(|core| core.thread_core.as_deref()).collect();
-            for thread in &threads {
-                plan.chain(thread)?;
-            }
-            let oldest = |t: &&pb::ThreadCoreEntry| (t.seccomp_mode(), t.seccomp_filter);
-            let same = threads.windows(2).all(|pair| oldest(&pair[0]) == oldest(&pair[1]));
-            if same && threads.len() > 1 && threads[0].seccomp_mode() == pb::SeccompMode::Filter {
-                plan.synchronised.push(*pid);
-            }
+        Ok(Self { filters, synchronised: Vec::new() })
+    }
+
+    /// Checks the filters of a process, whose threads have the core images `cores`.
+    pub fn process<'c>(
+        &mut self,
+        pid: NsPid,
+        cores: impl IntoIterator<Item = &'c pb::CoreEntry>,
+    ) -> Result<()> {
+        let threads: Vec<_> = cores.into_iter().filter_map(|core| core.thread_core.as_deref()).collect();
+        for thread in &threads {
+            self.chain(thread)?;
         }
-        Ok(plan)
+        let oldest = |t: &&pb::ThreadCoreEntry| (t.seccomp_mode(), t.seccomp_filter);
+        let same = threads.windows(2).all(|pair| oldest(&pair[0]) == oldest(&pair[1]));
+        if same && threads.len() > 1 && threads[0].seccomp_mode() == pb::SeccompMode::Filter {
+            self.synchronised.push(pid);
+        }
+        Ok(())
     }
 
     /// Filters of a thread, oldest first.
@@ -255,12 +261,14 @@ mod tests {
     fn chains_end() {
         let entry = pb::SeccompEntry { seccomp_filters: vec![filter(None), filter(Some(0))] };
         let (a, b) = (core(1), core(1));
-        let plan = Plan::new(&entry, &[(NsPid::new(5), vec![&a, &b]), (NsPid::new(6), vec![&a])]).unwrap();
+        let mut plan = Plan::new(&entry).unwrap();
+        plan.process(NsPid::new(5), [&a, &b]).unwrap();
+        plan.process(NsPid::new(6), [&a]).unwrap();
         assert_eq!(plan.synchronised, [NsPid::new(5)]);
         assert_eq!(plan.chain(a.thread_core.as_ref().unwrap()).unwrap().len(), 2);
         for bad in [vec![filter(Some(0))], vec![filter(None), filter(Some(1))], vec![filter(Some(7))]] {
-            assert!(Plan::new(&pb::SeccompEntry { seccomp_filters: bad }, &[]).is_err());
+            assert!(Plan::new(&pb::SeccompEntry { seccomp_filters: bad }).is_err());
         }
-        assert!(Plan::new(&entry, &[(NsPid::new(5), vec![&core(2)])]).is_err());
+        assert!(plan.process(NsPid::new(7), [&core(2)]).is_err());
     }
 }

@@ -89,7 +89,8 @@ fn carry_with(supervisor: &Supervisor, setup: impl FnOnce(&Target, &mut List)) -
         timer.notify_thread_id = timer.notify_thread_id.map(|_| to.pid().get());
     }
     let pid = NsPid::new(to.pid().get());
-    let seccomp = seccomp::Plan::new(&filters, &[(pid, vec![&image])]).unwrap();
+    let mut seccomp = seccomp::Plan::new(&filters).unwrap();
+    seccomp.process(pid, [&image]).unwrap();
     let plan = ThreadPlan { core: &image, pid, tid: pid, seccomp: &seccomp, supervisor };
     let mut list = List::new("restore");
     plan_process_early(&before, supervisor, &mut list).unwrap();
@@ -517,7 +518,8 @@ fn damaged_images_are_planned_or_refused() {
     let mut attempt = |core: &pb::CoreEntry, filters: &pb::SeccompEntry| {
         let planned = (|| {
             final_state(core)?;
-            let seccomp = seccomp::Plan::new(filters, &[(NsPid::new(1), vec![core])])?;
+            let mut seccomp = seccomp::Plan::new(filters)?;
+            seccomp.process(NsPid::new(1), [core])?;
             let plan = ThreadPlan {
                 core,
                 pid: NsPid::new(1),

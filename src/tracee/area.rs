@@ -9,17 +9,24 @@
 //! What is read back is what the target says of itself, and as little to be trusted as an image.
 
 use std::{
+    collections::HashSet,
     mem::{offset_of, size_of},
     sync::Arc,
 };
 
-use super::{CallId, Data, List, RemoteAddr, RemoteMemory, TraceError, list::ChosenId};
-use crate::sys::{
-    Errno,
-    mapping::Mapping,
-    pid::{HostPid, NsPid},
-    pod, process_vm,
-    runner::{self, Entry, Slot, flag},
+use super::{
+    CallId, Data, List, RemoteAddr, RemoteMemory, TraceError,
+    list::{ChosenId, Names},
+};
+use crate::{
+    kept::Packed,
+    sys::{
+        Errno,
+        mapping::Mapping,
+        pid::{HostPid, NsPid},
+        pod, process_vm,
+        runner::{self, Entry, Slot, flag},
+    },
 };
 
 const PAGE: usize = 4096;
@@ -27,6 +34,9 @@ const PAGE: usize = 4096;
 pub(crate) const CODE_LEN: usize = PAGE;
 /// Collected at most before it is written.
 const FLUSH_AT: usize = 1 << 20;
+/// Longer ones are not packed: who adds to them would wait for that each time.
+const PACK_MAX: usize = 64 << 10;
+const ARCH_MAP_VDSO_64: u64 = 0x2003;
 /// Calls whose first arguments are a range.
 const RANGED: [i64; 5] =
     [libc::SYS_mmap, libc::SYS_munmap, libc::SYS_mprotect, libc::SYS_madvise, libc::SYS_mlock2];
@@ -104,6 +114,8 @@ pub struct Area {
     memory: Option<Memory>,
     /// What has been written to `[next - buffer.len(), next)` and not yet to the target.
     buffer: Vec<u8>,
+    /// The buffer, as long as nobody writes to it.
+    packed: Option<Packed>,
 }
 
 /// A list that has its place in an area.
@@ -115,8 +127,22 @@ pub struct Placed {
     /// Its data lie before its entries.
     data: RemoteAddr,
     label: String,
-    names: Arc<Vec<std::borrow::Cow<'static, str>>>,
+    names: Arc<Names>,
     clones: Arc<Vec<ChosenId>>,
+}
+
+/// What the calls of lists are named in errors, kept once for all lists that are alike.
+#[derive(Debug, Default)]
+pub(crate) struct KnownNames(HashSet<Arc<Names>>);
+
+impl KnownNames {
+    /// Lets `placed` have its names in common with others.
+    pub(crate) fn share(&mut self, placed: &mut Placed) {
+        match self.0.get(&placed.names) {
+            Some(names) => placed.names = Arc::clone(names),
+            None => drop(self.0.insert(Arc::clone(&placed.names))),
+        }
+    }
 }
 
 /// A call that did not return what it must.
@@ -136,13 +162,13 @@ impl Area {
     /// An area of `len` bytes at `remote` in an address space that will be there later (see [`Self::attach`]). Its code
     /// page is written by somebody else.
     pub(crate) fn planned(remote: RemoteAddr, len: usize) -> Self {
-        Self { remote, len, next: CODE_LEN, memory: None, buffer: Vec::new() }
+        Self { remote, len, next: CODE_LEN, memory: None, buffer: Vec::new(), packed: None }
     }
 
     /// An area with its code page, written when it is flushed.
     pub(crate) fn with_code(remote: RemoteAddr, len: usize, memory: Memory) -> Self {
         let buffer = code_page(remote, len);
-        Self { remote, len, next: CODE_LEN, memory: Some(memory), buffer }
+        Self { remote, len, next: CODE_LEN, memory: Some(memory), buffer, packed: None }
     }
 
     /// Says how the area is reached, once its address space is there.
@@ -196,6 +222,7 @@ impl Area {
 
     /// Hands out `len` zero bytes, aligned to `align` (a power of two, at most a page).
     pub(crate) fn alloc(&mut self, len: usize, align: usize) -> Result<RemoteAddr, TraceError> {
+        self.unpack();
         // What is not mapped yet cannot be written; of an injection all is.
         if self.buffer.len() > FLUSH_AT && matches!(self.memory, Some(Memory::File(_))) {
             self.flush()?;
@@ -210,6 +237,7 @@ impl Area {
 
     /// Writes at an address that was handed out.
     pub(crate) fn write(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
+        self.unpack();
         let from = offset(self.remote, at)?;
         let buffered = self.next - self.buffer.len();
         match from.checked_sub(buffered) {
@@ -223,8 +251,22 @@ impl Area {
         }
     }
 
+    /// What has been written has to wait until its address space is there, among that of many others.
+    pub(crate) fn pack(&mut self) {
+        if self.memory.is_none() && !self.buffer.is_empty() && self.buffer.len() <= PACK_MAX {
+            self.packed = Some(Packed::new(&std::mem::take(&mut self.buffer)));
+        }
+    }
+
+    fn unpack(&mut self) {
+        if let Some(packed) = self.packed.take() {
+            self.buffer = packed.bytes();
+        }
+    }
+
     /// Brings what has been written to the target.
     pub(crate) fn flush(&mut self) -> Result<(), TraceError> {
+        self.unpack();
         if !self.buffer.is_empty() {
             let at = self.remote.plus((self.next - self.buffer.len()) as u64);
             self.memory()?.write(self.remote, at, &self.buffer)?;
@@ -324,7 +366,7 @@ impl Area {
             }
             let index = usize::try_from((at.0 - placed.start.0) / size).unwrap_or(0);
             let entry: Entry = self.value(at)?;
-            let mut name = placed.names.get(index).map(ToString::to_string).unwrap_or_default();
+            let mut name = placed.names.of(index).to_owned();
             // Lists have these by the thousand, so their names do not say where.
             if RANGED.contains(&entry.op) {
                 let [at, len, ..] = entry.args;
@@ -333,6 +375,9 @@ impl Area {
             match entry.op {
                 libc::SYS_pidfd_getfd if entry.flags & flag::EQUAL != 0 => {
                     name = format!("{name} as {}", entry.expect);
+                }
+                libc::SYS_arch_prctl if entry.args[0] == ARCH_MAP_VDSO_64 => {
+                    name = format!("{name} at {:#x}", entry.args[1]);
                 }
                 libc::SYS_rt_sigaction => name = format!("{name} of signal {}", entry.args[0]),
                 libc::SYS_fcntl => name = format!("{name} of descriptor {}", entry.args[0]),
@@ -412,8 +457,10 @@ mod tests {
         let call = list.call("getpid", libc::SYS_getpid, &[word.into()], Want::Ok);
         let placed = area.place(&list).unwrap();
         let slot = area.slot().unwrap();
+        area.pack();
         area.arm(slot, placed.start, RemoteAddr(1)).unwrap();
         assert!(area.flush().is_err(), "nobody to flush to");
+        area.pack();
         area.attach(Memory::Own(map));
         area.flush().unwrap();
         area.set_next(slot, RemoteAddr(2)).unwrap();

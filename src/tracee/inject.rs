@@ -34,6 +34,7 @@ use super::{
 };
 use crate::{
     arch::{registers, sigframe, xsave},
+    kept::Packed,
     proc::{
         maps::{self, Vma, VmaName},
         status::Status as TaskStatus,
@@ -55,31 +56,24 @@ const ALL_BLOCKED: u64 = u64::MAX;
 /// stack or its code from under it would kill it. What it runs is short; one that takes longer than this hangs.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// The xsave area of a thread, without the zeros at its end: it has 11 KiB where a processor has AMX, most threads use less
-/// than 3 KiB of it, and a dump keeps it for every thread of a tree.
+/// The xsave area of a thread: it has 11 KiB where a processor has AMX, most of them zeros, and a dump keeps it for every
+/// thread of a tree.
 #[derive(Debug, Clone)]
-pub struct Xstate {
-    used: Vec<u8>,
-    len: usize,
-}
+pub struct Xstate(Packed);
 
 impl Xstate {
     fn new(whole: &[u8]) -> Self {
-        let zeros = whole.iter().rev().take_while(|byte| **byte == 0).count();
-        let used = whole.get(..whole.len() - zeros).unwrap_or_default().to_vec();
-        Self { used, len: whole.len() }
+        Self(Packed::new(whole))
     }
 
     /// Its length, zeros included.
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 
     /// All of it.
     pub(crate) fn whole(&self) -> Vec<u8> {
-        let mut whole = self.used.clone();
-        whole.resize(self.len, 0);
-        whole
+        self.0.bytes()
     }
 }
 

@@ -168,13 +168,33 @@ pub struct List {
     pub(super) label: Cow<'static, str>,
     /// As they will lie in the target, but for what moves.
     pub(super) entries: Vec<Entry>,
-    /// One for each entry. Lists have tens of thousands of them, so whoever places a list shares them.
-    pub(super) names: Arc<Vec<Cow<'static, str>>>,
+    /// Whoever places a list shares them.
+    pub(super) names: Arc<Names>,
     moved: Vec<Moved>,
     pub(super) blob: Vec<u8>,
     /// Words in the blob that hold addresses of other data: (where, what).
     pub(super) pointers: Vec<(u64, u64)>,
     pub(super) clones: Vec<ChosenId>,
+}
+
+/// What the entries of a list are called. Lists have tens of thousands of entries, most of them of the same names.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(super) struct Names {
+    /// Each with the first entry that has it, if the one before has another.
+    runs: Vec<(usize, Cow<'static, str>)>,
+}
+
+impl Names {
+    fn push(&mut self, entry: usize, name: Cow<'static, str>) {
+        if self.runs.last().is_none_or(|(_, last)| *last != name) {
+            self.runs.push((entry, name));
+        }
+    }
+
+    pub(super) fn of(&self, entry: usize) -> &str {
+        let behind = self.runs.partition_point(|(first, _)| *first <= entry);
+        behind.checked_sub(1).and_then(|at| self.runs.get(at)).map_or("", |(_, name)| name)
+    }
 }
 
 /// A clone3 of a list that asks for an id.
@@ -274,7 +294,7 @@ impl List {
             };
             self.moved.extend(base.map(|base| Moved { entry: self.entries.len(), arg: index, base }));
         }
-        Arc::make_mut(&mut self.names).push(name);
+        Arc::make_mut(&mut self.names).push(self.entries.len(), name);
         self.entries.push(Entry { op, args: values, flags, expect, child_slot, result: 0 });
     }
 
@@ -374,7 +394,8 @@ impl List {
         use std::fmt::Write;
         let mut text = String::new();
         let mut moved = self.moved.iter().peekable();
-        for (index, (entry, name)) in self.entries.iter().zip(self.names.iter()).enumerate() {
+        for (index, entry) in self.entries.iter().enumerate() {
+            let name = self.names.of(index);
             let _ = write!(text, "{} {index}: {name} op {} (", self.label, entry.op);
             for (arg, value) in entry.args.iter().enumerate() {
                 let base = match moved.next_if(|moved| (moved.entry, moved.arg) == (index, arg)) {

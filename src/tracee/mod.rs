@@ -59,7 +59,7 @@ pub(crate) mod vdso;
 
 pub use addr::RemoteAddr;
 pub use area::{Area, Failure, Placed, Results};
-pub(crate) use area::{CODE_LEN, Memory, code_page};
+pub(crate) use area::{CODE_LEN, KnownNames, Memory, code_page};
 pub use gadget::GadgetCache;
 use gadget::Gadgets;
 pub use inject::{Injection, Thread};

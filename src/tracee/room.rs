@@ -63,6 +63,26 @@ pub(crate) struct Place {
     pub(crate) len: u64,
 }
 
+/// What the tasks of a tree use. Areas lie side by side mostly, and are one range then: trees have very many.
+#[derive(Debug, Default)]
+pub(crate) struct Used(Vec<(u64, u64)>);
+
+impl Used {
+    /// Adds the areas of a task.
+    pub(crate) fn add(&mut self, areas: impl IntoIterator<Item = (u64, u64)>) {
+        for (start, end) in areas {
+            match self.0.last_mut() {
+                Some((_, last)) if *last == start => *last = end.max(start),
+                _ => self.0.push((start, end)),
+            }
+        }
+    }
+
+    pub(crate) fn ranges(&self) -> &[(u64, u64)] {
+        &self.0
+    }
+}
+
 /// Place for the area of a restore, free in all of `used`, as long as can be. `Err` with the bytes that are needed.
 pub(crate) fn place(used: &[(u64, u64)], need: Need) -> Result<Place, u64> {
     let least = need.bytes();
@@ -87,6 +107,14 @@ mod tests {
         let at = free(vec![(0x40_0000, 0x50_0000), (0x7000_0000_0000, 0x7fff_0000_0000)], 1 << 30).unwrap();
         assert!(at > 0x50_0000 && at + (1 << 30) < 0x7000_0000_0000);
         assert_eq!(free(vec![(0, TASK_SIZE)], PAGE), None);
+    }
+
+    #[test]
+    fn areas_side_by_side_are_one_range() {
+        let mut used = Used::default();
+        used.add([(0x1000, 0x2000), (0x2000, 0x3000), (0x5000, 0x6000)]);
+        used.add([(0x1000, 0x4000)]);
+        assert_eq!(used.ranges(), [(0x1000, 0x3000), (0x5000, 0x6000), (0x1000, 0x4000)]);
     }
 
     #[test]
