@@ -89,6 +89,12 @@ impl FileKind for Pipe {
         let dumped = cx.state::<Dumped>();
         let met = dumped.pipes.entry(pipe_id).or_default();
         if !met.read && !met.write {
+            if sys::pipe::has_watch_queue(file) {
+                return Err(FileError::unsupported(
+                    "it is a notification pipe (O_NOTIFICATION_PIPE): what it watches cannot be read",
+                    "",
+                ));
+            }
             met.other_end = has_other_end(file, access)?;
         }
         met.read |= access != WRITE;

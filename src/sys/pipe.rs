@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use super::{Result, ret, ret_int};
+use super::{Errno, Result, ret, ret_int};
 
 /// pipe2(flags): read end, write end.
 pub fn pipe2(flags: i32) -> Result<(OwnedFd, OwnedFd)> {
@@ -23,6 +23,16 @@ pub fn capacity(fd: BorrowedFd<'_>) -> Result<u32> {
 pub fn set_capacity(fd: BorrowedFd<'_>, bytes: u32) -> Result<u32> {
     // SAFETY: no pointers.
     ret_int(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETPIPE_SZ, bytes) }).map(i32::cast_unsigned)
+}
+
+/// Whether the kernel puts notifications into the pipe (O_NOTIFICATION_PIPE), from `linux/watch_queue.h`.
+pub fn has_watch_queue(fd: BorrowedFd<'_>) -> bool {
+    const IOC_WATCH_QUEUE_SET_SIZE: libc::Ioctl = 0x5760;
+    // A queue for no notification is refused; before that the kernel says ENODEV where there is none, or ENOTTY where it
+    // was built without.
+    // SAFETY: no pointers.
+    let answer = ret_int(unsafe { libc::ioctl(fd.as_raw_fd(), IOC_WATCH_QUEUE_SET_SIZE, 0) });
+    matches!(answer, Err(Errno::EINVAL | Errno::EBUSY))
 }
 
 /// FIONREAD: bytes that can be read (pipes, ttys, inotify).
