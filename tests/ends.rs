@@ -48,6 +48,7 @@ static CASES: &[Case] = &[
     ("pid_taken", pid_taken),
     ("pids_of_sessions_that_end", pids_of_sessions_that_end),
     ("restores_at_once", restores_at_once),
+    ("memory_for_many_processes", memory_for_many_processes),
 ];
 
 fn main() -> std::process::ExitCode {
@@ -68,7 +69,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// Counts until there is a file `end`, then ends with 7. A file `split` makes it leave an orphan
-/// in its session and one in that of a child, a file `grow` have 100 MB. First it closes what the harness may have left open.
+/// in its session and one in that of a child, a file `grow` have 100 MB, a file `many` 400 children. First it closes what the harness may have left open.
 const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
     for ((i = 0; ; i++)); do
         echo $i >>count
@@ -81,6 +82,10 @@ const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval 
         if [ -e grow ]; then
             printf -v large '%*s' 100000000 x
             rm grow
+        fi
+        if [ -e many ]; then
+            for ((child = 0; child < 400; child++)); do sleep 1000 & done
+            rm many
         fi
         sleep 0.02
     done";
@@ -493,6 +498,45 @@ fn log_per_pid(work: &Work) {
 }
 
 /// A restore beside the living original names who has the pid, and leaves it alone.
+/// Killed when dropped.
+struct Children(i32);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        let _ = kill_children(self.0, Signal::SIGKILL);
+    }
+}
+
+/// What crtool knows of each process does not take much memory.
+fn memory_for_many_processes(work: &Work) {
+    const PROCESSES: u64 = 400;
+    const MOST_FOR_EACH: u64 = 12 << 10;
+    let script = work.script(
+        "echo $CRTOOLS_SCRIPT_ACTION $(grep VmHWM: /proc/$PPID/status) >>peak.$CRTOOLS_SCRIPT_ACTION",
+    );
+    let script = ["-W", ".", "--action-script", &script];
+    let round = || {
+        ok(&work.dump(&[&["--timeout", "60"], &script[..]].concat()));
+        wait_for("the pid to be free", || work.stat().is_none());
+        ok(&work.crtool(&[&["restore", "-d"], &script[..]].concat()));
+        work.moves();
+    };
+    round();
+    let _children = Children(work.pid);
+    fs::write(work.path("many"), "").expect("a word to the workload");
+    wait_for("the children", || !work.path("many").exists());
+    round();
+    for action in ["post-dump", "post-resume"] {
+        let text = fs::read_to_string(work.path(&format!("peak.{action}"))).expect("peaks");
+        let peaks: Vec<u64> =
+            text.lines().map(|line| line.split(' ').nth(2).expect(line).parse().expect(line)).collect();
+        let [one, many] = peaks[..] else { panic!("{text}") };
+        let each = (many.saturating_sub(one) << 10) / PROCESSES;
+        println!("{action}: {one} KiB for one process, {each} bytes more for each of {PROCESSES}");
+        assert!(each < MOST_FOR_EACH, "{action}: {each} bytes for each process; in all {one} and {many} KiB");
+    }
+}
+
 fn pid_taken(work: &Work) {
     ok(&work.dump(&["-R"]));
     failed(&work.crtool(&["restore", "-d"]), &format!("pid {} is taken by bash", work.pid));
