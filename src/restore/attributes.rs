@@ -146,6 +146,20 @@ impl Construction<'_> {
         Ok(())
     }
 
+    /// All stages of all tasks, for nobody.
+    #[cfg(feature = "internals")]
+    pub(super) fn rehearse_attributes(&mut self) -> Result<()> {
+        for stage in STAGES {
+            for index in 0..self.images.tasks.len() {
+                let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
+                let mut list = List::new(format!("restore of {}", task.pid));
+                self.plan_stage(stage, index, task, &mut list)?;
+                log_list(&list);
+            }
+        }
+        Ok(())
+    }
+
     fn thread_plan<'a>(&'a self, task: &Task, tid: NsPid, core: &'a pb::CoreEntry) -> task::ThreadPlan<'a> {
         task::ThreadPlan { core, pid: task.pid, tid, seccomp: &self.seccomp, supervisor: &self.supervisor }
     }

@@ -73,6 +73,26 @@ impl Construction<'_> {
         Ok(())
     }
 
+    /// What can be told of it without any task.
+    #[cfg(feature = "internals")]
+    pub(super) fn rehearse_final_state(&self) -> Result<()> {
+        for task in self.alive() {
+            for core in &task.cores {
+                for (info, _) in task::pending_signals(core)? {
+                    let _ = task::signal_of(&info);
+                }
+                let mut state = task::final_state(core)?;
+                if let Some(call) = task::call::again(core, self.supervisor.elapsed()?)? {
+                    let memory = u64::from(call.memory().is_some());
+                    let _ = (call.number(), call.arguments(memory));
+                    call.enter(&mut state.regs, 0);
+                }
+            }
+            let _ = task::dumpable_to_set(task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1))?;
+        }
+        Ok(())
+    }
+
     /// No thread is there but those of the images: nobody executes anything in the area any more. Threads that filled memory
     /// are through with it, and need a moment to vanish.
     fn no_strangers(&self, task: &Task) -> Result<()> {

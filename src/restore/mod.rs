@@ -27,6 +27,8 @@ mod page_threads;
 mod pid_allocator;
 mod plan;
 mod puppets;
+#[cfg(feature = "internals")]
+mod rehearsal;
 mod release;
 mod shared;
 mod uffd_copy;
@@ -40,6 +42,8 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use nix::unistd::Pid;
 
+#[cfg(feature = "internals")]
+pub use self::rehearsal::rehearse;
 use self::{
     clocks::TreeClocks,
     create::Construction,

@@ -4,7 +4,8 @@
 //! A mutation is made from a seed and its number alone, so each can be made again:
 //! - `HOSTILE_SEED` (1 if not given) and `HOSTILE_FIRST` (0) say which comes first,
 //! - `HOSTILE_COUNT` (100) how many there are, `HOSTILE_SECONDS` for how long at most,
-//! - `ATTACKS_KEEP=1` prints the counts and keeps the directory.
+//! - `ATTACKS_KEEP=1` prints the counts and keeps the directory,
+//! - `HOSTILE_IMAGES=DIR` copies the images of the tree there, for fuzz targets, and changes nothing.
 
 use std::{
     collections::BTreeMap,
@@ -546,6 +547,13 @@ pub fn one_thing_changed(site: &Site) -> Verdict {
     }
     names.retain(|name| !name.starts_with("stats"));
     names.sort();
+    if let Some(seeds) = env::var_os("HOSTILE_IMAGES").map(PathBuf::from) {
+        fs::create_dir_all(&seeds).map_err(io)?;
+        for name in &names {
+            fs::copy(pristine.join(name), seeds.join(name)).map_err(io)?;
+        }
+        return Ok(());
+    }
     let edges = Edges::new(&pids, &victim);
     let watched = [outside, tree_dir, PathBuf::from("/dev/shm"), pristine.clone()];
     // In memory, because they are copied over and over.
