@@ -75,6 +75,9 @@ fn enclose() {
     assert!(!here.starts_with("/tmp"), "the fuzz target hides /tmp");
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
     mount(Some(here), here, none, MsFlags::MS_BIND, none).expect("bind");
+    // By its name, since the descriptor of it is of the mount below.
+    let current = std::env::current_dir().expect("current directory");
+    std::env::set_current_dir(current).expect("current directory");
     for at in mounts.lines().filter_map(|line| line.split(' ').nth(4)) {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         if let Err(error) = mount(none, at, none, flags, none) {
@@ -255,7 +258,12 @@ impl Store for Snapshot {
 struct Choice<'b, 'u> {
     base: &'b Base,
     input: Unstructured<'u>,
+    /// Something has been multiplied; once is enough.
+    many: bool,
 }
+
+/// Most bytes of what is multiplied, as JSON.
+const MOST_BYTES: usize = 1 << 20;
 
 impl Choice<'_, '_> {
     fn byte(&mut self) -> usize {
@@ -296,7 +304,7 @@ impl Choice<'_, '_> {
                 String::from_utf8(bytes).unwrap_or_default()
             }
             1 if old.is_ascii() => old[..self.below(old.len() + 1) / 4 * 4].to_owned(),
-            2 => old.repeat(1 + self.byte() % 16),
+            2 if old.len() < 1 << 16 => old.repeat(1 + self.byte() % 16),
             _ => {
                 let nth = self.below(self.base.texts.len());
                 self.base.texts.get(nth).cloned().unwrap_or_default()
@@ -351,7 +359,8 @@ impl Choice<'_, '_> {
                     let Some(field) = message.fields().nth(nth) else { return };
                     let mut new = self.new_field(&field.kind(), 0);
                     if field.cardinality() == Cardinality::Repeated {
-                        let many = [0, 1, 2, 16, 64, 1000][self.byte() % 6];
+                        let most = if std::mem::replace(&mut self.many, true) { 2 } else { 1000 };
+                        let many = [0, 1, 2, 16, 64, 1000][self.byte() % 6].min(most);
                         new = Value::Array(vec![new; many]);
                     }
                     members.insert(field.name().to_owned(), new);
@@ -366,7 +375,10 @@ impl Choice<'_, '_> {
                 match (nth - list.len(), list.get(which).cloned()) {
                     (0, Some(_)) => drop(list.remove(which)),
                     (1, Some(item)) => list.insert(self.below(list.len()), item),
-                    (2, Some(item)) => list.extend(vec![item; [1, 3, 30, 300, 3000][self.byte() % 5]]),
+                    (2, Some(item)) if !std::mem::replace(&mut self.many, true) => {
+                        let most = MOST_BYTES / item.to_string().len().max(1);
+                        list.extend(vec![item; [1, 3, 30, 300, 3000][self.byte() % 5].min(most)]);
+                    }
                     (3, _) => list.reverse(),
                     (4, Some(_)) => {
                         let other = self.below(list.len());
@@ -444,7 +456,7 @@ fn changed(base: &Base, choice: &mut Choice<'_, '_>) -> Snapshot {
 
 fuzz_target!(|input: &[u8]| {
     let base = BASE.get_or_init(base);
-    let mut choice = Choice { base, input: Unstructured::new(input) };
+    let mut choice = Choice { base, input: Unstructured::new(input), many: false };
     let settings = settings(u8::try_from(choice.byte()).unwrap_or(0));
     let snapshot = changed(base, &mut choice);
     let outcome = restore::rehearse(&snapshot, &settings);

@@ -336,8 +336,11 @@ fn by_name(view: &View, found: &Stat, entry: &pb::RegFileEntry) -> Result<Option
     if flags & libc::O_NOFOLLOW == 0 || !matches!(found.kind(), libc::S_IFREG | libc::S_IFDIR) {
         return Ok(None);
     }
-    // What has the name by now may be a fifo, which must not keep us waiting.
-    let how = OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let mut how = OFlag::from_bits_retain(flags) | OFlag::O_CLOEXEC;
+    if flags & libc::O_PATH == 0 {
+        // What has the name by now may be a fifo, which must not keep us waiting.
+        how |= OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    }
     let Ok(fd) = view.open_by_name(&entry.name, how) else { return Ok(None) };
     if !stat(&fd, entry)?.same_file(found) {
         return Ok(None);

@@ -10,7 +10,7 @@
 use std::{
     collections::HashMap,
     ffi::CString,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     rc::Rc,
 };
 
@@ -18,7 +18,7 @@ use nix::{
     fcntl::{AT_FDCWD, AtFlags},
     sys::{
         stat::{fstat, fstatat, lstat},
-        statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+        statfs::{OVERLAYFS_SUPER_MAGIC, Statfs, fstatfs},
     },
     unistd::{AccessFlags, UnlinkatFlags, faccessat, linkat, unlinkat},
 };
@@ -197,9 +197,32 @@ fn dead_task(fd: &FdView<'_>, path: &[u8]) -> Option<HostPid> {
     (on_proc && lstat(format!("/proc/{pid}").as_str()) == Err(Errno::ENOENT)).then_some(pid)
 }
 
+/// Whether the place of a deleted file is on the file system of the file, where it is made again. Another one may be mounted over it,
+/// or its own may have been unmounted, which leaves a path that begins at the root of what was mounted.
+fn is_on_its_file_system(cx: &DumpCx<'_>, fd: &FdView<'_>) -> Result<bool, FileError> {
+    let path = fd.link.strip_suffix(DELETED).unwrap_or(fd.link);
+    let (dir, ..) = cx.view()?.nearest(path).map_err(FileError::name("look for the place of", path))?;
+    let there = fstat(&dir).map_err(FileError::path("stat the directory of", path))?;
+    if there.st_dev == fd.stat.dev {
+        return Ok(true);
+    }
+    // Files of overlayfs may show a device of their layer.
+    let of =
+        |object: BorrowedFd<'_>| fstatfs(object).map_err(FileError::path("look at the file system of", path));
+    let (there, own) = (of(dir.as_fd())?, of(fd.file()?)?);
+    let overlay = |fs: &Statfs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC;
+    Ok(overlay(&there) && overlay(&own) && there.filesystem_id() == own.filesystem_id())
+}
+
 /// The ghost of the file, made when it was not there yet.
 fn ghost(cx: &mut DumpCx<'_>, fd: &FdView<'_>) -> Result<u32, FileError> {
     let key = (fd.stat.dev, fd.stat.ino);
+    if !is_on_its_file_system(cx, fd)? {
+        return Err(FileError::unsupported(
+            "it is deleted, and its file system is not the one that is found at its place",
+            "it may be mounted over, or unmounted; close the file",
+        ));
+    }
     if let Some(id) = cx.state::<Remaps>().ghosts.get(&key) {
         return Ok(*id);
     }

@@ -113,27 +113,27 @@ fn change() {
     sys::rest()
 }
 
-pub fn shared_there(site: &Site) -> Verdict {
+pub fn shared_there(site: &mut Site) -> Verdict {
     overwritten(site, "shared", Instead::There)
 }
 
-pub fn shared_elsewhere(site: &Site) -> Verdict {
+pub fn shared_elsewhere(site: &mut Site) -> Verdict {
     overwritten(site, "shared", Instead::Elsewhere)
 }
 
-pub fn private_there(site: &Site) -> Verdict {
+pub fn private_there(site: &mut Site) -> Verdict {
     overwritten(site, "private", Instead::There)
 }
 
-pub fn private_elsewhere(site: &Site) -> Verdict {
+pub fn private_elsewhere(site: &mut Site) -> Verdict {
     overwritten(site, "private", Instead::Elsewhere)
 }
 
-pub fn together_there(site: &Site) -> Verdict {
+pub fn together_there(site: &mut Site) -> Verdict {
     overwritten(site, "together", Instead::There)
 }
 
-pub fn together_elsewhere(site: &Site) -> Verdict {
+pub fn together_elsewhere(site: &mut Site) -> Verdict {
     overwritten(site, "together", Instead::Elsewhere)
 }
 
@@ -147,7 +147,7 @@ fn overwritten(site: &Site, how: &str, instead: Instead) -> Verdict {
 }
 
 /// Code that never makes the call: the dump ends in time.
-pub fn endless(site: &Site) -> Verdict {
+pub fn endless(site: &mut Site) -> Verdict {
     let begin = std::time::Instant::now();
     let run = attack(site, "private", Instead::Nothing, "")?;
     run.ended_well()?;
@@ -158,7 +158,7 @@ pub fn endless(site: &Site) -> Verdict {
 }
 
 /// A program in a sandbox, which a dump suspends, does not leave it by code that somebody else in the sandbox changes.
-pub fn sandbox(site: &Site) -> Verdict {
+pub fn sandbox(site: &mut Site) -> Verdict {
     fs::write(site.path("sandbox"), "").map_err(|e| e.to_string())?;
     let run = attack(site, "together", Instead::Directory, "")?;
     run.ended_well()?;

@@ -126,17 +126,17 @@ pub fn bystander() -> ExitCode {
 static ALL: u64 = u64::MAX;
 
 /// Numbers that look random, always the same.
-struct Numbers(u64);
+pub struct Numbers(u64);
 
 impl Numbers {
-    fn new(seed: u64, number: u64) -> Self {
+    pub fn new(seed: u64, number: u64) -> Self {
         let mut numbers =
             Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd134_2543_de82_ef95));
         numbers.next();
         numbers
     }
 
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -144,11 +144,11 @@ impl Numbers {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, limit: usize) -> usize {
+    pub fn below(&mut self, limit: usize) -> usize {
         usize::try_from(self.next() % limit.max(1) as u64).unwrap_or(0)
     }
 
-    fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+    pub fn one_of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
         &all[self.below(all.len())]
     }
 }
@@ -517,13 +517,20 @@ fn tried(site: &Site, bystander: i32, watched: &[PathBuf], stop: bool) -> (bool,
     (restored, wrong)
 }
 
-fn wanted(name: &str, otherwise: u64) -> u64 {
+pub fn wanted(name: &str, otherwise: u64) -> u64 {
     env::var(name).ok().and_then(|word| word.parse().ok()).unwrap_or(otherwise)
 }
 
 /// Every change: restored, or refused.
-pub fn one_thing_changed(site: &Site) -> Verdict {
+pub fn one_thing_changed(site: &mut Site) -> Verdict {
     let io = |e: std::io::Error| e.to_string();
+    let seeds = env::var_os("HOSTILE_IMAGES").map(PathBuf::from);
+    if let Some(seeds) = &seeds {
+        // The images are good for as long as the program stays what it is.
+        let program = seeds.with_extension("program");
+        fs::create_dir_all(seeds).and_then(|()| fs::copy(&site.program, &program)).map_err(io)?;
+        site.program = program;
+    }
     let (tree_dir, outside) = (site.path("tree"), site.path("outside"));
     for dir in [&tree_dir, &outside] {
         fs::create_dir(dir).map_err(io)?;
@@ -547,8 +554,7 @@ pub fn one_thing_changed(site: &Site) -> Verdict {
     }
     names.retain(|name| !name.starts_with("stats"));
     names.sort();
-    if let Some(seeds) = env::var_os("HOSTILE_IMAGES").map(PathBuf::from) {
-        fs::create_dir_all(&seeds).map_err(io)?;
+    if let Some(seeds) = seeds {
         for name in &names {
             fs::copy(pristine.join(name), seeds.join(name)).map_err(io)?;
         }

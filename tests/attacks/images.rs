@@ -9,7 +9,7 @@ use crate::site::{NOBODY, Site, Verdict, clear, fail, others};
 
 /// Whatever of a snapshot somebody else owns or may write, it is refused, and no task is made; with `--no-owner-check` it is
 /// taken.
-pub fn of_somebody_else(site: &Site) -> Verdict {
+pub fn of_somebody_else(site: &mut Site) -> Verdict {
     let mut tree = site.play("bare", "1")?;
     site.dumped(&mut tree)?;
     let images = site.path("images");

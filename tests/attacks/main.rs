@@ -11,6 +11,7 @@ mod sys;
 mod gadget;
 mod hostile;
 mod images;
+mod mounts;
 mod neighbours;
 mod roles;
 mod site;
@@ -31,7 +32,7 @@ use nix::{
 
 use site::{Site, Trouble, Verdict};
 
-type Run = fn(&Site) -> Verdict;
+type Run = fn(&mut Site) -> Verdict;
 
 /// Every trial.
 const TRIALS: &[(&str, Run)] = &[
@@ -49,6 +50,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("restore_of_a_task_that_may_queue_no_signals", neighbours::no_queue),
     ("restore_of_tables_that_are_shared", tables::shapes),
     ("restore_with_a_thread_that_is_held_at_its_end", threads::held),
+    ("trees_on_mounts_of_any_kind", mounts::any),
     ("images_that_belong_to_somebody_else", images::of_somebody_else),
     ("images_with_one_thing_changed", hostile::one_thing_changed),
 ];
@@ -120,7 +122,7 @@ fn init(name: &str) -> ExitCode {
 
 fn play(name: &str) -> ExitCode {
     let &(_, run) = TRIALS.iter().find(|(n, ..)| *n == name).expect("a trial of the table");
-    let verdict = run(&Site::new(site::dir()));
+    let verdict = run(&mut Site::new(site::dir()));
     match verdict {
         Ok(()) => ExitCode::SUCCESS,
         Err(Trouble::Skip(why)) => {

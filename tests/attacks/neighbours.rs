@@ -23,7 +23,7 @@ use crate::{
 const TRIES: usize = 25;
 
 /// A SIGTRAP of a neighbour is not the end of what a task does to become what it was: it would keep all rights.
-pub fn traps(site: &Site) -> Verdict {
+pub fn traps(site: &mut Site) -> Verdict {
     let mut tree = site.play("mixed", "0")?;
     let pids = others();
     let before = rights(&pids);
@@ -65,7 +65,7 @@ pub fn traps(site: &Site) -> Verdict {
 }
 
 /// Signals of a task to itself come without saying from whom, when its user has no room for that. Others of the user take it.
-pub fn no_queue(site: &Site) -> Verdict {
+pub fn no_queue(site: &mut Site) -> Verdict {
     let mut tree = site.play("no-queue", "")?;
     let pids = others();
     let before = rights(&pids);
@@ -75,11 +75,11 @@ pub fn no_queue(site: &Site) -> Verdict {
     if differ.is_empty() { Ok(()) } else { fail(differ) }
 }
 
-pub fn user(site: &Site) -> Verdict {
+pub fn user(site: &mut Site) -> Verdict {
     beside(site, "mixed", "40", Rights::User(NOBODY), 0)
 }
 
-pub fn bare_root(site: &Site) -> Verdict {
+pub fn bare_root(site: &mut Site) -> Verdict {
     beside(site, "bare", "6", Rights::BareRoot, NOBODY)
 }
 

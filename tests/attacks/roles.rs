@@ -17,6 +17,7 @@ pub fn main(role: &str) -> ExitCode {
         "large" => crate::threads::large(),
         "tree" => crate::hostile::tree(),
         "bystander" => crate::hostile::bystander(),
+        "mounts" => crate::mounts::tree(),
         "gadget" => crate::gadget::main(),
         _ => panic!("no role {role}"),
     }

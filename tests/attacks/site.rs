@@ -50,6 +50,8 @@ pub fn fail<T>(text: impl Into<String>) -> Result<T, Trouble> {
 pub struct Site {
     pub dir: PathBuf,
     tool: PathBuf,
+    /// Who plays the parts: this program.
+    pub program: PathBuf,
 }
 
 /// A run of crtool that has ended.
@@ -73,7 +75,8 @@ impl Site {
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o711)).expect("permissions");
         let tool =
             env::var_os("ATTACKS_TOOL").map_or_else(|| env!("CARGO_BIN_EXE_crtool").into(), PathBuf::from);
-        let site = Self { dir, tool };
+        let program = env::current_exe().expect("own path");
+        let site = Self { dir, tool, program };
         fs::create_dir(site.path("images")).expect("directory for images");
         site
     }
@@ -93,7 +96,7 @@ impl Site {
     /// Starts a part of [`crate::roles`], with a word for it.
     pub fn play(&self, role: &str, word: &str) -> Result<Player, Trouble> {
         let said = fs::File::create(self.path(&format!("{role}.out"))).map_err(|e| e.to_string())?;
-        let child = Command::new(env::current_exe().map_err(|e| e.to_string())?)
+        let child = Command::new(&self.program)
             .env_clear()
             .env("ATTACKS_ROLE", role)
             .env("ATTACKS_WORD", word)
@@ -250,7 +253,7 @@ pub fn others() -> Vec<i32> {
 }
 
 /// Whether all threads of a process wait in pause(2), or it has ended.
-fn at_rest(pid: i32) -> bool {
+pub fn at_rest(pid: i32) -> bool {
     let pause = format!("{} ", libc::SYS_pause);
     let rests = |tid: &i32| {
         fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))

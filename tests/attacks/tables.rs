@@ -20,7 +20,7 @@ const SHAPES: [&str; 7] = [
 ];
 
 /// For every shape: a restore gives exactly the descriptors that there were, or the dump says that it cannot.
-pub fn shapes(site: &Site) -> Verdict {
+pub fn shapes(site: &mut Site) -> Verdict {
     let mut wrong = String::new();
     let mut made = 0;
     for shape in SHAPES {

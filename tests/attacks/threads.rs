@@ -27,7 +27,7 @@ const HELD: Duration = Duration::from_millis(400);
 const TRIES: usize = 10;
 
 /// A restore is over when they are gone, and not before: they execute code that is unmapped then.
-pub fn held(site: &Site) -> Verdict {
+pub fn held(site: &mut Site) -> Verdict {
     if thread::available_parallelism().map_or(1, std::num::NonZero::get) < 2 {
         return Err(Trouble::Skip("helping threads are made with two processors".into()));
     }

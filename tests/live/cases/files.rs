@@ -161,6 +161,7 @@ fn file_flags(gate: &Gate) {
         libc::O_WRONLY | libc::O_DSYNC,
         libc::O_RDONLY | libc::O_NOATIME,
         libc::O_RDONLY | libc::O_NOFOLLOW,
+        libc::O_PATH | libc::O_NOFOLLOW,
         libc::O_RDWR | libc::O_DIRECT,
         libc::O_RDONLY | libc::O_LARGEFILE,
     ];
