@@ -263,7 +263,7 @@ struct Choice<'b, 'u> {
 }
 
 /// Most bytes of what is multiplied, as JSON.
-const MOST_BYTES: usize = 1 << 20;
+const MOST_BYTES: usize = 1 << 17;
 
 impl Choice<'_, '_> {
     fn byte(&mut self) -> usize {

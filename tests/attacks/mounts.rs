@@ -5,7 +5,7 @@
 //! files of others, new flags of mounts and of file systems, mounts over mounts, mounts that are taken away while files on
 //! them are open, modes, names that go and come; and between all that it opens, maps, locks and watches files, changes its
 //! directories, and makes children that go on in the same way. Each tree can be made again:
-//! - `MOUNTS_SEED` (1 if not given) is the first seed, `MOUNTS_COUNT` (40) says how many there are,
+//! - `MOUNTS_SEED` (1 if not given) is the first seed, `MOUNTS_COUNT` (30) says how many there are,
 //! - `ATTACKS_KEEP=1` prints the counts, and why dumps were refused.
 
 use std::{
@@ -17,6 +17,7 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::{Duration, Instant},
 };
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -418,9 +419,10 @@ pub fn tree() -> ExitCode {
     maker.work(true)
 }
 
-/// A path without the number of the inode, by which files that never had a name are shown.
+/// A path; of a deleted file only that it is one, because its name may have been taken, or be that of another mount, and a file that
+/// never had a name shows the number of its inode.
 fn plain(path: &str) -> String {
-    path.split_once('#').map_or(path, |(before, _)| before).to_owned()
+    if path.ends_with(" (deleted)") { "(deleted)".to_owned() } else { path.to_owned() }
 }
 
 /// What can be seen of the tree: directories, programs, descriptors, mappings.
@@ -439,8 +441,16 @@ fn picture() -> BTreeMap<String, String> {
             let stat = stat.map(|stat| (stat.dev(), format!("{:o}", stat.mode()), stat.size()));
             let info = fs::read_to_string(dir.join(format!("fdinfo/{fd}"))).unwrap_or_default();
             // The same file may be there on another mount; inodes of deleted files are new ones, locks are listed with them.
-            let info: String = info.lines().take(2).collect();
-            all.insert(format!("{pid} fd {fd}"), format!("{} {info} {:?}", link(&name), stat.ok()));
+            let value = |name: &str| {
+                let line = info.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap_or_default().trim().to_owned()
+            };
+            let link = link(&name);
+            // Only opening by name gives O_NOFOLLOW.
+            let lost = if link == "(deleted)" { libc::O_NOFOLLOW } else { 0 };
+            let flags = i32::from_str_radix(&value("flags:"), 8).unwrap_or(0) & !lost;
+            let link = format!("{link} {} {flags:#o}", value("pos:"));
+            all.insert(format!("{pid} fd {fd}"), format!("{link} {:?}", stat.ok()));
         }
         let maps = fs::read_to_string(dir.join("maps")).unwrap_or_default();
         for line in maps.lines().filter(|line| line.contains(" /")) {
@@ -490,7 +500,7 @@ fn unmount(dir: &Path) -> Verdict {
 
 /// Trees on mounts of any kind.
 pub fn any(site: &mut Site) -> Verdict {
-    let (seed, count) = (wanted("MOUNTS_SEED", 1), wanted("MOUNTS_COUNT", 40));
+    let (seed, count) = (wanted("MOUNTS_SEED", 1), wanted("MOUNTS_COUNT", 30));
     let (mut restored, mut wrong, mut found) = (0, String::new(), 0);
     let mut reasons: BTreeMap<String, u64> = BTreeMap::new();
     let dir = site.path("odd");
@@ -500,6 +510,7 @@ pub fn any(site: &mut Site) -> Verdict {
         sys!(SYS_mount, name.as_ptr(), text(dir).as_ptr(), kind.as_ptr(), 0, data.as_ptr())
     };
     for seed in seed..seed.saturating_add(count) {
+        let begun = Instant::now();
         base(&dir).map_err(|errno| format!("tmpfs: error {errno}"))?;
         site.fresh_images();
         let mut random = Numbers::new(seed, 5);
@@ -547,6 +558,9 @@ pub fn any(site: &mut Site) -> Verdict {
         drop(tree);
         until("the tree is gone", || others().into_iter().all(|pid| state(pid) == '-'))?;
         unmount(&dir)?;
+        if begun.elapsed() > Duration::from_secs(5) {
+            println!("MOUNTS_SEED={seed} takes {:?}", begun.elapsed());
+        }
         if found >= 10 {
             break;
         }
