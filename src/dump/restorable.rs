@@ -4,22 +4,28 @@
 //! every dump. What depends on this host (its limits, ids that others have) stops a dump that is going to be restored here, and is
 //! a warning when the images go to another one. Files have their own checks ([`crate::files`]).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
-use nix::unistd::{Pid, getpgrp, getsid};
+use nix::unistd::{Pid, getpgid, getpgrp, getsid};
 
 use super::collect::Collected;
 use crate::{
     finding::Finding,
     image::pb,
     mem::{KeptSpace, pkeys, vma},
-    proc::limits::{self, Limit},
+    proc::{
+        limits::{self, Limit},
+        stat::State,
+    },
     process_tree::{
         self, ForkPlan, Listed, Outside, Sharing,
         ids::{in_tree, on_host},
     },
-    settings::DumpSettings,
+    settings::{DumpSettings, Leave},
     sys::pid::{HostPid, NsPid},
     task::{self, Supervisor, TaskError, seccomp},
     tracee::{
@@ -30,12 +36,12 @@ use crate::{
 
 /// Adds what stands in the way of a restore to the findings of `collected`.
 pub(super) fn check(collected: &mut Collected<'_>, settings: &DumpSettings) -> Result<()> {
-    let mut checks = Checks { findings: Vec::new(), host: Vec::new() };
+    let mut checks = Checks { findings: Vec::new(), host: Vec::new(), ends: settings.leave == Leave::Killed };
     if let Some(forks) = checks.forks(collected)? {
-        checks.ids_of_the_dead(&forks, collected)?;
+        checks.ids_of_leaders(&forks, collected)?;
     }
     checks.tasks(collected)?;
-    let Checks { findings, host } = checks;
+    let Checks { findings, host, .. } = checks;
     collected.findings.extend(findings);
     if settings.remote.is_none() {
         collected.findings.extend(host);
@@ -52,6 +58,26 @@ struct Checks {
     findings: Vec<Finding>,
     /// About this host.
     host: Vec<Finding>,
+    /// The tree is going to be ended.
+    ends: bool,
+}
+
+/// How long a process that has ended may be listed: until its parent gets a processor.
+const REAP_PATIENCE: Duration = Duration::from_millis(300);
+
+/// The id of those that are `taken` which process `pid` has, or is in a session or group of.
+fn held_by(pid: HostPid, taken: &dyn Fn(&HostPid) -> bool) -> Option<HostPid> {
+    let begun = Instant::now();
+    loop {
+        let of = Some(Pid::from_raw(pid.get()));
+        let ids = [of, getsid(of).ok(), getpgid(of).ok()];
+        let id = ids.into_iter().flatten().map(|id| HostPid::new(id.as_raw())).find(taken)?;
+        let ended = procfs::stat(pid).is_ok_and(|stat| matches!(stat.state, State::Zombie | State::Dead));
+        if !ended || begun.elapsed() > REAP_PATIENCE {
+            return Some(id);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 fn finding(pid: HostPid, what: impl Into<String>, reason: impl Into<String>, hint: &str) -> Finding {
@@ -120,13 +146,11 @@ impl Checks {
         }
     }
 
-    /// Ids of dead leaders of sessions and groups: helpers must have them, and whoever is outside of the tree and in such
-    /// a session or group keeps the id taken.
-    fn ids_of_the_dead(&mut self, forks: &ForkPlan, collected: &Collected<'_>) -> Result<()> {
-        let ids: BTreeSet<HostPid> = forks.ids_of_the_dead().map(on_host).collect();
-        if ids.is_empty() {
-            return Ok(());
-        }
+    /// Ids of sessions and groups, which somebody outside of the tree who is in such a one keeps taken: those of dead leaders, which
+    /// helpers must have, and those of the tree itself once it has ended (its orphans that init has adopted, the other end of
+    /// a pipeline).
+    fn ids_of_leaders(&mut self, forks: &ForkPlan, collected: &Collected<'_>) -> Result<()> {
+        let dead: BTreeSet<HostPid> = forks.ids_of_the_dead().map(on_host).collect();
         let inside: BTreeSet<HostPid> = collected.pstree.iter().map(pid_of).collect();
         let root = collected.pstree.first().map_or(HostPid::NONE, pid_of);
         for entry in std::fs::read_dir("/proc").context("list of processes")?.flatten() {
@@ -137,19 +161,30 @@ impl Checks {
             if inside.contains(&pid) {
                 continue;
             }
+            let taken = |id: &HostPid| dead.contains(id) || inside.contains(id);
+            let Some(id) = held_by(pid, &taken) else { continue };
             // Who ends meanwhile is in nobody's way.
             let Ok(stat) = procfs::stat(pid) else { continue };
-            let id = [pid, stat.session, stat.pgrp].into_iter().find(|id| ids.contains(id));
-            if let Some(id) = id {
-                let name = String::from_utf8_lossy(&stat.comm).into_owned();
+            let name = String::from_utf8_lossy(&stat.comm).into_owned();
+            let what = format!("session or process group {id}");
+            if dead.contains(&id) {
                 let reason = format!(
                     "it is that of a leader outside of the tree; process {pid} ({name}) keeps it taken, so that the tasks \
                      which are in it could not be restored here"
                 );
                 let hint = "end that process first, or dump a tree that holds it";
-                self.host.push(finding(root, format!("session or process group {id}"), reason, hint));
-                break;
+                self.host.push(finding(root, what, reason, hint));
+            } else if self.ends {
+                let reason = format!(
+                    "process {pid} ({name}) is in it and outside of the tree, and would keep the id of task {id} taken when \
+                     the tree has ended, so that it could not be restored here"
+                );
+                let hint = "end that process first, or dump a tree that holds it";
+                self.host.push(finding(id, what, reason, hint));
+            } else {
+                continue;
             }
+            break;
         }
         Ok(())
     }

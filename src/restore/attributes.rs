@@ -153,7 +153,8 @@ impl Construction<'_> {
             for index in 0..self.images.tasks.len() {
                 let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
                 let mut list = List::new(format!("restore of {}", task.pid));
-                self.plan_stage(stage, index, task, &mut list)?;
+                let images = (task.core()?, task.mm().context("no mm image")?);
+                self.plan_stage(stage, index, task, &images, &mut list)?;
                 log_list(&list);
             }
         }

@@ -77,18 +77,18 @@ impl Construction<'_> {
     #[cfg(feature = "internals")]
     pub(super) fn rehearse_final_state(&self) -> Result<()> {
         for task in self.alive() {
-            for core in &task.cores {
-                for (info, _) in task::pending_signals(core)? {
+            for (_, core) in task.threads() {
+                for (info, _) in task::pending_signals(&core)? {
                     let _ = task::signal_of(&info);
                 }
-                let mut state = task::final_state(core)?;
-                if let Some(call) = task::call::again(core, self.supervisor.elapsed()?)? {
+                let mut state = task::final_state(&core)?;
+                if let Some(call) = task::call::again(&core, self.supervisor.elapsed()?)? {
                     let memory = u64::from(call.memory().is_some());
                     let _ = (call.number(), call.arguments(memory));
                     call.enter(&mut state.regs, 0);
                 }
             }
-            let _ = task::dumpable_to_set(task.mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1))?;
+            let _ = task::dumpable_to_set(task.dumpable)?;
         }
         Ok(())
     }

@@ -31,6 +31,9 @@ pub const CASES: &[Case] = &[
     Case::new("stopped_root", stopped_root).peer_loses(&["ShdPnd"]),
     Case::new("subreaper", subreaper),
     Case::new("orphans_at_subreaper", orphans_at_subreaper),
+    Case::new("orphan_outside", orphan_outside)
+        .refused("is in it and outside of the tree|end that process first")
+        .only_plain(),
     Case::new("shared_fd_table", shared_fd_table),
     Case::new("shared_fs", shared_fs).peer_fails("refuses tasks that share their fs"),
     Case::new("shared_handlers", shared_handlers).peer_fails("refuses tasks that share their memory"),
@@ -482,6 +485,21 @@ fn orphans_at_subreaper(gate: &Gate) {
     for _ in 0..2 {
         assert_eq!(sys::waitpid(-1, 0).expect("an orphan").1, 0);
     }
+}
+
+/// Init has adopted a task that is still in the session of the tree: that keeps the id of the root taken.
+fn orphan_outside(gate: &Gate) {
+    let orphan = sys::shared(4096);
+    let middle = fork(|| {
+        let pid = fork(|| {
+            sys::nap(Duration::from_secs(1000));
+        });
+        sys::atomic(orphan.at(0)).store(u64::from(pid.cast_unsigned()), Ordering::SeqCst);
+    });
+    join(middle);
+    let orphan = i32::try_from(sys::atomic(orphan.at(0)).load(Ordering::SeqCst)).expect("a pid");
+    gate.ready();
+    sys::kill(orphan, libc::SIGKILL);
 }
 
 fn shared_fd_table(gate: &Gate) {
