@@ -19,7 +19,7 @@ use crate::{
     mem::{KeptSpace, pkeys, vma},
     proc::{
         limits::{self, Limit},
-        stat::State,
+        stat::{Stat, State},
     },
     process_tree::{
         self, ForkPlan, Listed, Outside, Sharing,
@@ -78,6 +78,22 @@ fn held_by(pid: HostPid, taken: &dyn Fn(&HostPid) -> bool) -> Option<HostPid> {
         }
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Whether somebody of the tree is a forefather of the process with this `stat`.
+fn descends(stat: &Stat, inside: &BTreeSet<HostPid>) -> bool {
+    let mut parent = stat.ppid;
+    // Ids may be used again while they are followed, so the chain might have no end.
+    for _ in 0..4096 {
+        if inside.contains(&parent) {
+            return true;
+        }
+        match procfs::stat(parent) {
+            Ok(stat) if parent > HostPid::NONE => parent = stat.ppid,
+            _ => return false,
+        }
+    }
+    false
 }
 
 fn finding(pid: HostPid, what: impl Into<String>, reason: impl Into<String>, hint: &str) -> Finding {
@@ -163,8 +179,11 @@ impl Checks {
             }
             let taken = |id: &HostPid| dead.contains(id) || inside.contains(id);
             let Some(id) = held_by(pid, &taken) else { continue };
-            // Who ends meanwhile is in nobody's way.
+            // Who ends meanwhile is in nobody's way; nor is who is in the tree, and was made since a running one was looked at.
             let Ok(stat) = procfs::stat(pid) else { continue };
+            if descends(&stat, &inside) {
+                continue;
+            }
             let name = String::from_utf8_lossy(&stat.comm).into_owned();
             let what = format!("session or process group {id}");
             if dead.contains(&id) {
