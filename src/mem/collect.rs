@@ -24,7 +24,7 @@ use crate::kept::Kept;
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{self, Smap, VmFlags};
 use crate::proc::{auxv, stat};
-use crate::{deadline, sys::pid::HostPid};
+use crate::{deadline, sys::fd::read_proc, sys::pid::HostPid};
 
 /// A task whose address space is to be saved; what only others know of it.
 #[derive(Debug, Clone)]
@@ -179,7 +179,7 @@ pub fn collect(
 }
 
 fn read(tid: HostPid, file: &str) -> Result<Vec<u8>, MemError> {
-    fs::read(format!("/proc/{tid}/{file}")).map_err(|source| MemError::Proc {
+    read_proc(&format!("/proc/{tid}/{file}")).map_err(|source| MemError::Proc {
         pid: tid,
         file: file.to_owned(),
         source,

@@ -79,6 +79,28 @@ pub fn unsent(fd: BorrowedFd<'_>) -> Result<u32> {
     Ok(bytes.cast_unsigned())
 }
 
+/// All of a file of /proc. These have no length, and most of them less than a page: std would ask for the length, and begin
+/// with 32 bytes.
+pub fn read_proc(path: &str) -> std::io::Result<Vec<u8>> {
+    use std::io::{ErrorKind, Read};
+    let mut file = std::fs::File::open(path)?;
+    let mut bytes = vec![0; 4096];
+    let mut len = 0;
+    loop {
+        match file.read(bytes.get_mut(len..).unwrap_or_default()) {
+            Ok(0) => break,
+            Ok(read) => len += read,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+        if len == bytes.len() {
+            bytes.resize(2 * len, 0);
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use std::{

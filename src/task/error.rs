@@ -3,7 +3,7 @@
 use crate::{
     mem::MemError,
     proc::ParseError,
-    sys::{Errno, pid::HostPid},
+    sys::{Errno, fd, pid::HostPid},
     tracee::TraceError,
 };
 
@@ -91,7 +91,7 @@ pub type Result<T> = std::result::Result<T, TaskError>;
 
 /// Reads a file of /proc about task `tid`.
 pub(super) fn read_proc(tid: HostPid, path: String) -> Result<Vec<u8>> {
-    std::fs::read(&path).map_err(|source| match source.raw_os_error() {
+    fd::read_proc(&path).map_err(|source| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) if !std::path::Path::new(&format!("/proc/{tid}")).exists() => {
             TaskError::Vanished(tid)
         }

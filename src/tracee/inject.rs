@@ -41,6 +41,7 @@ use crate::{
     },
     sys::{
         Errno,
+        fd::read_proc,
         pid::{HostPid, NsPid},
         ptrace,
         runner::Slot,
@@ -153,7 +154,7 @@ enum KeptStop {
 }
 
 fn proc_bytes(path: String) -> Result<Vec<u8>, TraceError> {
-    std::fs::read(&path).map_err(|source| TraceError::Proc { path, source })
+    read_proc(&path).map_err(|source| TraceError::Proc { path, source })
 }
 
 /// Reads /proc/TID/maps.

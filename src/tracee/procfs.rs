@@ -10,7 +10,7 @@ use crate::{
         children,
         stat::{self, Stat},
     },
-    sys::pid::HostPid,
+    sys::{fd::read_proc, pid::HostPid},
 };
 
 /// /proc/PID/stat.
@@ -24,7 +24,7 @@ pub(crate) fn thread_stat(pid: HostPid, tid: HostPid) -> Result<Stat, TraceError
 }
 
 fn stat_at(path: String) -> Result<Stat, TraceError> {
-    let text = fs::read(&path).map_err(|source| TraceError::Proc { path, source })?;
+    let text = read_proc(&path).map_err(|source| TraceError::Proc { path, source })?;
     Ok(stat::parse(&text)?)
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn tids(pid: HostPid) -> Vec<HostPid> {
 pub(crate) fn children(pid: HostPid, tids: impl IntoIterator<Item = HostPid>) -> Vec<HostPid> {
     let mut all = Vec::new();
     for tid in tids {
-        if let Ok(bytes) = fs::read(format!("/proc/{pid}/task/{tid}/children"))
+        if let Ok(bytes) = read_proc(&format!("/proc/{pid}/task/{tid}/children"))
             && let Ok(pids) = children::parse(&bytes)
         {
             all.extend(pids.into_iter().map(HostPid::new));
