@@ -6,7 +6,7 @@
 //!
 //! What is kept here comes from crtool itself, decoded and checked, not from an image.
 
-use std::marker::PhantomData;
+use std::{borrow::Cow, marker::PhantomData};
 
 use prost::Message;
 
@@ -22,12 +22,26 @@ pub(crate) struct Packed {
 
 impl Packed {
     pub(crate) fn new(bytes: &[u8]) -> Self {
+        let mut this = Self::without_zeros(bytes);
+        this.compress();
+        this
+    }
+
+    /// Not compressed, but without the zeros at the end.
+    pub(crate) fn without_zeros(bytes: &[u8]) -> Self {
         let zeros = bytes.iter().rev().take_while(|byte| **byte == 0).count();
         let used = bytes.get(..bytes.len() - zeros).unwrap_or_default();
-        let block = lz4_flex::block::compress(used);
-        // A copy, because a block has been given room for the worst case.
-        let kept = if block.len() < used.len() { &block[..] } else { used };
-        Self { bytes: kept.into(), used: used.len(), len: bytes.len() }
+        Self { bytes: used.into(), used: used.len(), len: bytes.len() }
+    }
+
+    pub(crate) fn compress(&mut self) {
+        if self.bytes.len() == self.used {
+            let block = lz4_flex::block::compress(&self.bytes);
+            if block.len() < self.used {
+                // A copy, because a block has been given room for the worst case.
+                self.bytes = block[..].into();
+            }
+        }
     }
 
     /// How many there are.
@@ -48,21 +62,55 @@ impl Packed {
     }
 }
 
-/// A message, encoded and compressed.
-pub(crate) struct Kept<M> {
-    encoded: Packed,
-    message: PhantomData<fn() -> M>,
+/// In what form messages are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    AsIs,
+    Packed,
 }
 
-impl<M: Message + Default> Kept<M> {
-    pub(crate) fn new(message: &M) -> Self {
-        Self { encoded: Packed::new(&message.encode_to_vec()), message: PhantomData }
+impl Form {
+    /// Those of a tree of so many threads, of all its processes together.
+    pub(crate) fn of_tree(threads: usize) -> Self {
+        if threads > MANY { Self::Packed } else { Self::AsIs }
+    }
+}
+
+/// What is known of so many threads, or of fewer, is kept as it is: that takes some megabytes at most, and less time.
+const MANY: usize = 700;
+
+/// A message that waits.
+pub(crate) enum Kept<M> {
+    AsIs(M),
+    /// Encoded.
+    Packed(Packed, PhantomData<fn() -> M>),
+}
+
+impl<M: Message + Default + Clone> Kept<M> {
+    pub(crate) fn new(message: M, form: Form) -> Self {
+        match form {
+            Form::AsIs => Self::AsIs(message),
+            Form::Packed => Self::Packed(Packed::new(&message.encode_to_vec()), PhantomData),
+        }
     }
 
-    /// Decodes it.
-    pub(crate) fn message(&self) -> M {
-        M::decode(&self.encoded.bytes()[..]).expect("a message that was encoded here")
+    pub(crate) fn message(&self) -> Cow<'_, M> {
+        match self {
+            Self::AsIs(message) => Cow::Borrowed(message),
+            Self::Packed(packed, _) => Cow::Owned(decoded(packed)),
+        }
     }
+
+    pub(crate) fn into_message(self) -> M {
+        match self {
+            Self::AsIs(message) => message,
+            Self::Packed(packed, _) => decoded(&packed),
+        }
+    }
+}
+
+fn decoded<M: Message + Default>(packed: &Packed) -> M {
+    M::decode(&packed.bytes()[..]).expect("a message that was encoded here")
 }
 
 impl<M> std::fmt::Debug for Kept<M> {
@@ -103,7 +151,12 @@ mod tests {
         let sigactions = vec![pb::SaEntry { mask: u64::MAX, ..Default::default() }; 64];
         let tc = pb::TaskCoreEntry { sigactions, blk_sigset_extended: Some(0), ..Default::default() };
         let core = pb::CoreEntry { tc: Some(Box::new(tc)), mtype: 1, ..Default::default() };
-        assert_eq!(Kept::new(&core).message(), core);
-        assert_eq!(Kept::new(&pb::CoreEntry::default()).message(), pb::CoreEntry::default());
+        for form in [Form::of_tree(1), Form::of_tree(100_000)] {
+            for core in [&core, &pb::CoreEntry::default()] {
+                let kept = Kept::new(core.clone(), form);
+                assert_eq!(kept.message().as_ref(), core);
+                assert_eq!(&kept.into_message(), core);
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::{
     deadline::{Deadline, Limit},
     finding::Finding,
     image::MemStore,
+    kept::Form,
     settings::DumpSettings,
     sys::{pid::HostPid, ticker::Ticker},
     tracee::{procfs, silent::FrozenGroups},
@@ -30,7 +31,9 @@ pub fn check_tree(settings: &DumpSettings) -> Result<Vec<Finding>> {
     let store = MemStore::new();
     let mut collected = Collected::new(&store, settings, Source::Running);
     let mut groups = FrozenGroups::default();
-    for pid in procfs::walk(root) {
+    let pids = procfs::walk(root);
+    collected.form = Form::of_tree(pids.len());
+    for pid in pids {
         let held = ticker.busy(|| Process::hold(pid, &mut groups, &check));
         let Some(mut process) = held.context("stop of a task")? else { continue };
         if pid == root {

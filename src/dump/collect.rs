@@ -24,7 +24,7 @@ use crate::{
     files::{FileUse, FilesDump},
     finding::Finding,
     image::{Store, pb},
-    kept::Kept,
+    kept::{Form, Kept},
     mem::{self, AddressSpace, KeptSpace, MappedFile, SharedMemory, VmaFiles},
     ns::{
         threads::Namespaces,
@@ -100,6 +100,8 @@ pub(super) struct Collected<'s> {
     uses: HashSet<(u32, FileUse)>,
     gadgets: GadgetCache,
     peek: Peek,
+    /// How messages are kept.
+    pub(super) form: Form,
     settings: &'s DumpSettings,
 }
 
@@ -148,6 +150,7 @@ impl<'s> Collected<'s> {
             uses: HashSet::new(),
             gadgets: GadgetCache::default(),
             peek: Peek::new(source == Source::Frozen),
+            form: Form::Packed,
             settings,
         }
     }
@@ -204,8 +207,8 @@ impl<'s> Collected<'s> {
         let timers_read = inside.process.clocks;
         self.words_cleared(agent, &space, &cores).with_context(|| format!("thread ids of task {pid}"))?;
         self.uses.extend(uses_of(&space.entry));
-        let space = Some(space.keep());
-        self.tasks.push(Task { pid, ids, space, fs, cores: kept(&cores), timers_read });
+        let space = Some(space.keep(self.form));
+        self.tasks.push(Task { pid, ids, space, fs, cores: kept(cores, self.form), timers_read });
         Ok(())
     }
 
@@ -229,17 +232,16 @@ impl<'s> Collected<'s> {
                 "",
             );
         }
-        for thread in &process.threads {
-            self.time.thread(pid, thread.tid(), &mut self.findings);
-        }
         let mut tids = process.threads.iter().map(Thread::tid);
         let agent = tids.next().unwrap_or(pid);
         let namespaces = Namespaces::of(pid, agent);
         if let Some(namespaces) = &namespaces {
+            self.time.thread(pid, agent, namespaces, &mut self.findings);
             namespaces.prepared(pid, agent, &mut self.findings);
         }
         for tid in tids {
             if let (Some(of_process), Some(own)) = (&namespaces, Namespaces::of(pid, tid)) {
+                self.time.thread(pid, tid, &own, &mut self.findings);
                 own.compare(of_process, pid, tid, &mut self.findings);
                 own.prepared(pid, tid, &mut self.findings);
             }
@@ -354,9 +356,10 @@ impl<'s> Collected<'s> {
         let host = time::of_host(own).inspect_err(|e| tracing::debug!("clocks of the host: {e}")).ok();
         let moment = Moment::new(clocks, host, &self.peek);
         for task in &mut self.tasks {
-            let mut cores: Vec<_> = task.cores.iter().map(|(tid, core)| (*tid, core.message())).collect();
+            let cores = std::mem::take(&mut task.cores).into_iter();
+            let mut cores: Vec<_> = cores.map(|(tid, core)| (tid, core.into_message())).collect();
             moment.settle(&mut cores, task.timers_read);
-            task.cores = kept(&cores);
+            task.cores = kept(cores, self.form);
         }
         self.clocks = Some(clocks);
         self.files.complete(own.monotonic, &mut self.findings).context("open files")?;
@@ -383,8 +386,8 @@ fn uses_of(entry: &pb::MmEntry) -> impl Iterator<Item = (u32, FileUse)> + '_ {
     std::iter::once(program).chain(mapped.map(|id| (id, FileUse::Code)))
 }
 
-fn kept(cores: &[(HostPid, pb::CoreEntry)]) -> Vec<(HostPid, Kept<pb::CoreEntry>)> {
-    cores.iter().map(|(tid, core)| (*tid, Kept::new(core))).collect()
+fn kept(cores: Vec<(HostPid, pb::CoreEntry)>, form: Form) -> Vec<(HostPid, Kept<pb::CoreEntry>)> {
+    cores.into_iter().map(|(tid, core)| (tid, Kept::new(core, form))).collect()
 }
 
 fn pstree_entry(process: &Process) -> pb::PstreeEntry {

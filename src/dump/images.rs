@@ -44,7 +44,7 @@ pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<
     for task in std::mem::take(&mut collected.tasks) {
         let image = u64::from(in_tree(task.pid).bits());
         for (tid, core) in &task.cores {
-            store.write_one(ImageKind::Core, u64::from(in_tree(*tid).bits()), &core.message())?;
+            store.write_one(ImageKind::Core, u64::from(in_tree(*tid).bits()), core.message().as_ref())?;
         }
         store.write_one(ImageKind::Ids, image, &task.ids)?;
         if let Some(fs) = &task.fs {

@@ -77,7 +77,8 @@ pub(super) fn look(
     let len = len + with_undo.len() * semaphores.room();
     let len = len.next_multiple_of(PAGE);
     let timers = task::posix_timer_ids(pid)?;
-    let mut injection = Injection::enter(pid, agent, &all, len, cache, check)?;
+    let mut injection = Injection::enter_mapped(pid, agent, &all, &maps, len, cache, check)?;
+    drop(maps);
     areas.retain(|start| !injection.has_removed(*start));
     let untouched = injection.last_page()?;
     let mut jobs = Vec::with_capacity(all.len());

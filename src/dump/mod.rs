@@ -30,6 +30,7 @@ use crate::{
     finding::Finding,
     image::{DirStore, DirSync, Store},
     interrupt,
+    kept::Form,
     mem::MemoryDump,
     settings::{DumpSettings, Leave},
     stats::DumpStats,
@@ -97,6 +98,7 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         bail!("task {pid} is dead (a zombie): there is nothing to dump; its parent has not reaped it");
     }
 
+    collected.form = Form::of_tree(tree.processes.iter().map(|process| process.threads.len()).sum());
     for process in &tree.processes {
         collected.process(process, &check)?;
     }

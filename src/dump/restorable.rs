@@ -5,6 +5,7 @@
 //! a warning when the images go to another one. Files have their own checks ([`crate::files`]).
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
@@ -289,13 +290,13 @@ impl Checks {
         &mut self,
         pid: HostPid,
         mm: &pb::MmEntry,
-        cores: &[(HostPid, pb::CoreEntry)],
+        cores: &[(HostPid, Cow<'_, pb::CoreEntry>)],
         supervisor: &Supervisor,
         seccomp: &mut seccomp::Plan,
     ) -> Result<()> {
         let mut list = List::new("what a restore would do");
         let mut plans = || -> Result<(), TaskError> {
-            seccomp.process(in_tree(pid), cores.iter().map(|(_, core)| core))?;
+            seccomp.process(in_tree(pid), cores.iter().map(|(_, core)| core.as_ref()))?;
             let (_, leader) = cores.first().ok_or_else(|| TaskError::image("no thread"))?;
             task::plan_process_early(leader, supervisor, &mut list)?;
             task::plan_process(leader, mm, supervisor, &mut list)?;

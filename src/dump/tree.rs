@@ -14,6 +14,7 @@ use std::{
 use crate::{
     deadline::{self, Late},
     finding::Finding,
+    kept::Form,
     proc::stat::Stat,
     sys::{pid::HostPid, wait},
     tracee::{
@@ -111,9 +112,12 @@ impl Tree {
                 continue;
             }
             // One that is gone, or whose pid somebody outside of the tree has by now, is no part of it: let go at once.
-            if let Some(process) = Process::hold(pid, groups, check)?
+            if let Some(mut process) = Process::hold(pid, groups, check)?
                 && known.contains(&process.ppid)
             {
+                if Form::of_tree(known.len() + process.threads.len()) == Form::Packed {
+                    process.threads.iter_mut().for_each(|thread| thread.xstate.compress());
+                }
                 known.insert(pid);
                 self.processes.push(process);
             }

@@ -4,6 +4,7 @@
 //! A mapped file is opened through map_files with O_PATH, which opens nothing on its device, and
 //! handed to whoever writes `files.img`.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -20,7 +21,7 @@ use super::shared::FileKey;
 use super::{Inside, MemError, SharedMemory, aio, pkeys, vma};
 use crate::finding::Finding;
 use crate::image::pb;
-use crate::kept::Kept;
+use crate::kept::{Form, Kept};
 use crate::proc::maps::VmaName;
 use crate::proc::smaps::{self, Smap, VmFlags};
 use crate::proc::{auxv, stat};
@@ -92,9 +93,9 @@ impl AddressSpace {
     }
 
     /// Until it is written, while all others are collected.
-    pub(crate) fn keep(self) -> KeptSpace {
+    pub(crate) fn keep(self, form: Form) -> KeptSpace {
         let Self { tid, pid, entry, targets, private_pages } = self;
-        KeptSpace { tid, pid, entry: Kept::new(&entry), targets: targets.into(), private_pages }
+        KeptSpace { tid, pid, entry: Kept::new(entry, form), targets: targets.into(), private_pages }
     }
 }
 
@@ -109,13 +110,13 @@ pub(crate) struct KeptSpace {
 }
 
 impl KeptSpace {
-    pub(crate) fn entry(&self) -> pb::MmEntry {
+    pub(crate) fn entry(&self) -> Cow<'_, pb::MmEntry> {
         self.entry.message()
     }
 
     pub(crate) fn space(self) -> AddressSpace {
         let Self { tid, pid, entry, targets, private_pages } = self;
-        AddressSpace { tid, pid, entry: entry.message(), targets: targets.into(), private_pages }
+        AddressSpace { tid, pid, entry: entry.into_message(), targets: targets.into(), private_pages }
     }
 }
 

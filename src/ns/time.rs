@@ -17,13 +17,14 @@ use std::{
     io::{self, Write as _},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::ffi::OsStrExt as _,
     },
     time::Duration,
 };
 
 use nix::time::{ClockId, clock_gettime};
 
+use super::threads::{self, Namespaces};
 use crate::{
     finding::Finding,
     host::child::{Child, Script},
@@ -198,8 +199,9 @@ pub(crate) fn of_host(own: Clocks) -> Result<Clocks> {
 }
 
 /// Which namespace a task has; `None` where the kernel has none, or the task is gone.
-fn namespace(task: &str, name: &str) -> Option<(u64, u64)> {
-    fs::metadata(format!("/proc/{task}/ns/{name}")).map(|meta| (meta.dev(), meta.ino())).ok()
+fn namespace(task: &str, name: &str) -> Option<u64> {
+    let link = fs::read_link(format!("/proc/{task}/ns/{name}")).ok()?;
+    threads::number_in(link.as_os_str().as_bytes())
 }
 
 /// The time namespace of a tree that is dumped.
@@ -207,23 +209,28 @@ fn namespace(task: &str, name: &str) -> Option<(u64, u64)> {
 pub(crate) struct TimeDump {
     /// The namespace of the tree, and the first thread that was seen in it: the leader of its process may be dead, and then
     /// only its threads have offsets in /proc.
-    tree: Option<((u64, u64), HostPid)>,
+    tree: Option<(u64, HostPid)>,
     /// Whether a task has been said to be in another one.
     several: bool,
 }
 
 impl TimeDump {
     /// Looks at one thread. What images have no place for goes to `findings`.
-    pub(crate) fn thread(&mut self, pid: HostPid, tid: HostPid, findings: &mut Vec<Finding>) {
-        let task = format!("{pid}/task/{tid}");
-        // A task that is gone has none, as on a kernel without time namespaces: the caller sees which.
-        let Some(own) = namespace(&task, "time") else { return };
+    pub(crate) fn thread(
+        &mut self,
+        pid: HostPid,
+        tid: HostPid,
+        namespaces: &Namespaces,
+        findings: &mut Vec<Finding>,
+    ) {
+        // There is none on a kernel without time namespaces.
+        let Some(own) = namespaces.time else { return };
         let mut finding = |reason: String, hint: &str| {
             let what =
                 if pid == tid { "time namespace".into() } else { format!("thread {tid}: time namespace") };
             findings.push(Finding { pid, what, reason, hint: hint.into() });
         };
-        if namespace(&task, "time_for_children").is_some_and(|next| next != own) {
+        if namespaces.time_for_children.is_some_and(|next| next != own) {
             let reason = "another one is prepared for its children, for which images have no place";
             finding(reason.into(), "dump it once it has executed the program that is to run there");
             return;

@@ -101,7 +101,7 @@ impl Construction<'_> {
         let mut list = List::new(format!("restore of {}", task.pid));
         let images = (task.core()?, task.mm().context("no mm image")?);
         for stage in stages {
-            let planned = self.plan_stage(*stage, index, task, &images, &mut list);
+            let planned = self.plan_stage(*stage, index, task, (&images.0, &images.1), &mut list);
             planned.with_context(|| format!("task {}", task.pid))?;
         }
         list.op(Op::Stop);
@@ -115,7 +115,7 @@ impl Construction<'_> {
         stage: Stage,
         index: usize,
         task: &Task,
-        (core, mm): &(pb::CoreEntry, pb::MmEntry),
+        (core, mm): (&pb::CoreEntry, &pb::MmEntry),
         list: &mut List,
     ) -> Result<()> {
         match stage {
@@ -154,7 +154,7 @@ impl Construction<'_> {
                 let Some(task) = self.task_of(index).filter(|t| !t.is_zombie()) else { continue };
                 let mut list = List::new(format!("restore of {}", task.pid));
                 let images = (task.core()?, task.mm().context("no mm image")?);
-                self.plan_stage(stage, index, task, &images, &mut list)?;
+                self.plan_stage(stage, index, task, (&images.0, &images.1), &mut list)?;
                 log_list(&list);
             }
         }

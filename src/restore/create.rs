@@ -4,6 +4,7 @@
 //! what is its own before it makes anybody, so that children share pages copy-on-write as they did.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     fs::File,
     io::Write as _,
@@ -76,7 +77,7 @@ pub(super) struct Construction<'i> {
     pub(super) pending_stops: Vec<(NsPid, NsPid, PendingStop)>,
     page_threads: PageThreads,
     /// The address space of the task that makes the one which is planned.
-    maker_mm: Option<(usize, Rc<pb::MmEntry>)>,
+    maker_mm: Option<(usize, Rc<Cow<'i, pb::MmEntry>>)>,
     pages: Vec<Pages>,
     /// Held open until all have mapped them.
     shared: SharedObjects,
@@ -122,12 +123,15 @@ impl<'i> Construction<'i> {
         for task in &images.tasks {
             let Some(mm) = task.mm() else { continue };
             vma::check(&mm, task.pid)?;
-            let cores: Vec<pb::CoreEntry> = task.threads().map(|(_, core)| core).collect();
-            keys.insert(task.pid, pkeys::plan(&mm, task.pid, cores.iter().any(pkeys::known_to))?);
+            let cores: Vec<_> = task.threads().map(|(_, core)| core).collect();
+            keys.insert(
+                task.pid,
+                pkeys::plan(&mm, task.pid, cores.iter().any(|core| pkeys::known_to(core)))?,
+            );
             for core in &cores {
                 task::final_state(core).with_context(|| format!("state of task {}", task.pid))?;
             }
-            seccomp.process(task.pid, &cores)?;
+            seccomp.process(task.pid, cores.iter().map(AsRef::as_ref))?;
             areas.add(&mm, cores.len());
             wanted.add(&mm)?;
         }
@@ -275,7 +279,9 @@ impl<'i> Construction<'i> {
                 *self.made.get_mut(index).context("a task that is not planned")? = made;
             }
         }
-        if let Some(tc) = task.filter(|t| t.is_zombie()).and_then(|t| t.core().ok()?.tc) {
+        if let Some(core) = task.filter(|t| t.is_zombie()).and_then(|t| t.core().ok())
+            && let Some(tc) = &core.tc
+        {
             let comm = list.cstr(&tc.comm);
             list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
         }

@@ -4,13 +4,16 @@
 //! each time they are needed, because those of thousands of tasks would take ten times the memory. They come from what has been
 //! read once, not from the images again: somebody might have changed those meanwhile.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     image::{ImageKind, Store, TypedStore, pb},
-    kept::Kept,
+    kept::{Form, Kept},
     sys::pid::NsPid,
 };
 
@@ -49,18 +52,18 @@ pub(super) struct Task {
 
 impl Task {
     /// The core image of the leader.
-    pub(super) fn core(&self) -> Result<pb::CoreEntry> {
+    pub(super) fn core(&self) -> Result<Cow<'_, pb::CoreEntry>> {
         let core = self.cores.first().with_context(|| format!("core-{}.img has no entry", self.pid))?;
         Ok(core.message())
     }
 
     /// All threads with their core images, the leader first.
-    pub(super) fn threads(&self) -> impl Iterator<Item = (NsPid, pb::CoreEntry)> + '_ {
+    pub(super) fn threads(&self) -> impl Iterator<Item = (NsPid, Cow<'_, pb::CoreEntry>)> + '_ {
         self.tids.iter().copied().zip(self.cores.iter().map(Kept::message))
     }
 
     /// Its address space; `None` for a zombie.
-    pub(super) fn mm(&self) -> Option<pb::MmEntry> {
+    pub(super) fn mm(&self) -> Option<Cow<'_, pb::MmEntry>> {
         self.mm.as_ref().map(Kept::message)
     }
 
@@ -126,8 +129,9 @@ impl Images {
         ensure!(!entries.is_empty(), "pstree.img has no task");
         let mut tasks = Vec::with_capacity(entries.len());
         let mut seen = HashSet::new();
+        let form = Form::of_tree(entries.iter().map(|entry| entry.threads.len()).sum());
         for entry in &entries {
-            let task = Self::task(store, entry)?;
+            let task = Self::task(store, entry, form)?;
             for tid in &task.tids {
                 ensure!(seen.insert(*tid), "pstree.img: id {tid} occurs twice");
             }
@@ -156,7 +160,7 @@ impl Images {
         Ok(())
     }
 
-    fn task(store: &dyn Store, entry: &pb::PstreeEntry) -> Result<Task> {
+    fn task(store: &dyn Store, entry: &pb::PstreeEntry, form: Form) -> Result<Task> {
         let pid = id(entry.pid, "pid")?;
         ensure!(pid.get() > 0, "pstree.img: pid 0");
         let mut tids = vec![pid];
@@ -171,18 +175,15 @@ impl Images {
         }
         let mut cores = Vec::with_capacity(tids.len());
         for tid in &tids {
-            let other;
-            let core: &pb::CoreEntry = if *tid == pid {
-                &leader
-            } else {
-                other = store.need_one(ImageKind::Core, u64::from(tid.bits()))?;
-                &other
+            let core: pb::CoreEntry = match *tid == pid {
+                true => leader.clone(),
+                false => store.need_one(ImageKind::Core, u64::from(tid.bits()))?,
             };
             ensure!(
                 core.mtype == pb::core_entry::March::X8664 as i32,
                 "core-{tid}.img is of another architecture"
             );
-            cores.push(Kept::new(core));
+            cores.push(Kept::new(core, form));
         }
         let tc = leader.tc.as_ref().with_context(|| format!("core-{pid}.img has no task part"))?;
         let state = match tc.task_state {
@@ -216,7 +217,7 @@ impl Images {
             cores,
             ids,
             dumpable: mm.as_ref().and_then(|mm| mm.dumpable).unwrap_or(1),
-            mm: mm.as_ref().map(Kept::new),
+            mm: mm.map(|mm| Kept::new(mm, form)),
             fs,
         })
     }

@@ -123,6 +123,7 @@ pub(super) fn plan(
     plan_mm(list, space.mm, exe_fd);
     let mut vdso_due = true;
     let mut load = Vec::new();
+    let mut run: Option<Run> = None;
     for vma in &space.mm.vmas {
         let inherited = kept.contains(&(vma.start, vma.end));
         let kernel = status::VSYSCALL | status::VDSO | status::VVAR | status::GUARD;
@@ -159,7 +160,13 @@ pub(super) fn plan(
         }
         let filled = private(vma) && space.pages.any_in(vma.start, vma.end);
         let prot = early_prot(vma, filled);
-        plan_vma(list, vma, prot, objects, descriptors)?;
+        if !run.as_mut().is_some_and(|run| run.extend(vma, prot)) {
+            run.take().inspect(|run| run.plan(list));
+            run = Run::new(vma, prot);
+            if run.is_none() {
+                plan_vma(list, vma, prot, objects, descriptors)?;
+            }
+        }
         if prot != vma.prot {
             made.opened.push(vma.start);
         }
@@ -167,6 +174,7 @@ pub(super) fn plan(
             load.extend(space.pages.within(vma.start, vma.end));
         }
     }
+    run.inspect(|run| run.plan(list));
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
     taken.push(space.area);
     let rings = aio::Rings::read(space.pid, space.mm, space.pages)?;
@@ -280,6 +288,58 @@ fn early_prot(vma: &pb::VmaEntry, filled: bool) -> u32 {
     pkeys::early_prot(vma.prot) | fill.cast_unsigned()
 }
 
+/// Private anonymous areas side by side, mapped alike: one call maps them all. The kernel would make one area of them too, until
+/// they differ.
+#[derive(Debug)]
+struct Run {
+    start: u64,
+    end: u64,
+    prot: u32,
+    flags: u32,
+}
+
+impl Run {
+    /// `None` for an area that is mapped by itself.
+    fn new(vma: &pb::VmaEntry, prot: u32) -> Option<Self> {
+        let alone = (libc::MAP_GROWSDOWN | libc::MAP_HUGETLB).cast_unsigned();
+        let plain = vma.status & status::ANON_PRIVATE != 0 && private(vma) && vma.flags & alone == 0;
+        let objects = status::FILE_PRIVATE
+            | status::FILE_SHARED
+            | status::ANON_SHARED
+            | status::MEMFD
+            | status::SYSVIPC
+            | status::SOCKET;
+        let flags = anonymous_flags(vma);
+        (plain && vma.status & objects == 0).then_some(Self { start: vma.start, end: vma.end, prot, flags })
+    }
+
+    /// Takes an area that follows; says whether it does.
+    fn extend(&mut self, vma: &pb::VmaEntry, prot: u32) -> bool {
+        let follows = Self::new(vma, prot)
+            .is_some_and(|next| (next.start, next.prot, next.flags) == (self.end, self.prot, self.flags));
+        if follows {
+            self.end = vma.end;
+        }
+        follows
+    }
+
+    fn plan(&self, list: &mut List) {
+        let Self { start, end, prot, flags } = *self;
+        let args =
+            [start.into(), (end - start).into(), prot.into(), flags.into(), (-1i64).into(), 0u64.into()];
+        list.call("mmap", libc::SYS_mmap, &args, Want::Equal(start));
+    }
+}
+
+/// Locks come late: they would fill the area, and are not inherited.
+fn fixed_flags(vma: &pb::VmaEntry) -> u32 {
+    vma.flags & !(libc::MAP_LOCKED.cast_unsigned() | status::LOCK_ON_FAULT) | libc::MAP_FIXED.cast_unsigned()
+}
+
+fn anonymous_flags(vma: &pb::VmaEntry) -> u32 {
+    fixed_flags(vma) | libc::MAP_ANONYMOUS.cast_unsigned()
+}
+
 fn plan_vma(
     list: &mut List,
     vma: &pb::VmaEntry,
@@ -294,9 +354,7 @@ fn plan_vma(
         vma.start,
         vma.end
     );
-    // Locks come late: they would fill the area, and are not inherited.
-    let mut flags = vma.flags & !(libc::MAP_LOCKED.cast_unsigned() | status::LOCK_ON_FAULT)
-        | libc::MAP_FIXED.cast_unsigned();
+    let mut flags = fixed_flags(vma);
     let object = if what & (status::FILE_PRIVATE | status::FILE_SHARED) != 0 {
         Some(objects.file(u32::try_from(vma.shmid).context("file id of a mapping")?, vma)?)
     } else if what & (status::ANON_SHARED | status::MEMFD) != 0 {
@@ -310,7 +368,7 @@ fn plan_vma(
             vma.start,
             vma.end
         );
-        flags |= libc::MAP_ANONYMOUS.cast_unsigned();
+        flags = anonymous_flags(vma);
         None
     };
     let fd = object.map_or(-1, |object| descriptors.fetch(list, object));

@@ -64,7 +64,12 @@ pub struct Xstate(Packed);
 
 impl Xstate {
     fn new(whole: &[u8]) -> Self {
-        Self(Packed::new(whole))
+        Self(Packed::without_zeros(whole))
+    }
+
+    /// Makes it smaller, for a tree of thousands.
+    pub(crate) fn compress(&mut self) {
+        self.0.compress();
     }
 
     /// Its length, zeros included.
@@ -205,11 +210,23 @@ impl<'t> Injection<'t> {
         cache: &mut GadgetCache,
         check: &'t dyn Fn() -> Result<(), TraceError>,
     ) -> Result<Self, TraceError> {
+        Self::enter_mapped(pid, agent, threads, &read_maps(agent.tid())?, len, cache, check)
+    }
+
+    /// As [`Self::enter`], for who has read the `maps` of the process since it stopped.
+    pub(crate) fn enter_mapped(
+        pid: HostPid,
+        agent: &'t Thread,
+        threads: &[&Thread],
+        maps: &[Vma],
+        len: usize,
+        cache: &mut GadgetCache,
+        check: &'t dyn Fn() -> Result<(), TraceError>,
+    ) -> Result<Self, TraceError> {
         let tid = agent.tid();
         let len = CODE_LEN + len.next_multiple_of(CODE_LEN);
-        let maps = read_maps(tid)?;
         let memory = Arc::new(RemoteMemory::open(tid)?);
-        let gadgets = cache.search(pid, &maps, &memory)?;
+        let gadgets = cache.search(pid, maps, &memory)?;
         let no_room = TraceError::Inject { what: "room for the list area", pid, source: Errno::ENOMEM };
         let used = maps.iter().map(|v| (v.start, v.end)).collect();
         let at = RemoteAddr(room::free(used, len as u64).ok_or(no_room)?);
@@ -220,7 +237,7 @@ impl<'t> Injection<'t> {
                 + 256) as u64;
         // One frame of what undoes the first call, and one of the true state.
         let len_frame = 2 * len_frame;
-        let scratch = scratch_place(&maps, &sps, agent.regs.rsp, len_frame);
+        let scratch = scratch_place(maps, &sps, agent.regs.rsp, len_frame);
         let mut saved = vec![0u8; usize::try_from(len_frame).unwrap_or(0)];
         match scratch {
             Some(at) => memory.read(at, &mut saved)?,
@@ -245,7 +262,7 @@ impl<'t> Injection<'t> {
         };
         check()?;
         this.map(at, len)?;
-        this.remove_stale(&maps, threads)?;
+        this.remove_stale(maps, threads)?;
         Ok(this)
     }
 
