@@ -358,14 +358,21 @@ impl Stopped {
         }
     }
 
-    /// Lets a thread that was stopped while it was running go on for a moment, under its seccomp filters, and stops it again.
-    pub(crate) fn go_on(mut self, check: &dyn Fn() -> Result<(), TraceError>) -> Result<Self, TraceError> {
+    /// Lets a thread that was stopped while it was running go on for a while, under its seccomp filters, and stops it again.
+    /// One that is asked to stop at once does not come to run anything before it does.
+    pub(crate) fn go_on(
+        mut self,
+        pause: Duration,
+        check: &dyn Fn() -> Result<(), TraceError>,
+    ) -> Result<Self, TraceError> {
         let tid = self.tid;
         ptrace::set_options(tid, ptrace::O_TRACESYSGOOD)
             .map_err(|e| TraceError::request("PTRACE_SETOPTIONS", tid, e))?;
         ptrace::cont(tid, 0).map_err(|e| TraceError::request("PTRACE_CONT", tid, e))?;
         self.attached = false;
-        Seized { tid, attached: true }.asked()?.settle(check)
+        let thread = Seized { tid, attached: true };
+        std::thread::sleep(pause);
+        thread.asked()?.settle(check)
     }
 
     /// Lets the thread go on as it was (a job-control stop stays in effect). [`TraceError::Died`] when it was killed

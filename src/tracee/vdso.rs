@@ -22,8 +22,11 @@ use libc::user_regs_struct;
 use super::{Stop, Stopped, TraceError, read_maps};
 use crate::{proc::maps::VmaName, sys::pid::HostPid};
 
-/// So long the threads of a process may take to be elsewhere, all together. A reading of a clock takes some 50 ns.
-const LONGEST: Duration = Duration::from_millis(50);
+/// So long the threads of a process may take to be elsewhere, all together. A reading of a clock takes some 50 ns, but on a busy
+/// machine a thread gets a processor only after a while.
+const LONGEST: Duration = Duration::from_millis(500);
+/// For so long a thread goes on at first, and at last.
+const PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(5));
 
 /// Whether a stopped thread may be in the vDSO. One that sleeps in a system call is not, because no function of the vDSO
 /// makes a call that sleeps.
@@ -70,6 +73,7 @@ impl Vdso {
         mut stopped: Stopped,
         check: &dyn Fn() -> Result<(), TraceError>,
     ) -> Result<Stopped, TraceError> {
+        let mut pause = PAUSES.0;
         while stopped.stop() == Stop::Running && self.has(stopped.tid(), &stopped.regs()?) {
             if Instant::now() > self.until {
                 let tid = stopped.tid();
@@ -78,7 +82,8 @@ impl Vdso {
                 );
                 break;
             }
-            stopped = stopped.go_on(check)?;
+            stopped = stopped.go_on(pause, check)?;
+            pause = (pause * 2).min(PAUSES.1);
         }
         Ok(stopped)
     }
@@ -86,7 +91,10 @@ impl Vdso {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::{
+        io::Read,
+        process::{Child, Command, Stdio},
+    };
 
     use super::*;
     use crate::tracee::{Seized, procfs};
@@ -102,10 +110,13 @@ mod tests {
 
     #[test]
     fn a_thread_that_reads_the_time_leaves_the_vdso() {
-        let program = "$SIG{USR1} = sub { $n++ }; $SIG{TRAP} = 'IGNORE'; $t = 0; \
+        let program = "$SIG{USR1} = sub { $n++ }; $SIG{TRAP} = 'IGNORE'; $t = 0; $| = 1; print \"ready\\n\"; \
                        while (1) { $u = time; $u >= $t || exit 3; $t = $u }";
-        let Ok(child) = Command::new("perl").args(["-e", program]).spawn() else { return };
-        let reader = Reader(child);
+        let spawned = Command::new("perl").args(["-e", program]).stdout(Stdio::piped()).spawn();
+        let Ok(child) = spawned else { return };
+        let mut reader = Reader(child);
+        let mut ready = [0; 6];
+        reader.0.stdout.take().unwrap().read_exact(&mut ready).unwrap();
         let tid = HostPid::new(reader.0.id().cast_signed());
         let patient = || Ok(());
         let (mut inside, mut tries) = (0, 0);
