@@ -69,7 +69,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// Counts until there is a file `end`, then ends with 7. A file `split` makes it leave an orphan
-/// in its session and one in that of a child, a file `grow` have 100 MB, a file `many` 400 children. First it closes what the harness may have left open.
+/// in its session and one in that of a child, a file `grow` have 100 MB, a file `many` 800 children. First it closes what the harness may have left open.
 const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval \"exec $n>&-\"; done
     for ((i = 0; ; i++)); do
         echo $i >>count
@@ -84,7 +84,7 @@ const COUNTER: &str = "for f in /proc/$$/fd/*; do n=${f##*/}; ((n > 2)) && eval 
             rm grow
         fi
         if [ -e many ]; then
-            for ((child = 0; child < 400; child++)); do sleep 1000 & done
+            for ((child = 0; child < 800; child++)); do sleep 1000 & done
             rm many
         fi
         sleep 0.02
@@ -507,9 +507,9 @@ impl Drop for Children {
     }
 }
 
-/// What crtool knows of each process does not take much memory.
+/// What crtool knows of each process does not take much memory. There are so many that it does not keep it as it is (`kept.rs`).
 fn memory_for_many_processes(work: &Work) {
-    const PROCESSES: u64 = 400;
+    const PROCESSES: u64 = 800;
     const MOST_FOR_EACH: u64 = 12 << 10;
     let script = work.script(
         "echo $CRTOOLS_SCRIPT_ACTION $(grep VmHWM: /proc/$PPID/status) >>peak.$CRTOOLS_SCRIPT_ACTION",
