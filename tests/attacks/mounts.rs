@@ -519,7 +519,7 @@ pub fn any(site: &mut Site) -> Verdict {
             words.push("--link-remap");
         }
         let mut tree = site.play("mounts", &format!("{seed} {}", dir.display()))?;
-        until("the tree rests", || others().into_iter().all(site::at_rest))?;
+        until("the tree rests", site::all_rest)?;
         let before = picture();
         let around = world(&dir);
         let pid = tree.pid.to_string();
@@ -542,7 +542,7 @@ pub fn any(site: &mut Site) -> Verdict {
             }
         }
         if faults.is_empty() {
-            until("the tree rests", || others().into_iter().all(site::at_rest))?;
+            until("the tree rests", site::all_rest)?;
             faults += &site::differences(&before, &picture());
             faults += &site::differences(&around, &world(&dir));
         }

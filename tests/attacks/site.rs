@@ -118,7 +118,7 @@ impl Site {
         }
         if role != "gadget" {
             // Only who does not wait yet makes others.
-            until("all are at rest", || others().into_iter().all(at_rest))?;
+            until("all are at rest", all_rest)?;
         }
         Ok(player)
     }
@@ -252,14 +252,23 @@ pub fn others() -> Vec<i32> {
     numbers("/proc").into_iter().filter(|&pid| pid != 1 && pid != us).collect()
 }
 
-/// Whether all threads of a process wait in pause(2), or it has ended.
-pub fn at_rest(pid: i32) -> bool {
+/// Every thread of [`others`].
+fn tasks() -> Vec<(i32, i32)> {
+    let threads = |pid: i32| numbers(&format!("/proc/{pid}/task")).into_iter().map(move |tid| (pid, tid));
+    others().into_iter().flat_map(threads).collect()
+}
+
+/// Whether everybody waits in pause(2), or has ended. Whoever is made while this looks counts too, because its maker may
+/// have come to rest between the two looks at the list.
+pub fn all_rest() -> bool {
     let pause = format!("{} ", libc::SYS_pause);
-    let rests = |tid: &i32| {
-        fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))
-            .is_ok_and(|call| call.starts_with(&pause))
+    let rests = |&(pid, tid): &(i32, i32)| {
+        matches!(state(pid), '-' | 'Z')
+            || fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))
+                .is_ok_and(|call| call.starts_with(&pause))
     };
-    matches!(state(pid), '-' | 'Z') || numbers(&format!("/proc/{pid}/task")).iter().all(rests)
+    let there = tasks();
+    there.iter().all(rests) && tasks() == there
 }
 
 /// Kills all of them but `but`, and waits until they are gone.
