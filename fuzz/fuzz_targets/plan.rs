@@ -226,10 +226,10 @@ impl Store for Snapshot {
     fn create_pages(&self, _: &str, _: u64) -> Result<PagesSink, ImageError> {
         unreachable!("a restore writes no images")
     }
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         let Some(file) = self.0.get(name) else { return Ok(None) };
         let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        file.map(Some).map_err(|source| ImageError::Io { action: "open", path: self.path_of(name), source })
+        file.and_then(ImageFile::whole).map(Some).map_err(|source| ImageError::Io { action: "open", path: self.path_of(name), source })
     }
     fn names(&self) -> Result<Vec<String>, ImageError> {
         Ok(self.0.keys().cloned().collect())

@@ -15,8 +15,8 @@ pub use error::ImageError;
 pub use extras::HasExtra;
 pub use names::ImageKind;
 pub use store::{
-    DirStore, DirSync, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink, PagesStream, Store,
-    TypedStore,
+    DirStore, DirSync, ImageFile, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink,
+    PagesStream, Store, TypedStore,
 };
 
 /// Image messages, generated from `proto/images`. Text fields are `Vec<u8>`: see `build.rs`.

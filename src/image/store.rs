@@ -5,13 +5,14 @@
 //! only reads.
 
 mod dir;
+mod file;
 mod memory;
 #[cfg(test)]
 mod tests;
 
 use std::fmt::Debug;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, IoSlice, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, IoSlice, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use prost::{Message, Name};
 
 pub use dir::{DirStore, Sync as DirSync};
+pub use file::ImageFile;
 pub use memory::MemStore;
 
 use super::error::ImageError;
@@ -79,7 +81,7 @@ pub trait Store: Send + Sync {
     fn create_pages(&self, name: &str, expected: u64) -> Result<PagesSink, ImageError>;
 
     /// Opens the file `name` for reading, or `None` when there is no such image.
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError>;
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError>;
 
     /// Names of all images, sorted.
     fn names(&self) -> Result<Vec<String>, ImageError>;
@@ -162,10 +164,7 @@ pub trait TypedStore: Store {
         let Some(file) = self.open_raw(&name)? else {
             return Ok(None);
         };
-        let len = file
-            .metadata()
-            .map_err(|source| ImageError::Io { action: "read", path: path.clone(), source })?
-            .len();
+        let len = file.len();
         let mut entries = EntryReader::new(BufReader::new(file), len, &path);
         entries.expect_magic(kind)?;
         Ok(Some(ImageReader { entries }))
@@ -264,26 +263,22 @@ impl<S: Store + ?Sized> TypedStore for S {}
 /// An image being read, entry by entry.
 #[derive(Debug)]
 pub struct ImageReader {
-    entries: EntryReader<BufReader<File>>,
+    entries: EntryReader<BufReader<ImageFile>>,
 }
 
 impl ImageReader {
     /// The file standing behind what was read so far, with the number of bytes left in it:
     /// for contents too large for memory (ghost files).
-    pub fn into_payload(self) -> Result<(File, u64), ImageError> {
-        let (at, left, path) = (self.entries.position(), self.entries.left(), self.entries.path().to_owned());
+    pub fn into_payload(self) -> (ImageFile, u64) {
+        let (at, left) = (self.entries.position(), self.entries.left());
         let mut file = self.entries.into_inner().into_inner();
-        file.seek(SeekFrom::Start(at)).map_err(|source| ImageError::Io {
-            action: "seek in",
-            path,
-            source,
-        })?;
-        Ok((file, left))
+        file.seek(at);
+        (file, left)
     }
 }
 
 impl Deref for ImageReader {
-    type Target = EntryReader<BufReader<File>>;
+    type Target = EntryReader<BufReader<ImageFile>>;
     fn deref(&self) -> &Self::Target {
         &self.entries
     }

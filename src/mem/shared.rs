@@ -239,7 +239,7 @@ mod tests {
         let pages = store.open_raw("pages-5.img").unwrap().unwrap();
         let pagemap = PagemapReader::open(&store, ImageKind::ShmemPagemap, u64::from(id)).unwrap().unwrap();
         assert_eq!(pagemap.pages_id(), 5);
-        let runs = pagemap.runs(pages.metadata().unwrap().len()).unwrap();
+        let runs = pagemap.runs(pages.len()).unwrap();
         let run = |page, pages| Run { start: page * PAGE, pages, flags: 4 };
         assert_eq!(
             runs,

@@ -38,7 +38,7 @@ pub struct Piece {
     pub end: u64,
     /// Which of [`Pages::images`].
     pub image: usize,
-    /// Where they begin in the image.
+    /// Where they begin in the file in which the image lies.
     pub offset: u64,
 }
 
@@ -84,7 +84,7 @@ impl Piece {
     }
 }
 
-/// An image in which pages lie.
+/// The file in which an image of pages lies.
 #[derive(Debug)]
 pub struct PagesImage {
     /// Open for reading.
@@ -218,19 +218,17 @@ impl Pages {
         let name = ImageKind::Pages.file_name(u64::from(pagemap.pages_id()));
         let path = store.path_of(&name);
         let file = store.open_raw(&name)?;
-        let failed = |source| ImageError::Io { action: "read", path: path.clone(), source };
-        let len = match &file {
-            Some(file) => file.metadata().map_err(failed)?.len(),
-            None => 0,
-        };
-        let runs = match pagemap.runs(len) {
+        let (start, len) = file.as_ref().map_or((0, 0), |file| (file.start(), file.len()));
+        let mut runs = match pagemap.runs(len) {
             Err(PagesError::Entry { .. }) if file.is_none() => {
                 return Err(ImageError::Absent { path }.into());
             }
             runs => runs?,
         };
+        runs.iter_mut().for_each(|placed| placed.offset += start);
         let image = self.images.len();
-        self.images.extend(file.map(|file| PagesImage { file, path, consumed: store.consumed() }));
+        let consumed = store.consumed();
+        self.images.extend(file.map(|file| PagesImage { file: file.into_file(), path, consumed }));
         Ok(Some((runs, image)))
     }
 

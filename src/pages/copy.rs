@@ -586,7 +586,7 @@ mod tests {
         let image = store.open_raw("pages-1.img").unwrap().unwrap();
         let reader = PagemapReader::open(store, ImageKind::Pagemap, 1).unwrap().unwrap();
         let mut back = BTreeMap::new();
-        for placed in reader.runs(image.metadata().unwrap().len()).unwrap() {
+        for placed in reader.runs(image.len()).unwrap() {
             for i in 0..placed.run.pages {
                 let mut bytes = vec![0; PAGE as usize];
                 image.read_exact_at(&mut bytes, placed.offset + i * PAGE).unwrap();

@@ -103,7 +103,7 @@ mod tests {
     fn messages_and_descriptors_come_over() {
         let (a, b) = pair();
         let null = File::open("/dev/null").unwrap();
-        let info = pb::ImageInfo { name: "x".to_owned(), size: 7, complete: true };
+        let info = pb::ImageInfo { name: "x".to_owned(), size: 7, complete: true, offset: 0 };
         send(a.as_fd(), &info, &[null.as_fd()]).unwrap();
         send(a.as_fd(), &info, &[]).unwrap();
         let first = receive::<pb::ImageInfo>(b.as_fd()).unwrap().unwrap();

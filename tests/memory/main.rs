@@ -122,7 +122,7 @@ impl Dumped {
             .unwrap()
             .iter()
             .filter(|name| name.starts_with("pages-"))
-            .map(|name| store.open_raw(name).unwrap().unwrap().metadata().unwrap().len())
+            .map(|name| store.open_raw(name).unwrap().unwrap().len())
             .sum();
         assert_eq!(written, (stats.pages_written + stats.shpages_written) * PAGE as u64);
         model::compare(child.pid(), &store, 1 << 16);
@@ -358,7 +358,10 @@ fn full_disk() -> Completion {
         fn create_pages(&self, _: &str, _: u64) -> Result<PagesSink, crtool::image::ImageError> {
             Ok(PagesSink::File(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap()))
         }
-        fn open_raw(&self, name: &str) -> Result<Option<std::fs::File>, crtool::image::ImageError> {
+        fn open_raw(
+            &self,
+            name: &str,
+        ) -> Result<Option<crtool::image::ImageFile>, crtool::image::ImageError> {
             self.0.open_raw(name)
         }
         fn names(&self) -> Result<Vec<String>, crtool::image::ImageError> {

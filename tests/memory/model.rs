@@ -16,7 +16,7 @@ pub fn pages(store: &dyn Store, kind: ImageKind, id: u64) -> BTreeMap<u64, Vec<u
     let Some(pagemap) = PagemapReader::open(store, kind, id).unwrap() else { return pages };
     let name = ImageKind::Pages.file_name(u64::from(pagemap.pages_id()));
     let image = store.open_raw(&name).unwrap().expect("a pages image");
-    let len = image.metadata().unwrap().len();
+    let len = image.len();
     let mut total = 0;
     for placed in pagemap.runs(len).unwrap() {
         for page in 0..placed.run.pages {

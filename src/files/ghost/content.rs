@@ -206,7 +206,7 @@ pub(super) fn fill(
     let sink = Sink { file: File::from(file), huge: huge_page(object), name };
     let size = |size| sink.file.set_len(size).map_err(|e| sink.failed(&e));
     if entry.chunks != Some(true) {
-        let (mut content, left) = image.into_payload()?;
+        let (mut content, left) = image.into_payload();
         size(left)?;
         let mut piece = vec![0u8; PIECE.min(usize::try_from(left).unwrap_or(PIECE))];
         let mut done = 0;

@@ -28,7 +28,7 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
 use nix::sys::stat::{Mode, fstat};
 use nix::unistd::symlinkat;
 
-use super::{INVENTORY, ImageSink, PagesSink, Store, check_name};
+use super::{INVENTORY, ImageFile, ImageSink, PagesSink, Store, check_name};
 use crate::image::error::ImageError;
 use crate::ownership::{self, Names, OwnershipError};
 use crate::settings::OwnerCheck;
@@ -246,9 +246,11 @@ impl Store for DirStore {
         self.make(name).map(PagesSink::File)
     }
 
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         check_name(name)?;
-        self.in_places(|dir| self.open_image(dir, name))
+        let file = self.in_places(|dir| self.open_image(dir, name))?;
+        let failed = |source| ImageError::Io { action: "read", path: self.path.join(name), source };
+        file.map(ImageFile::whole).transpose().map_err(failed)
     }
 
     fn names(&self) -> Result<Vec<String>, ImageError> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{ImageSink, PagesSink, Store, check_name};
+use super::{ImageFile, ImageSink, PagesSink, Store, check_name};
 use crate::image::error::ImageError;
 
 /// A snapshot in memory. Clones share the images.
@@ -55,7 +55,7 @@ impl Store for MemStore {
         self.make(name).map(PagesSink::File)
     }
 
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         check_name(name)?;
         let images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(file) = images.get(name) else {
@@ -63,7 +63,8 @@ impl Store for MemStore {
         };
         // Opened anew: a position of its own.
         let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        file.map(Some).map_err(|source| ImageError::Io { action: "open", path: self.path_of(name), source })
+        let image = file.and_then(ImageFile::whole);
+        image.map(Some).map_err(|source| ImageError::Io { action: "open", path: self.path_of(name), source })
     }
 
     fn names(&self) -> Result<Vec<String>, ImageError> {

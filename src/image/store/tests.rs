@@ -42,7 +42,7 @@ fn round_trip(write: &dyn Store, read: impl Fn() -> Box<dyn Store>) {
         read.read_one::<pb::PstreeEntry>(ImageKind::Pstree, None),
         Err(ImageError::MoreThanOne { .. })
     ));
-    let (mut rest, left) = read.open(ImageKind::Pstree, None).unwrap().unwrap().into_payload().unwrap();
+    let (mut rest, left) = read.open(ImageKind::Pstree, None).unwrap().unwrap().into_payload();
     let mut bytes = Vec::new();
     rest.read_to_end(&mut bytes).unwrap();
     assert_eq!(bytes.len() as u64, left);

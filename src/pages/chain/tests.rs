@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use proptest::prelude::*;
 
 use super::*;
-use crate::image::{DirStore, ImageSink, MemStore, PagesSink, TypedStore, pb};
+use crate::image::{DirStore, ImageFile, ImageSink, MemStore, PagesSink, TypedStore, pb};
 use crate::pages::pagemap::LAZY;
 
 const FIRST: u64 = 0x10_0000;
@@ -302,7 +302,7 @@ impl Store for Freed {
     fn create_pages(&self, name: &str, expected: u64) -> Result<PagesSink, ImageError> {
         self.0.create_pages(name, expected)
     }
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         self.0.open_raw(name)
     }
     fn names(&self) -> Result<Vec<String>, ImageError> {

@@ -2,7 +2,7 @@
 //!
 //! What happens to it as a whole (its states, its name, its memory) is decided in `snapshots`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, MAX_IMAGES, Sum};
 use super::super::{Failure, name};
-use super::memory::Bytes;
+use super::memory::{Bytes, Readable, Space};
 
 /// What an image is charged beyond its bytes: names and tables take memory too.
 pub(super) const IMAGE_COST: u64 = 512;
@@ -31,8 +31,9 @@ struct Image {
 pub(super) struct Images {
     all: HashMap<u32, Image>,
     names: BTreeMap<String, u32>,
-    /// Those whose bytes go as they are read.
-    consumed: BTreeSet<u32>,
+    space: Space,
+    /// Bytes of memory that complete images take in that.
+    filed: u64,
     open: usize,
     charged: u64,
     size: u64,
@@ -55,6 +56,9 @@ fn unstored(name: &str, e: &io::Error) -> Failure {
     let (code, hint) = match e.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => (FailCode::FailInternal, ": raise its limit (ulimit -n)"),
         Some(libc::ENOSPC | libc::ENOMEM) => (FailCode::FailMemory, ": the host has no memory left"),
+        None if e.kind() == io::ErrorKind::FileTooLarge => {
+            (FailCode::FailMemory, ": it is larger than 4 TiB")
+        }
         _ => (FailCode::FailInternal, ""),
     };
     Failure::new(code, format!("image {name} cannot be kept: {e}{hint}"))
@@ -121,18 +125,22 @@ impl Images {
         Ok(())
     }
 
-    fn arriving(&mut self, image: u32) -> Result<&mut Image, Failure> {
+    fn arriving(&mut self, image: u32) -> Result<(&mut Image, &mut Space), Failure> {
         match self.all.get_mut(&image) {
-            Some(found) if !found.complete => Ok(found),
+            Some(found) if !found.complete => Ok((found, &mut self.space)),
             Some(found) => Err(wrong(format!("image {} has ended already", found.name))),
             None => Err(wrong(format!("image number {image} has not begun"))),
         }
     }
 
-    fn grow(&mut self, image: u32, with: impl FnOnce(&mut Bytes) -> io::Result<()>) -> Result<(), Failure> {
-        let found = self.arriving(image)?;
+    fn grow(
+        &mut self,
+        image: u32,
+        with: impl FnOnce(&mut Bytes, &mut Space) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        let (found, space) = self.arriving(image)?;
         let before = (found.bytes.size(), found.bytes.charged());
-        let done = with(&mut found.bytes).map_err(|e| unstored(&found.name, &e));
+        let done = with(&mut found.bytes, space).map_err(|e| unstored(&found.name, &e));
         let after = (found.bytes.size(), found.bytes.charged());
         self.size += after.0 - before.0;
         self.charged = (self.charged + after.1).saturating_sub(before.1);
@@ -141,12 +149,12 @@ impl Images {
 
     /// Bytes of a frame, which may be checked later.
     pub(super) fn append(&mut self, image: u32, bytes: &[u8]) -> Result<(), Failure> {
-        self.grow(image, |place| place.append(bytes))
+        self.grow(image, |place, space| place.append(space, bytes))
     }
 
     /// All bytes of a frame have come, and are `raw` bytes of that CRC32C.
     pub(super) fn appended(&mut self, image: u32, raw: u32, crc: u32, sent: u32) -> Result<(), Failure> {
-        let found = self.arriving(image)?;
+        let (found, _) = self.arriving(image)?;
         if crc != sent {
             let text = format!("image {} was damaged on its way: wrong checksum", found.name);
             return Err(Failure::new(FailCode::FailChecksum, text));
@@ -157,14 +165,14 @@ impl Images {
 
     /// Zeros that did not travel.
     pub(super) fn zeros(&mut self, image: u32, raw: u32, sent: u32) -> Result<(), Failure> {
-        self.grow(image, |place| place.append_zeros(raw))?;
+        self.grow(image, |place, space| place.append_zeros(space, raw))?;
         self.appended(image, raw, wire::crc_of_zeros(raw), sent)
     }
 
     /// All of it has come.
     pub(super) fn end(&mut self, image: u32, end: &pb::ImageEnd) -> Result<(), Failure> {
         self.grow(image, Bytes::end)?;
-        let found = self.arriving(image)?;
+        let (found, _) = self.arriving(image)?;
         if found.sum.size != end.size {
             let text =
                 format!("image {} has {} bytes, {} were announced", found.name, found.sum.size, end.size);
@@ -175,6 +183,7 @@ impl Images {
             return Err(Failure::new(FailCode::FailChecksum, text));
         }
         found.complete = true;
+        self.filed += found.bytes.filed();
         self.open -= 1;
         Ok(())
     }
@@ -217,47 +226,42 @@ impl Images {
         page
     }
 
+    fn complete(&self, name: &str) -> Option<&Image> {
+        let image = self.names.get(name).and_then(|image| self.all.get(image));
+        image.filter(|image| image.complete)
+    }
+
     /// One for a reader.
     pub(super) fn read(&self, name: &str) -> Result<Found, Failure> {
-        let Some(image) = self.names.get(name).and_then(|image| self.all.get(image)) else {
-            return Ok(Found::NotYet);
-        };
-        if !image.complete {
-            return Ok(Found::NotYet);
-        }
-        let fd = image.bytes.reader().map_err(|e| not_handed_out(name, &e))?;
-        Ok(Found::Image(image.info(), fd))
+        let Some(image) = self.complete(name) else { return Ok(Found::NotYet) };
+        let readable = image.bytes.reader(&self.space).map_err(|e| not_handed_out(name, &e))?;
+        Ok(image.found(readable))
     }
 
     /// As [`Self::read`], for a reader that punches holes where it has read. `true`: from now on what is there
     /// cannot be restored again.
-    pub(super) fn consume(&mut self, name: &str) -> Result<(Found, bool), Failure> {
-        let Some(image) = self.names.get(name).and_then(|image| self.all.get(image)) else {
-            return Ok((Found::NotYet, false));
-        };
-        if !image.complete {
-            return Ok((Found::NotYet, false));
-        }
-        let (fd, itself) = image.bytes.consumer().map_err(|e| not_handed_out(name, &e))?;
-        let found = Found::Image(image.info(), fd);
-        if itself {
-            self.consumed.extend(self.names.get(name));
-        }
-        Ok((found, itself))
+    pub(super) fn consume(&self, name: &str) -> Result<(Found, bool), Failure> {
+        let Some(image) = self.complete(name) else { return Ok((Found::NotYet, false)) };
+        let (readable, itself) = image.bytes.consumer(&self.space).map_err(|e| not_handed_out(name, &e))?;
+        Ok((image.found(readable), itself))
     }
 
-    /// Looks how much is left of those that are being consumed.
+    /// Looks how much is left where images are being consumed.
     pub(super) fn measure(&mut self) {
-        for image in &self.consumed {
-            let freed = self.all.get_mut(image).map_or(0, |image| image.bytes.measure());
-            self.charged = self.charged.saturating_sub(freed);
-        }
+        let freed = self.filed.saturating_sub(self.space.taken());
+        self.filed -= freed;
+        self.charged = self.charged.saturating_sub(freed);
     }
 }
 
 impl Image {
     fn info(&self) -> pb::ImageInfo {
-        pb::ImageInfo { name: self.name.clone(), size: self.bytes.size(), complete: self.complete }
+        let (name, size) = (self.name.clone(), self.bytes.size());
+        pb::ImageInfo { name, size, complete: self.complete, offset: 0 }
+    }
+
+    fn found(&self, Readable { fd, offset }: Readable) -> Found {
+        Found::Image(pb::ImageInfo { offset, ..self.info() }, fd)
     }
 }
 

@@ -1,6 +1,5 @@
 //! The store that a remote dump writes into.
 
-use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use super::image_error;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
-use crate::image::{ImageError, ImageSink, PagesSink, Store};
+use crate::image::{ImageError, ImageFile, ImageSink, PagesSink, Store};
 use crate::settings::{DumpSettings, Leave, RemoteSettings};
 
 /// A snapshot on its way to a cache. Dropped before [`Store::confirm`] it is forgotten there.
@@ -95,7 +94,7 @@ impl Store for RemoteDump {
         Ok(PagesSink::Stream(Box::new(pages.map_err(|f| image_error("send", &self.path_of(name), f))?)))
     }
 
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         // What has been sent is elsewhere.
         Err(ImageError::Io { action: "open", path: self.path_of(name), source: Errno::EOPNOTSUPP.into() })
     }

@@ -1,4 +1,4 @@
-//! The store that a remote restore reads from: images are memfds of the cache.
+//! The store that a remote restore reads from: images lie in memory of the cache, large ones in one file.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::super::{CACHE_SOCKET, Failure};
 use super::control::{self, Daemon};
 use super::image_error;
 use super::packets::{Packets, checked, wait_for};
-use crate::image::{ImageError, ImageSink, Outcome, PagesSink, Store};
+use crate::image::{ImageError, ImageFile, ImageSink, Outcome, PagesSink, Store};
 use crate::settings::RemoteSettings;
 
 /// How long the cache may take for an answer it need not wait for.
@@ -146,7 +146,7 @@ impl Store for RemoteSnapshot {
         Err(self.read_only("create", name))
     }
 
-    fn open_raw(&self, name: &str) -> Result<Option<File>, ImageError> {
+    fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         if !self.names.contains(name) {
             return Ok(None);
         }
@@ -157,7 +157,9 @@ impl Store for RemoteSnapshot {
         let (reply, mut fds) =
             packets.ask(local_request::What::ReadImage(read), &[], PATIENCE).map_err(failed)?;
         match (reply, fds.pop()) {
-            (local_reply::What::Image(_), Some(fd)) => Ok(Some(File::from(fd))),
+            (local_reply::What::Image(info), Some(fd)) => {
+                Ok(Some(ImageFile::part(File::from(fd), info.offset, info.size)))
+            }
             (reply, _) => Err(failed(packets.unexpected(&reply))),
         }
     }

@@ -83,14 +83,14 @@ fn room_is_made_as_a_restore_reads() {
     let (mut bench, _first, _second) = full(LONG);
     let restore = bench.take("first");
     let read = pb::ReadImage { name: "a.img".to_owned(), generation: 0, consume: true };
-    let (local_reply::What::Image(_), mut fds) = bench.ask(&restore, local_request::What::ReadImage(read))
+    let (local_reply::What::Image(info), mut fds) = bench.ask(&restore, local_request::What::ReadImage(read))
     else {
         panic!()
     };
     let file = fds.pop().unwrap();
     let how =
         nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    nix::fcntl::fallocate(&file, how, 0, 5 * MIB as i64).unwrap();
+    nix::fcntl::fallocate(&file, how, i64::try_from(info.offset).unwrap(), 5 * MIB as i64).unwrap();
     bench.until("the second", |bench| (bench.state("second") == State::Prepared).then_some(()));
 }
 

@@ -19,6 +19,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use prost::Message;
 
 use super::Cache;
+use crate::image::ImageFile;
 use crate::remote::net::Stream;
 use crate::remote::pb::snapshot_info::State;
 use crate::remote::pb::{self, FailCode, local_reply, local_request};
@@ -215,12 +216,11 @@ impl Bench {
         contents(&self.open(command, name, 0))
     }
 
-    fn open(&mut self, command: &Command, name: &str, generation: u32) -> File {
+    fn open(&mut self, command: &Command, name: &str, generation: u32) -> ImageFile {
         let (reply, mut fds) = self.ask(command, read(name, generation));
         let local_reply::What::Image(info) = reply else { panic!("{reply:?}") };
-        let file = File::from(fds.pop().unwrap());
-        assert_eq!((info.name.as_str(), info.size), (name, file.metadata().unwrap().len()));
-        file
+        assert_eq!((info.name.as_str(), info.complete), (name, true));
+        ImageFile::part(File::from(fds.pop().unwrap()), info.offset, info.size)
     }
 
     fn status(&mut self) -> (Vec<pb::SnapshotInfo>, String) {
@@ -469,9 +469,9 @@ fn give_up() -> local_request::What {
     local_request::What::GiveUp(pb::Abort { reason: "no memory".to_owned() })
 }
 
-fn contents(file: &File) -> Vec<u8> {
-    let mut all = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
-    file.read_exact_at(&mut all, 0).unwrap();
+fn contents(image: &ImageFile) -> Vec<u8> {
+    let mut all = vec![0; usize::try_from(image.len()).unwrap()];
+    image.read_exact_at(&mut all, 0).unwrap();
     all
 }
 
