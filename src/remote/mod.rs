@@ -5,6 +5,7 @@
 //!  dump --remote --address ─────────────TCP──▶ image-cache
 //! ```
 //!
+//! - [`handover`]: who owns the tree when, as one table.
 //! - [`cache`]: the daemon at the destination.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
@@ -18,6 +19,7 @@ pub mod cache;
 pub mod client;
 pub mod crc;
 pub mod front;
+pub mod handover;
 pub mod local;
 pub mod name;
 pub mod net;

@@ -19,7 +19,9 @@
 use super::{Failure, crc, pb::FailCode};
 
 /// Version of the protocol that this program speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+/// The first version that knows `run_first`.
+pub const RUN_FIRST: u32 = 2;
 /// First bytes of a connection in both directions, before the first frame.
 pub const MAGIC: [u8; 8] = *b"crtool\x01\n";
 /// Bytes of a header.
@@ -71,6 +73,12 @@ pub enum Kind {
     Pong = 14,
     /// `pb::Resume`, to the cache.
     Resume = 15,
+    /// `pb::Armed`, from the cache.
+    Armed = 16,
+    /// `pb::Go`, to the cache.
+    Go = 17,
+    /// `pb::Fell`, from the cache.
+    Fell = 18,
 }
 
 impl Kind {
@@ -91,6 +99,9 @@ impl Kind {
             13 => Self::Ping,
             14 => Self::Pong,
             15 => Self::Resume,
+            16 => Self::Armed,
+            17 => Self::Go,
+            18 => Self::Fell,
             _ => return None,
         })
     }

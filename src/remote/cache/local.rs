@@ -317,7 +317,7 @@ impl Client {
                 }
             }
             Some(Pending::Read(read)) => self.read(snapshots, read),
-            Some(Pending::Starting) => match self.own(snapshots).and_then(|id| snapshots.starting(id)) {
+            Some(Pending::Starting) => match self.asks_to_start(snapshots) {
                 Ok(true) => done(),
                 Ok(false) => {
                     self.pending = Some(Pending::Starting);
@@ -331,6 +331,11 @@ impl Client {
         };
         self.push(reply);
         self.write();
+    }
+
+    fn asks_to_start(&self, snapshots: &mut Snapshots) -> Result<bool, Failure> {
+        let pid = self.root.as_ref().and_then(|root| pid_of(root.as_fd())).unwrap_or(0);
+        snapshots.starting(self.own(snapshots)?, pid)
     }
 
     fn read(&mut self, snapshots: &mut Snapshots, read: pb::ReadImage) -> Answer {

@@ -76,6 +76,8 @@ pub struct Cache {
     place: String,
     /// A connection was lost before all its snapshots were settled.
     torn: bool,
+    /// When the first tree is given up that waits for a source which is gone.
+    abandon_at: Option<Instant>,
 }
 
 impl Cache {
@@ -94,6 +96,7 @@ impl Cache {
             buffer: vec![0; BUFFER],
             place,
             torn: false,
+            abandon_at: None,
         })
     }
 
@@ -230,7 +233,7 @@ impl Cache {
         });
         let clients = self.clients.values().map(Client::deadline);
         let watches = self.watches.values().map(Watch::deadline);
-        lines.chain(clients).chain(watches).flatten().min()
+        lines.chain(clients).chain(watches).chain([self.abandon_at]).flatten().min()
     }
 
     /// Reads a connection.
@@ -275,6 +278,7 @@ impl Cache {
         for (token, line) in &mut self.lines {
             line.look_at_time(*token, &mut self.snapshots, now, self.timeout);
         }
+        self.abandon_at = self.snapshots.abandon(now, self.timeout * 3);
         if self.lines.values().any(|line| line.held.is_some()) {
             self.snapshots.measure();
         }

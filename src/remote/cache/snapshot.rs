@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use super::super::handover::Held;
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, MAX_IMAGES, Sum};
@@ -305,6 +306,12 @@ pub(super) struct Snapshot {
     pub(super) children: usize,
     /// The tree runs at the source in any case.
     pub(super) survives: bool,
+    /// The tree is known not to run at the source any more, or to be meant to.
+    pub(super) confirmed: bool,
+    /// A restore was told to let the tree run, and what became of that is not known.
+    pub(super) started: bool,
+    /// Since when the source of one that waits for its word is not connected any more.
+    pub(super) alone: Option<Instant>,
     /// Not all its bytes are there any more.
     pub(super) freed: bool,
     /// A newer one has the name.
@@ -313,9 +320,21 @@ pub(super) struct Snapshot {
 }
 
 impl Snapshot {
+    /// What the table of the hand-over knows it by.
+    pub(super) fn held(&self) -> Held {
+        Held {
+            state: self.state,
+            run_first: self.begin.run_first,
+            taken: self.reader.is_some(),
+            linked: self.owner.is_some(),
+            confirmed: self.confirmed,
+            started: self.started,
+        }
+    }
+
     /// Whether something can still become of it.
     pub(super) fn is_live(&self) -> bool {
-        !matches!(self.state, State::Restored | State::Failed | State::Dropped | State::Unknown)
+        self.held().is_live()
     }
 
     /// Bytes of memory it takes.
@@ -349,6 +368,7 @@ impl Snapshot {
             restored_pid: self.restored_pid,
             source_survives: self.survives,
             resident: self.charged(),
+            run_first: self.begin.run_first,
         }
     }
 }

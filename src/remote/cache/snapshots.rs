@@ -1,20 +1,12 @@
 //! All snapshots of a cache: their names, their lives, the memory they take.
 //!
-//! ```text
-//!               Commit          Confirm         Get            starting         ran
-//!  RECEIVING ──────────▶ PREPARED ──────▶ READY ────▶ RESTORING ───────▶ STARTING ──▶ RESTORED
-//!      │ lost, damaged,     │ lost         ▲  ▲ ▲ restore gave up │ tree died  │
-//!      ▼ does not fit       ▼     release  │  │ └─────────────────┘            │
-//!    FAILED              IN_DOUBT ─────────┘  └───────────────────────────────┘
-//! ```
-//!
-//! The rule behind it: the images are kept as long as the tree may run nowhere else, and can be restored only once
-//! it is known not to run at the source. This module decides; it reads and writes no sockets. What it has to tell
-//! a source waits in [`Snapshots::take_letters`].
+//! What becomes of each is decided by the table in [`handover`](super::super::handover); here that is carried out. No sockets are read or
+//! written; what a source has to be told waits in [`Snapshots::take_letters`].
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::super::handover::{Event, Held, Say};
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, resume};
 use super::super::wire::{self, Kind};
@@ -61,6 +53,7 @@ pub(super) fn word(state: State) -> &'static str {
         State::Restored => "restored",
         State::Failed => "failed",
         State::Dropped => "dropped",
+        State::Armed => "restored, waits for the source",
     }
 }
 
@@ -126,7 +119,7 @@ impl Snapshots {
     fn named(&self, name: &str) -> Option<u64> {
         let rank = |state| match state {
             State::Ready => 0,
-            State::Restoring | State::Starting => 1,
+            State::Restoring | State::Armed | State::Starting => 1,
             State::InDoubt => 2,
             _ => 3,
         };
@@ -146,6 +139,42 @@ impl Snapshots {
             snapshot.since = seconds();
             snapshot.text = text.into();
         }
+    }
+
+    /// Lets the table decide what comes of an event, and carries that out; `why` is what there is to say. Ends are for the
+    /// caller to carry out, since they free images.
+    fn happen(&mut self, id: u64, event: Event, why: &str) -> Option<Held> {
+        let snapshot = self.snapshots.get_mut(&id)?;
+        let before = snapshot.held();
+        let next = before.after(event);
+        (snapshot.confirmed, snapshot.started) = (next.held.confirmed, next.held.started);
+        if event == Event::Undone || event == Event::Vanished {
+            snapshot.reader = None;
+        }
+        if snapshot.state != State::Armed || next.held.state != State::Armed {
+            snapshot.alone = None;
+        }
+        let (pid, bytes) = (snapshot.restored_pid, snapshot.images.as_ref().map_or(0, Images::size));
+        if next.held.is_live() && next.held != before {
+            if next.held.state == before.state {
+                self.changes += 1;
+            } else {
+                self.enter(id, next.held.state, why);
+            }
+        }
+        let text = why.to_owned();
+        match next.say {
+            None => {}
+            Some(Say::Prepared) => self.tell(id, Kind::Prepared, &pb::Prepared { bytes }),
+            Some(Say::Armed) => self.tell(id, Kind::Armed, &pb::Armed { pid }),
+            Some(Say::Restored) => self.tell(id, Kind::Restored, &pb::Restored { ok: true, pid, text }),
+            Some(Say::Fell) => self.tell(id, Kind::Fell, &pb::Fell { text }),
+            Some(Say::Failed) => {
+                let failed = pb::Failed { code: FailCode::FailAborted.into(), text };
+                self.tell(id, Kind::Failed, &failed);
+            }
+        }
+        Some(next.held)
     }
 
     /// Works on images and keeps count of the memory.
@@ -228,6 +257,9 @@ impl Snapshots {
             parent,
             children: 0,
             survives,
+            confirmed: false,
+            started: false,
+            alone: None,
             freed: false,
             replaced: false,
             restored_pid: 0,
@@ -325,8 +357,7 @@ impl Snapshots {
             commit.images.len(),
             bytes as f64 / took.max(1e-6) / 1e6,
         );
-        self.enter(id, State::Prepared, "");
-        self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
+        self.happen(id, Event::Complete, "");
         Ok(())
     }
 
@@ -334,7 +365,18 @@ impl Snapshots {
     pub(super) fn confirm(&mut self, id: u64, survives: bool) {
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
         snapshot.survives = survives;
-        let (name, early) = (snapshot.begin.name.clone(), snapshot.reader);
+        let reader = snapshot.reader.map_or_else(String::new, |reader| format!("by pid {}", reader.pid));
+        self.confirmed(id, Event::Confirm, &reader);
+    }
+
+    /// The tree does not run at the source, by the word of that or of the operator.
+    fn confirmed(&mut self, id: u64, event: Event, why: &str) {
+        let before = self.snapshots.get(&id).is_some_and(|s| s.confirmed);
+        let after = self.happen(id, event, why);
+        if before || after.is_none_or(|held| !held.confirmed) {
+            return;
+        }
+        let Some(name) = self.snapshots.get(&id).map(|s| s.begin.name.clone()) else { return };
         let older: Vec<(u64, State)> =
             self.live(&name).filter(|(old, _)| *old < id).map(|(old, s)| (old, s.state)).collect();
         for (old, state) in older {
@@ -345,11 +387,14 @@ impl Snapshots {
                 self.end_replaced(old);
             }
         }
-        match early {
-            Some(reader) => self.enter(id, State::Restoring, format!("by pid {}", reader.pid)),
-            None => self.enter(id, State::Ready, ""),
-        }
         tracing::info!("snapshot {name} is ready to be restored");
+    }
+
+    /// The source does not run its tree until it hears what became of it here: it may run.
+    pub(super) fn go(&mut self, id: u64) {
+        let text = self.snapshots.get(&id).map(|s| s.text.clone()).unwrap_or_default();
+        let starting = self.snapshots.get(&id).is_some_and(|s| s.state == State::Armed);
+        self.happen(id, Event::Go, if starting { "the tree is being let go" } else { &text });
     }
 
     fn end_replaced(&mut self, id: u64) {
@@ -357,12 +402,14 @@ impl Snapshots {
         self.end(id, State::Dropped, Failure::new(FailCode::FailReplaced, text));
     }
 
-    /// The source takes it back.
+    /// The source takes it back: its tree runs on there. That counts until the tree is let go here.
     pub(super) fn abort(&mut self, id: u64, reason: &str) {
         let reason = label(reason);
         let text = if reason.is_empty() { "the source gave up".to_owned() } else { reason };
-        self.forget_owner(id);
-        self.fail(id, Failure::new(FailCode::FailAborted, text));
+        if self.happen(id, Event::Abort, "").is_some_and(|held| held.state == State::Failed) {
+            self.forget_owner(id);
+            self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
+        }
     }
 
     /// What comes of it goes to nobody.
@@ -382,27 +429,51 @@ impl Snapshots {
     /// A connection is gone, and `why`.
     pub(super) fn lost(&mut self, source: u64, why: &str) {
         let theirs = |s: &Snapshot| s.owner.is_some_and(|owner| owner.source == source);
-        let ids: Vec<(u64, State)> =
-            self.snapshots.iter().filter(|(_, s)| theirs(s)).map(|(id, s)| (*id, s.state)).collect();
-        for (id, state) in ids {
+        let ids: Vec<u64> = self.snapshots.iter().filter(|(_, s)| theirs(s)).map(|(id, _)| *id).collect();
+        for id in ids {
             self.forget_owner(id);
-            match state {
-                State::Receiving => {
+            let text = format!("the source vanished before it confirmed that its tree is gone: {why}");
+            let before = self.snapshots.get(&id).map(|s| s.state);
+            let after = self.happen(id, Event::Lost, &text).map(|held| held.state);
+            match after {
+                Some(State::Failed) if before != after => {
                     let text =
                         format!("the connection to the source was lost before all images had come: {why}");
                     self.end(id, State::Failed, Failure::new(FailCode::FailLost, text));
                 }
-                State::Prepared => {
-                    let text =
-                        format!("the source vanished before it confirmed that its tree is gone: {why}");
-                    self.enter(id, State::InDoubt, text);
-                    if let Some(snapshot) = self.snapshots.get(&id) {
-                        tracing::warn!("{}", in_doubt(snapshot).text);
+                Some(State::InDoubt) if before != after => self.warn_of_doubt(id),
+                Some(State::Armed) => {
+                    if let Some(snapshot) = self.snapshots.get_mut(&id) {
+                        snapshot.alone = Some(Instant::now());
+                        snapshot.text = format!("the connection to the source is gone: {why}");
                     }
                 }
                 _ => {}
             }
         }
+    }
+
+    fn warn_of_doubt(&self, id: u64) {
+        if let Some(snapshot) = self.snapshots.get(&id) {
+            tracing::warn!("{}", in_doubt(snapshot).text);
+        }
+    }
+
+    /// Gives up to wait for sources that are gone: their trees, which wait here, are not let go. When the next one is due.
+    pub(super) fn abandon(&mut self, now: Instant, patience: Duration) -> Option<Instant> {
+        let alone = |s: &Snapshot| s.alone.filter(|_| s.state == State::Armed).map(|since| since + patience);
+        let due: Vec<u64> = self
+            .snapshots
+            .iter()
+            .filter(|(_, s)| alone(s).is_some_and(|until| now >= until))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in due {
+            let text = "the source vanished before it said that the restored tree may run";
+            self.happen(id, Event::Abandoned, text);
+            self.warn_of_doubt(id);
+        }
+        self.snapshots.values().filter_map(alone).min()
     }
 
     /// What became of a snapshot whose connection broke; the answer goes to `owner`.
@@ -418,38 +489,42 @@ impl Snapshots {
             return refuse(self, Failure::new(FailCode::FailNotFound, text));
         };
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
-        match (state, &resume.verdict) {
-            (State::Receiving, _) | (_, None) => {
+        let Some(verdict) = &resume.verdict else {
+            let text = format!("snapshot {} cannot be resumed: {}", snapshot.begin.name, word(state));
+            return refuse(self, Failure::new(FailCode::FailProtocol, text));
+        };
+        match (state, verdict) {
+            (State::Receiving, _) => {
                 let text = format!("snapshot {} cannot be resumed: {}", snapshot.begin.name, word(state));
                 return refuse(self, Failure::new(FailCode::FailProtocol, text));
             }
-            (State::Failed, _) => {
+            (State::Failed, resume::Verdict::Confirm(_) | resume::Verdict::Abort(_)) => {
                 let failure = snapshot.failure();
                 return refuse(self, failure);
             }
-            _ => snapshot.owner = Some(owner),
+            _ => (snapshot.owner, snapshot.alone) = (Some(owner), None),
         }
-        match (state, &resume.verdict) {
-            (State::Restored | State::Dropped | State::Unknown, _) => {
+        match verdict {
+            resume::Verdict::Go(_) => return self.go(id),
+            resume::Verdict::Abort(abort) => self.abort(id, &abort.reason),
+            resume::Verdict::Confirm(confirm) => self.confirm(id, confirm.survives),
+        }
+        let Some(snapshot) = self.snapshots.get(&id) else { return };
+        match snapshot.state {
+            State::Restored | State::Dropped | State::Unknown => {
                 let restored = pb::Restored {
-                    ok: state == State::Restored,
+                    ok: snapshot.state == State::Restored,
                     pid: snapshot.restored_pid,
                     text: snapshot.text.clone(),
                 };
                 self.tell(id, Kind::Restored, &restored);
-                return;
             }
-            (State::Prepared | State::InDoubt, Some(resume::Verdict::Abort(abort))) => {
-                self.abort(id, &abort.reason);
-                return refuse(self, Failure::new(FailCode::FailAborted, "the source gave up"));
+            State::Failed => refuse(self, Failure::new(FailCode::FailAborted, "the source gave up")),
+            _ => {
+                let bytes = self.images(id).map_or(0, Images::size);
+                self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
             }
-            (State::Prepared | State::InDoubt, Some(resume::Verdict::Confirm(confirm))) => {
-                self.confirm(id, confirm.survives);
-            }
-            _ => {}
         }
-        let bytes = self.images(id).map_or(0, Images::size);
-        self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
     }
 
     // ---- How it ends.
@@ -562,10 +637,13 @@ impl Snapshots {
             State::Ready => {
                 snapshot.reader = Some(reader);
                 tracing::info!("snapshot {name} is being restored by pid {}", reader.pid);
-                self.enter(id, State::Restoring, format!("by pid {}", reader.pid));
+                self.happen(id, Event::Take, &format!("by pid {}", reader.pid));
                 Ok(Some(id))
             }
-            State::Receiving | State::Prepared if early => {
+            // A source that ends its tree last waits for the restore.
+            State::Receiving | State::Prepared
+                if early || snapshot.begin.run_first && snapshot.state == State::Prepared =>
+            {
                 snapshot.reader = Some(reader);
                 tracing::info!("snapshot {name} is read by pid {} as it arrives", reader.pid);
                 Ok(Some(id))
@@ -668,54 +746,63 @@ impl Snapshots {
         }
     }
 
-    /// The restore is about to let the tree go. `false`: the source has not confirmed yet.
-    pub(super) fn starting(&mut self, id: u64) -> Result<bool, Failure> {
-        let Some(snapshot) = self.snapshots.get(&id) else { return Ok(false) };
+    /// The restore has the tree with root `pid` complete, and asks whether to let it go. `false`: not yet.
+    pub(super) fn starting(&mut self, id: u64, pid: i32) -> Result<bool, Failure> {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return Ok(false) };
         match snapshot.state {
-            State::Restoring => {
-                self.enter(id, State::Starting, "the tree is being let go");
-                Ok(true)
-            }
-            State::Starting => Ok(true),
-            State::Receiving | State::Prepared => Ok(false),
-            State::InDoubt => Err(in_doubt(snapshot)),
-            _ => Err(snapshot.failure()),
+            State::InDoubt => return Err(in_doubt(snapshot)),
+            _ if !snapshot.is_live() => return Err(snapshot.failure()),
+            _ => {}
         }
+        if matches!(snapshot.state, State::Prepared | State::Restoring) {
+            snapshot.restored_pid = pid;
+        }
+        let waits = snapshot.state == State::Prepared;
+        let text =
+            if waits { format!("as pid {pid}, stopped") } else { "the tree is being let go".to_owned() };
+        Ok(self.happen(id, Event::Starting, &text).is_some_and(|held| held.may_run()))
     }
 
     /// The tree runs here.
     pub(super) fn ran(&mut self, id: u64, pid: i32) {
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
-        if !matches!(snapshot.state, State::Restoring | State::Starting) {
-            return;
-        }
-        snapshot.restored_pid = pid;
+        let before = std::mem::replace(&mut snapshot.restored_pid, pid);
         let text = format!("runs as pid {pid}");
-        self.tell(id, Kind::Restored, &pb::Restored { ok: true, pid, text: text.clone() });
-        self.end(id, State::Restored, Failure::new(FailCode::FailUnknown, text));
+        if self.happen(id, Event::Ran, &text).is_some_and(|held| held.state == State::Restored) {
+            self.end(id, State::Restored, Failure::new(FailCode::FailUnknown, text));
+        } else if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.restored_pid = before;
+        }
     }
 
-    /// The restore did not succeed, and why: the snapshot can be restored again, if it is whole.
+    /// The restore did not succeed, and why; its tree certainly does not run. The snapshot can be restored again, if it is
+    /// whole.
     pub(super) fn let_go(&mut self, id: u64, why: &str) {
-        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
-        snapshot.reader = None;
-        self.changes += 1;
-        if !matches!(snapshot.state, State::Restoring | State::Starting) {
-            return;
-        }
-        let name = snapshot.begin.name.clone();
         let why = label(why);
-        if snapshot.freed {
-            let text = format!(
-                "its restore failed after bytes had been freed as they were read (--free-as-read): {why}"
-            );
-            self.tell(id, Kind::Restored, &pb::Restored { ok: false, pid: 0, text: text.clone() });
-            self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
-        } else if snapshot.replaced {
-            self.end_replaced(id);
-        } else {
-            tracing::warn!("the restore of snapshot {name} failed, it can be restored again: {why}");
-            self.enter(id, State::Ready, format!("a restore failed: {why}"));
+        let Some(before) = self.snapshots.get(&id).map(Snapshot::held) else { return };
+        let Some(after) = self.happen(id, Event::Undone, &format!("a restore failed: {why}")) else { return };
+        self.changes += 1;
+        let Some(snapshot) = self.snapshots.get(&id) else { return };
+        let name = snapshot.begin.name.clone();
+        match after.state {
+            State::Ready if snapshot.freed => {
+                let text = format!(
+                    "its restore failed after bytes had been freed as they were read (--free-as-read): {why}"
+                );
+                self.tell(id, Kind::Restored, &pb::Restored { ok: false, pid: 0, text: text.clone() });
+                self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
+            }
+            State::Ready if snapshot.replaced => self.end_replaced(id),
+            State::Ready => {
+                tracing::warn!("the restore of snapshot {name} failed, it can be restored again: {why}");
+            }
+            State::Failed if before.state != State::Failed => {
+                let text = format!("its restore failed, the tree stays at the source: {why}");
+                self.forget_owner(id);
+                self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
+            }
+            State::InDoubt if before.state != State::InDoubt => self.warn_of_doubt(id),
+            _ => {}
         }
     }
 
@@ -723,6 +810,14 @@ impl Snapshots {
     pub(super) fn orphan(&mut self, id: u64) {
         if let Some(snapshot) = self.snapshots.get_mut(&id) {
             snapshot.reader = None;
+        }
+    }
+
+    /// The restore is gone, and nobody knows whether its tree runs. For whoever looks at the tree (`local`).
+    #[allow(dead_code)]
+    pub(super) fn vanished(&mut self, id: u64, why: &str) {
+        if self.happen(id, Event::Vanished, why).is_some_and(|held| held.state == State::InDoubt) {
+            self.warn_of_doubt(id);
         }
     }
 
@@ -751,6 +846,7 @@ impl Snapshots {
                 let text = format!("is being restored by pid {pid}; --force drops it all the same");
                 return refuse(FailCode::FailBusy, &text);
             }
+            State::Armed => return refuse(FailCode::FailBusy, "is being handed over just now; ask again"),
             State::Prepared if !force => {
                 return refuse(
                     FailCode::FailBusy,
@@ -778,8 +874,7 @@ impl Snapshots {
         let (id, snapshot) = self.asked(name)?;
         match snapshot.state {
             State::InDoubt => {
-                let survives = snapshot.survives;
-                self.confirm(id, survives);
+                self.confirmed(id, Event::Release, "");
                 Ok(())
             }
             State::Ready => Ok(()),

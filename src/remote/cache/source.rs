@@ -68,7 +68,9 @@ impl Streams {
     fn receiving(&mut self, snapshots: &Snapshots, stream: u32) -> Option<u64> {
         let id = *self.active.get(&stream)?;
         let state = snapshots.get(id).map(|s| s.state);
-        if state.is_none_or(|state| !matches!(state, State::Receiving | State::Prepared)) {
+        let open =
+            |state| matches!(state, State::Receiving | State::Prepared | State::Armed | State::Starting);
+        if state.is_none_or(|state| !open(state)) {
             // It ended for a reason of ours.
             self.end(stream);
         }
@@ -95,7 +97,7 @@ impl Streams {
     ) -> Result<Take, Failure> {
         match header.kind {
             Kind::SnapshotBegin | Kind::Resume | Kind::Ping | Kind::Pong => return Ok(Take::Whole),
-            Kind::Hello | Kind::Prepared | Kind::Failed | Kind::Restored => {
+            Kind::Hello | Kind::Prepared | Kind::Failed | Kind::Restored | Kind::Armed | Kind::Fell => {
                 let text = format!("{:?} frame from a source", header.kind);
                 return Err(Failure::new(FailCode::FailProtocol, text));
             }
@@ -105,7 +107,7 @@ impl Streams {
         if !self.active.contains_key(&stream) && !self.over.contains(&stream) {
             let text = format!("{:?} frame for stream {stream}, which has not begun", header.kind);
             let failure = Failure::new(FailCode::FailProtocol, text);
-            if matches!(header.kind, Kind::Confirm | Kind::Abort) {
+            if matches!(header.kind, Kind::Confirm | Kind::Abort | Kind::Go) {
                 // It was meant for another, which must get it.
                 return Err(failure);
             }
@@ -113,7 +115,7 @@ impl Streams {
             out.extend(wire::frame(Kind::Failed, stream, 0, &failed));
             self.end(stream);
         }
-        if matches!(header.kind, Kind::Confirm | Kind::Abort) {
+        if matches!(header.kind, Kind::Confirm | Kind::Abort | Kind::Go) {
             return Ok(if self.active.contains_key(&stream) { Take::Whole } else { Take::Skip });
         }
         let Some(id) = self.receiving(snapshots, stream) else { return Ok(Take::Skip) };
@@ -213,7 +215,7 @@ impl Source {
     /// Whether a snapshot of this connection is neither confirmed nor ended.
     pub(super) fn is_busy(&self, snapshots: &Snapshots) -> bool {
         let states = self.streams.active.values().filter_map(|id| snapshots.get(*id)).map(|s| s.state);
-        states.into_iter().any(|state| matches!(state, State::Receiving | State::Prepared))
+        states.into_iter().any(|state| matches!(state, State::Receiving | State::Prepared | State::Armed))
     }
 
     /// Whether the last byte ended a frame.
@@ -286,6 +288,8 @@ impl Source {
             software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
             host: host(),
             timeout_ms: u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX),
+            journal: 0,
+            restores: false,
         };
         self.out.extend(wire::frame(Kind::Hello, 0, 0, &answer));
         // It says something every third of its own time-out.
@@ -339,7 +343,7 @@ impl Source {
                     }
                 }
             }
-            Kind::Confirm | Kind::Abort => self.verdict(snapshots, header, payload)?,
+            Kind::Confirm | Kind::Abort | Kind::Go => self.verdict(snapshots, header, payload)?,
             _ => {
                 if let Some(id) = self.streams.receiving(snapshots, stream)
                     && let Err(failure) = of_images(snapshots, id, header, payload)
@@ -383,8 +387,13 @@ impl Source {
             self.streams.end(stream);
             return Ok(());
         }
+        if header.kind == Kind::Go && state != State::Receiving {
+            wire::message::<pb::Go>(header, payload)?;
+            snapshots.go(id);
+            return Ok(());
+        }
         match (wire::message::<pb::Confirm>(header, payload), state) {
-            (Ok(confirm), State::Prepared) => {
+            (Ok(confirm), State::Prepared | State::Armed) => {
                 snapshots.confirm(id, confirm.survives);
                 self.streams.end(stream);
             }

@@ -127,6 +127,7 @@ impl Shared {
             software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
             host: host(),
             timeout_ms: u32::try_from(net.timeout.as_millis()).unwrap_or(u32::MAX),
+            ..pb::Hello::default()
         };
         let hello = wire::frame(Kind::Hello, 0, 0, &hello);
         shared.send(&mut [IoSlice::new(&MAGIC), IoSlice::new(&hello)])?;

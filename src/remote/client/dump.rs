@@ -47,6 +47,8 @@ impl RemoteDump {
             created: created.as_secs(),
             id: 0,
             name,
+            run_first: false,
+            options: Vec::new(),
         };
         let path = PathBuf::from(format!("remote:{}", remote.snapshot));
         let link: Box<dyn super::link::Link> = match &remote.direct {

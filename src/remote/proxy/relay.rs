@@ -121,6 +121,7 @@ impl<D: Dial> Relay<D> {
             software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
             host: rules.host.clone(),
             timeout_ms: u32::try_from(rules.timeout.as_millis()).unwrap_or(u32::MAX),
+            ..pb::Hello::default()
         };
         let mut link = Link::new(dial, hello, rules.timeout, LINK);
         link.need(Instant::now());

@@ -187,6 +187,7 @@ impl Snapshot {
             restored_pid: self.restored_pid,
             source_survives: self.begin.source_survives,
             resident: 0,
+            run_first: self.begin.run_first,
         }
     }
 }

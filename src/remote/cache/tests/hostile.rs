@@ -42,7 +42,7 @@ fn a_version_that_nobody_knows() {
     bench.send(&mut peer, &hello(77));
     let (header, payload) = bench.frame(&mut peer);
     let hello: pb::Hello = wire::message(&header, &payload).unwrap();
-    assert_eq!((hello.version, hello.features), (1, wire::FEATURE_LZ4));
+    assert_eq!((hello.version, hello.features), (wire::VERSION, wire::FEATURE_LZ4));
 }
 
 #[test]

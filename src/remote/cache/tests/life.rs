@@ -355,12 +355,9 @@ fn a_broken_connection_is_resumed() {
     assert_eq!(bench.state("a"), State::Ready);
     drop(old);
     bench.run();
-    bench.send(&mut new, &resume(6, "a", 4711, no()));
-    bench.prepared(&mut new, 6);
-    assert_eq!(bench.state("a"), State::Ready);
     let restore = bench.take("a");
     bench.done(&restore, ran(9));
-    assert!(bench.restored(&mut new, 6).ok);
+    assert!(bench.restored(&mut new, 5).ok);
     bench.send(&mut new, &resume(7, "a", 4711, yes()));
     assert!(bench.restored(&mut new, 7).ok);
 
@@ -384,6 +381,152 @@ fn a_broken_connection_is_resumed() {
     bench.send(&mut new, &resume(10, "c", 4711, yes()));
     assert_eq!(code(&bench.failed(&mut new, 10)), FailCode::FailProtocol);
     assert_eq!(bench.state("c"), State::Receiving);
+}
+
+/// Also what an operator released wrongly, and what a restore has, up to the moment in which it lets the tree go.
+#[test]
+fn the_source_takes_back_what_does_not_run_yet() {
+    let mut bench = Bench::new();
+    let mut new = bench.source();
+    for (stream, taken) in [(1, false), (2, true)] {
+        let mut old = bench.source();
+        bench.prepare(&mut old, small(1, "a"));
+        drop(old);
+        bench.wait_state("a", State::InDoubt);
+        let operator = bench.command();
+        bench.done(&operator, release("a"));
+        assert_eq!(bench.state("a"), State::Ready);
+        let restore = taken.then(|| bench.take("a"));
+        bench.send(&mut new, &resume(stream, "a", 4711, no()));
+        assert_eq!(code(&bench.failed(&mut new, stream)), FailCode::FailAborted);
+        assert_eq!(bench.state("a"), State::Failed);
+        if let Some(restore) = restore {
+            let root = Root::new();
+            restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+            let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+            assert_eq!(failed.code(), FailCode::FailAborted);
+        }
+    }
+}
+
+/// A source that ends its tree only after the restored one runs.
+mod run_first {
+    use super::*;
+
+    fn go(stream: u32) -> Vec<u8> {
+        wire::frame(Kind::Go, stream, 0, &pb::Go {})
+    }
+
+    fn go_again() -> pb::resume::Verdict {
+        pb::resume::Verdict::Go(pb::Go {})
+    }
+
+    /// A restore that has all but let the tree go.
+    fn armed(bench: &mut Bench, peer: &mut Peer, name: &str) -> (Command, Root) {
+        bench.prepare(peer, run_first(1, name));
+        let restore = bench.take(name);
+        let root = Root::new();
+        restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+        let armed: pb::Armed = bench.message(peer, Kind::Armed, 1);
+        assert_eq!(armed.pid, root.pid());
+        bench.no_answer(&restore);
+        assert_eq!(bench.state(name), State::Armed);
+        (restore, root)
+    }
+
+    fn fell(bench: &mut Bench, peer: &mut Peer, stream: u32) {
+        let _: pb::Fell = bench.message(peer, Kind::Fell, stream);
+    }
+
+    #[test]
+    fn it_runs_when_the_source_says_so() {
+        let mut bench = Bench::new();
+        let mut peer = bench.source();
+        let (restore, root) = armed(&mut bench, &mut peer, "a");
+        bench.send(&mut peer, &go(1));
+        assert_eq!(bench.answer(&restore).0, local_reply::What::Done(pb::Empty {}));
+        assert_eq!(bench.state("a"), State::Starting);
+        // Whoever asks meanwhile hears of it later.
+        let mut again = bench.source();
+        bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+        bench.no_frame(&mut again);
+        bench.done(&restore, ran(root.pid()));
+        assert!(bench.restored(&mut again, 2).ok);
+        bench.send(&mut again, &resume(3, "a", 4711, go_again()));
+        assert!(bench.restored(&mut again, 3).ok);
+        // Too late to have it back.
+        bench.send(&mut again, &resume(4, "a", 4711, no()));
+        assert!(bench.restored(&mut again, 4).ok);
+    }
+
+    #[test]
+    fn a_restore_that_fails_before_leaves_it_with_the_source() {
+        let mut bench = Bench::new();
+        for step in 0..3 {
+            let mut peer = bench.source();
+            let (restore, _root) = if step == 2 {
+                let (restore, root) = armed(&mut bench, &mut peer, "a");
+                (restore, Some(root))
+            } else {
+                bench.prepare(&mut peer, run_first(1, "a"));
+                (bench.take("a"), None)
+            };
+            if step == 0 {
+                bench.done(&restore, give_up());
+            }
+            drop(restore);
+            assert_eq!(code(&bench.failed(&mut peer, 1)), FailCode::FailAborted);
+            assert_eq!(bench.state("a"), State::Failed);
+            // Said before that was heard.
+            let mut again = bench.source();
+            bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+            fell(&mut bench, &mut again, 2);
+        }
+    }
+
+    #[test]
+    fn a_restore_that_fails_after_it_is_told_to_the_source() {
+        let mut bench = Bench::new();
+        let mut peer = bench.source();
+        let (restore, mut root) = armed(&mut bench, &mut peer, "a");
+        bench.send(&mut peer, &go(1));
+        assert_eq!(bench.answer(&restore).0, local_reply::What::Done(pb::Empty {}));
+        bench.done(&restore, give_up());
+        root.kill();
+        fell(&mut bench, &mut peer, 1);
+        // Kept until the source says that it has the tree: it may be gone.
+        assert_eq!(bench.state("a"), State::InDoubt);
+        bench.send(&mut peer, &abort(1));
+        assert_eq!(bench.state("a"), State::Failed);
+    }
+
+    #[test]
+    fn a_source_that_is_gone_is_waited_for() {
+        let mut bench = Bench::with(None, Duration::from_millis(300));
+        let mut peer = bench.source();
+        let (restore, root) = armed(&mut bench, &mut peer, "a");
+        drop(peer);
+        bench.run();
+        assert_eq!(bench.state("a"), State::Armed);
+        // It comes back.
+        let mut again = bench.source();
+        bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+        assert_eq!(bench.answer(&restore).0, local_reply::What::Done(pb::Empty {}));
+        bench.done(&restore, ran(root.pid()));
+        assert!(bench.restored(&mut again, 2).ok);
+        // It does not.
+        let mut peer = bench.source();
+        let (restore, _root) = armed(&mut bench, &mut peer, "b");
+        drop(peer);
+        let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+        assert_eq!(failed.code(), FailCode::FailInDoubt);
+        assert_eq!(bench.state("b"), State::InDoubt);
+        let mut again = bench.source();
+        bench.send(&mut again, &resume(2, "b", 4711, go_again()));
+        fell(&mut bench, &mut again, 2);
+        bench.send(&mut again, &resume(3, "b", 4711, no()));
+        assert_eq!(code(&bench.failed(&mut again, 3)), FailCode::FailAborted);
+    }
 }
 
 #[test]

@@ -144,8 +144,13 @@ impl Bench {
     }
 
     fn restored(&mut self, peer: &mut Peer, stream: u32) -> pb::Restored {
+        self.message(peer, Kind::Restored, stream)
+    }
+
+    /// The next frame from the cache, which is of this kind.
+    fn message<M: prost::Message + Default>(&mut self, peer: &mut Peer, kind: Kind, stream: u32) -> M {
         let (header, payload) = self.frame(peer);
-        assert_eq!((header.kind, header.stream), (Kind::Restored, stream));
+        assert_eq!((header.kind, header.stream), (kind, stream), "{:?}", failure(&header, &payload));
         wire::message(&header, &payload).unwrap()
     }
 
@@ -414,6 +419,12 @@ impl Script {
 /// A small whole one.
 fn small(stream: u32, name: &str) -> Script {
     Script::new(stream, name).image("inventory.img", b"inventory").image("empty.img", b"")
+}
+
+/// The same from a source that ends its tree last.
+fn run_first(stream: u32, name: &str) -> Script {
+    let begin = pb::SnapshotBegin { run_first: true, ..begin(name) };
+    Script::from(stream, &begin).image("inventory.img", b"inventory").image("empty.img", b"")
 }
 
 fn hello(version: u32) -> Vec<u8> {
