@@ -48,7 +48,9 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
 
 /// Restores from the cache of this host; what fails leaves the snapshot there.
 fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Result<Restored> {
-    let store = RemoteSnapshot::take(remote)?;
+    // A script may do before a restore what it finds done only when the dump is over.
+    let early = settings.common.action_scripts.scripts.is_empty();
+    let store = RemoteSnapshot::take(remote, early)?;
     crate::restore::restore_from(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))
 }
 

@@ -1,4 +1,5 @@
-//! Writes what was collected: the pages of memory, then the images of tasks, the inventory last.
+//! Writes what was collected: the pages of memory (or which there are, where they come last), then the images of tasks, the
+//! inventory at the very end.
 
 use std::fs::File;
 
@@ -16,20 +17,26 @@ use crate::{
 /// Version of the format, `inventory_entry.img_version`.
 const IMAGE_VERSION: u32 = 2;
 
-/// Writes pages and areas of all tasks, then shared memory.
+/// Writes pages and areas of all tasks, then shared memory; of pages that `come_last` only which there are.
 pub(super) fn memory(
     collected: &mut Collected<'_>,
     memory: &mut MemoryDump<'_>,
+    come_last: bool,
     stats: &mut DumpStats,
 ) -> Result<()> {
     for task in &mut collected.tasks {
         if let Some(space) = task.space.take() {
-            memory
-                .task(in_tree(task.pid), space.space(), stats)
-                .with_context(|| format!("memory of task {}", task.pid))?;
+            let (pid, space) = (in_tree(task.pid), space.space());
+            let done =
+                if come_last { memory.describe(pid, space, stats) } else { memory.task(pid, space, stats) };
+            done.with_context(|| format!("memory of task {}", task.pid))?;
         }
     }
-    memory.shared(&collected.shared, stats).context("shared memory")
+    let shared = match come_last {
+        true => memory.describe_shared(&collected.shared, stats),
+        false => memory.shared(&collected.shared, stats),
+    };
+    shared.context("shared memory")
 }
 
 /// Writes everything else that was collected.
@@ -53,6 +60,7 @@ pub(super) fn tasks(collected: &mut Collected<'_>, store: &dyn Store) -> Result<
     }
     let seccomp = std::mem::take(&mut collected.seccomp).finish();
     store.write_one(ImageKind::Seccomp, None, &seccomp)?;
+    // See `BEFORE_PAGES`.
     Ok(store.write_all(ImageKind::Pstree, None, &collected.pstree)?)
 }
 

@@ -113,12 +113,15 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     // Pages may take as long as they take, while there are some that do not stand still.
     deadline.next(Limit::Idle(settings.standstill));
     let writing = Instant::now();
-    images::memory(&mut collected, &mut memory, &mut stats)?;
+    images::memory(&mut collected, &mut memory, store.pages_come_last(), &mut stats)?;
     stats.memdump_time = writing.elapsed();
+    cpuinfo::write(store, settings.common.cpu_cap)?;
     images::tasks(&mut collected, store)?;
+    let writing = Instant::now();
+    memory.pages(&mut stats).context("memory")?;
+    stats.memdump_time += writing.elapsed();
     tree.verify().context("the tree changed while it was frozen")?;
     deadline.check()?;
-    cpuinfo::write(store, settings.common.cpu_cap)?;
     images::inventory(store, &mut collected.ids)?;
     if let Some(root) = tree.processes.first() {
         store.guard(pidfd::open(root.pid.get(), 0).context("pidfd of the root")?.as_fd())?;

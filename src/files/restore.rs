@@ -127,7 +127,48 @@ impl<'a> FilesRestore<'a> {
         })
     }
 
-    /// Opens everything that needs no task of the tree. Before the first clone.
+    /// Opens the files of mappings, before all images are there. Only those that have their names, and nothing is made for.
+    pub(crate) fn open_mapped(&mut self, ids: &HashSet<u32>) -> Result<(), FileError> {
+        for file in self.files.values_mut() {
+            let id = file.entry.id;
+            let refuse = |what: &'static str| Err(FileError::entry(id, what));
+            if file.entry.tty.is_some() {
+                return refuse("a terminal has to be there before the tasks");
+            }
+            if !ids.contains(&id) {
+                continue;
+            }
+            let Some(entry) = file.entry.reg.as_ref().filter(|reg| reg.ext != Some(true)) else {
+                return refuse("it cannot be mapped before all images are there");
+            };
+            if remap::is_remapped(&mut self.cx, id) || super::path::proc_pid(&entry.name).is_some() {
+                return refuse("it cannot be mapped before it is made");
+            }
+            match (file.kind.open)(&mut self.cx, &file.entry).map_err(|e| file.failed(e))? {
+                Opened::Now(fd) => file.fd = Some(fd),
+                Opened::Late => return refuse("it cannot be mapped before the tasks are there"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails if a file that is open already is not the one any more that its name leads to, or has changed.
+    pub(crate) fn recheck(&self) -> Result<(), FileError> {
+        for file in self.files.values() {
+            let (Some(fd), Some(entry)) = (&file.fd, &file.entry.reg) else { continue };
+            let inode = |fd: &OwnedFd| {
+                let stat = nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+                stat.map_err(FileError::path("stat", &entry.name))
+            };
+            let now = regular::find(&self.cx, entry).map_err(|e| file.failed(e))?;
+            if inode(fd)? != inode(&now)? {
+                return Err(file.failed(FileError::entry(file.entry.id, "it has been replaced")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens everything that needs no task of the tree and is not open yet. Before the first clone, where there is one to come.
     pub fn open_early(&mut self) -> Result<(), FileError> {
         let mut parts = parts(&self.cx.entries);
         parts.extend(self.cx.state::<RestoreRemaps>().link_ids());
@@ -135,6 +176,7 @@ impl<'a> FilesRestore<'a> {
         let now = self
             .files
             .values()
+            .filter(|f| f.fd.is_none())
             .filter(|f| !self.waiting.contains(&f.entry.id) && !parts.contains(&f.entry.id));
         let now: Vec<_> = now.map(|file| Rc::clone(&file.entry)).collect();
         for (id, fd) in regular::open_ahead(&mut self.cx, &now) {

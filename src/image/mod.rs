@@ -14,9 +14,10 @@ pub use error::ImageError;
 #[cfg(any(test, feature = "internals"))]
 pub use extras::HasExtra;
 pub use names::ImageKind;
+pub(crate) use store::BEFORE_PAGES;
 pub use store::{
-    DirStore, DirSync, ImageFile, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink,
-    PagesStream, Store, TypedStore,
+    Arrival, DirStore, DirSync, ImageFile, ImageReader, ImageSink, ImageWriter, MemStore, Outcome, PagesSink,
+    PagesStream, Part, Store, TypedStore,
 };
 
 /// Image messages, generated from `proto/images`. Text fields are `Vec<u8>`: see `build.rs`.

@@ -32,7 +32,9 @@ use super::names::ImageKind;
 use crate::sys::mapping::Slot;
 
 /// Name of the image whose presence makes a snapshot complete.
-const INVENTORY: &str = "inventory.img";
+pub(crate) const INVENTORY: &str = "inventory.img";
+/// Where pages come last, the image before them.
+pub(crate) const BEFORE_PAGES: &str = "pstree.img";
 
 /// An image being written from front to back.
 pub trait ImageSink: Write + Send + Debug {
@@ -83,6 +85,22 @@ pub trait Store: Send + Sync {
     /// Opens the file `name` for reading, or `None` when there is no such image.
     fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError>;
 
+    /// Where images come from that have not all arrived: those before the pages are there, `open_raw` knows no others, and pages
+    /// are read from here. `None` once all are there.
+    fn arrival(&self) -> Option<Arc<dyn Arrival>> {
+        None
+    }
+
+    /// Waits until all images are there and checked, and the snapshot may be restored.
+    fn arrived(&self) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// Whether pages of zeros may be holes in the images of pages.
+    fn has_holes(&self) -> bool {
+        false
+    }
+
     /// Names of all images, sorted.
     fn names(&self) -> Result<Vec<String>, ImageError>;
 
@@ -121,6 +139,12 @@ pub trait Store: Send + Sync {
         Ok(())
     }
 
+    /// Whether all pages are to come behind all other images but the inventory: somebody reads these meanwhile. The last before
+    /// the pages is [`BEFORE_PAGES`].
+    fn pages_come_last(&self) -> bool {
+        false
+    }
+
     /// The last word of a dump, after [`Self::commit`]: from now on the snapshot may be restored. The tree has
     /// been killed or, with `survives`, goes on on purpose.
     fn confirm(&self, _survives: bool) -> Result<(), ImageError> {
@@ -136,6 +160,25 @@ pub trait Store: Send + Sync {
     fn consumed(&self) -> bool {
         false
     }
+}
+
+/// Images on their way.
+pub trait Arrival: Send + Sync + Debug {
+    /// Waits for the first `least` bytes of an image, or for all of it if it has less.
+    fn part(&self, name: &str, least: u64) -> Result<Part, ImageError>;
+}
+
+/// What has arrived of an image.
+#[derive(Debug)]
+pub struct Part {
+    /// The file in which it lies, with bytes that are checked and others.
+    pub file: File,
+    /// Where in the file it begins.
+    pub start: u64,
+    /// How many of its bytes are checked, from the front.
+    pub len: u64,
+    /// There are no more.
+    pub complete: bool,
 }
 
 /// How far a restore has come.

@@ -65,6 +65,11 @@ impl ReservedImages {
         self.0.remove(&pid)
     }
 
+    /// The number of the image made for `pid`.
+    pub(super) fn number(&self, pid: HostPid) -> Option<u32> {
+        self.0.get(&pid).map(|(pages_id, _)| *pages_id)
+    }
+
     /// An image whose task is no more.
     pub(super) fn take_any(&mut self) -> Option<(u32, PagesSink)> {
         self.0.pop_first().map(|(_, image)| image)

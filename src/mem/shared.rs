@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use super::MemError;
 use crate::image::{ImageKind, Store};
 use crate::pages::copy::{SharedObject, Span, copy, data_runs};
-use crate::pages::{PAGE, PagemapWriter};
+use crate::pages::{PAGE, PagemapWriter, PagesError, Run};
 use crate::stats::DumpStats;
 
 /// The objects met so far, and the files that areas have led to. Clones are the same collection: the areas and the open files of all
@@ -137,17 +137,83 @@ impl SharedMemory {
         next_pages_id: &mut u32,
         stats: &mut DumpStats,
     ) -> Result<(), MemError> {
-        for (shmid, object) in &mut self.objects().by_shmid {
-            if object.pages_id.is_some() {
-                continue;
-            }
-            let pages_id = *next_pages_id;
-            *next_pages_id += 1;
-            object.pages_id = Some(pages_id);
-            object.dump(store, *shmid, pages_id, stats)?;
+        for object in self.unwritten(next_pages_id, stats)? {
+            let DescribedObject { shmid, pages_id, file, runs } = object;
+            let spans = runs.into_iter().map(|run| Ok(Span { run, zero_is_absent: true, unreadable: false }));
+            let pagemap = PagemapWriter::create(store, ImageKind::ShmemPagemap, u64::from(shmid), pages_id)?;
+            write(store, (shmid, pages_id, &file), spans, Some(pagemap), stats)?;
         }
         Ok(())
     }
+
+    /// Writes the pagemap of every object not written before, with all its data.
+    pub(super) fn describe(
+        &self,
+        store: &dyn Store,
+        next_pages_id: &mut u32,
+        stats: &mut DumpStats,
+    ) -> Result<Vec<DescribedObject>, MemError> {
+        let objects = self.unwritten(next_pages_id, stats)?;
+        for object in &objects {
+            let id = u64::from(object.shmid);
+            let mut pagemap = PagemapWriter::create(store, ImageKind::ShmemPagemap, id, object.pages_id)?;
+            object.runs.iter().try_for_each(|run| pagemap.push(*run))?;
+            pagemap.finish()?;
+        }
+        Ok(objects)
+    }
+
+    fn unwritten(
+        &self,
+        next_pages_id: &mut u32,
+        stats: &mut DumpStats,
+    ) -> Result<Vec<DescribedObject>, MemError> {
+        let mut objects = self.objects();
+        let mut found = Vec::new();
+        for (shmid, object) in objects.by_shmid.iter_mut().filter(|(_, object)| object.pages_id.is_none()) {
+            let failed = |source| MemError::Shared { dev: 0, ino: 0, source };
+            let file = object.file.try_clone().map_err(failed)?;
+            let runs = data_runs(&file, *shmid)?;
+            stats.shpages_scanned += file.metadata().map_err(failed)?.len().div_ceil(PAGE);
+            let pages_id = *next_pages_id;
+            *next_pages_id += 1;
+            object.pages_id = Some(pages_id);
+            found.push(DescribedObject { shmid: *shmid, pages_id, file, runs });
+        }
+        Ok(found)
+    }
+}
+
+/// An object whose pages are to be written.
+#[derive(Debug)]
+pub(super) struct DescribedObject {
+    shmid: u32,
+    pages_id: u32,
+    file: File,
+    /// Where its data are.
+    runs: Vec<Run>,
+}
+
+impl DescribedObject {
+    /// Writes its pages.
+    pub(super) fn pages(self, store: &dyn Store, stats: &mut DumpStats) -> Result<(), MemError> {
+        let Self { shmid, pages_id, file, runs } = self;
+        let spans = runs.into_iter().map(|run| Ok(Span { run, zero_is_absent: false, unreadable: false }));
+        write(store, (shmid, pages_id, &file), spans, None, stats)
+    }
+}
+
+fn write(
+    store: &dyn Store,
+    (shmid, pages_id, file): (u32, u32, &File),
+    spans: impl Iterator<Item = Result<Span, PagesError>> + Send,
+    pagemap: Option<PagemapWriter>,
+    stats: &mut DumpStats,
+) -> Result<(), MemError> {
+    let pages = store.create_pages(&ImageKind::Pages.file_name(u64::from(pages_id)), 0)?;
+    let copied = copy(&SharedObject { shmid, file }, spans, pagemap, pages, pages_id)?;
+    stats.shpages_written += copied.pages_written;
+    Ok(())
 }
 
 impl Objects {
@@ -161,28 +227,6 @@ impl Objects {
     }
 }
 
-impl Object {
-    fn dump(
-        &self,
-        store: &dyn Store,
-        shmid: u32,
-        pages_id: u32,
-        stats: &mut DumpStats,
-    ) -> Result<(), MemError> {
-        let runs = data_runs(&self.file, shmid)?;
-        let size: u64 =
-            self.file.metadata().map_err(|source| MemError::Shared { dev: 0, ino: 0, source })?.len();
-        stats.shpages_scanned += size.div_ceil(PAGE);
-        let spans = runs.into_iter().map(|run| Ok(Span { run, zero_is_absent: true, unreadable: false }));
-        let pagemap = PagemapWriter::create(store, ImageKind::ShmemPagemap, u64::from(shmid), pages_id)?;
-        let pages = store.create_pages(&ImageKind::Pages.file_name(u64::from(pages_id)), 0)?;
-        let source = SharedObject { shmid, file: &self.file };
-        let copied = copy(&source, spans, pagemap, pages, pages_id)?;
-        stats.shpages_written += copied.pages_written;
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -191,7 +235,7 @@ mod tests {
     use super::*;
     use crate::image::MemStore;
     use crate::pages::pagemap::PagemapReader;
-    use crate::pages::pagemap::{Placed, Run};
+    use crate::pages::pagemap::Placed;
 
     fn memfd(len: u64) -> File {
         let file = File::from(memfd_create("x", MFdFlags::MFD_CLOEXEC).unwrap());

@@ -15,13 +15,16 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::sys::uio::preadv;
+use nix::unistd::{Whence, lseek};
 
 use super::pagemap::{PARENT, PRESENT, PagemapReader, Placed};
 use super::{PAGE, PagesError};
-use crate::image::{ImageError, ImageKind, Store};
+use crate::image::{Arrival, ImageError, ImageKind, Part, Store};
 use crate::sys::Errno;
 
 /// Most snapshots above one another. Each costs a descriptor, and one more for each task.
@@ -38,7 +41,7 @@ pub struct Piece {
     pub end: u64,
     /// Which of [`Pages::images`].
     pub image: usize,
-    /// Where they begin in the file in which the image lies.
+    /// Where they begin in the image.
     pub offset: u64,
 }
 
@@ -84,18 +87,79 @@ impl Piece {
     }
 }
 
-/// The file in which an image of pages lies.
+/// An image in which pages lie.
 #[derive(Debug)]
 pub struct PagesImage {
-    /// Open for reading.
-    pub file: File,
+    /// The file in which it lies, open for reading, and where; not before the first bytes have arrived.
+    file: OnceLock<(File, u64)>,
     /// As messages name it.
     pub path: PathBuf,
     /// Open for writing too: what has been read is to be freed at once. Never that of a parent.
     pub consumed: bool,
+    /// Pages of zeros may be holes.
+    holes: bool,
+    /// It was opened before all of it was there.
+    arriving: Option<Arriving>,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    from: Arc<dyn Arrival>,
+    name: String,
+    /// So many bytes are known to be there.
+    there: AtomicU64,
 }
 
 impl PagesImage {
+    /// With its length; of one that is arriving, all that there can be.
+    fn open(store: &dyn Store, name: &str) -> Result<Option<(Self, u64)>, PagesError> {
+        let (path, consumed, holes) = (store.path_of(name), store.consumed(), store.has_holes());
+        if let Some(from) = store.arrival() {
+            let arriving = Some(Arriving { from, name: name.to_owned(), there: AtomicU64::new(0) });
+            return Ok(Some((Self { file: OnceLock::new(), path, consumed, holes, arriving }, u64::MAX)));
+        }
+        let Some(file) = store.open_raw(name)? else { return Ok(None) };
+        let (start, len) = (file.start(), file.len());
+        let file = (file.into_file(), start).into();
+        Ok(Some((Self { file, path, consumed, holes, arriving: None }, len)))
+    }
+
+    /// The file in which it lies, and where it begins there, once something of it is there.
+    pub fn file(&self) -> Result<(&File, u64), PagesError> {
+        if self.file.get().is_none() {
+            self.wait(1)?;
+        }
+        let file = self.file.get().map(|(file, start)| (file, *start));
+        file.ok_or_else(|| self.failed(io::ErrorKind::UnexpectedEof.into()))
+    }
+
+    /// Waits until the first `least` bytes are there; how many are.
+    pub fn wait(&self, least: u64) -> Result<u64, PagesError> {
+        let Some(arriving) = &self.arriving else { return Ok(u64::MAX) };
+        let there = arriving.there.load(Ordering::Relaxed);
+        if there >= least {
+            return Ok(there);
+        }
+        let Part { file, start, len, complete } = arriving.from.part(&arriving.name, least)?;
+        if len < least {
+            return Err(self.failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let there = if complete { u64::MAX } else { len };
+        let _ = self.file.set((file, start));
+        arriving.there.store(there, Ordering::Relaxed);
+        Ok(there)
+    }
+
+    /// Whether it has its bytes in memory and nowhere else.
+    pub fn is_in_memory(&self) -> bool {
+        let in_memory = |file: &File| fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
+        self.arriving.is_some() || self.file.get().is_some_and(|(file, _)| in_memory(file))
+    }
+
+    fn is_arriving(&self) -> bool {
+        self.arriving.as_ref().is_some_and(|arriving| arriving.there.load(Ordering::Relaxed) < u64::MAX)
+    }
+
     fn failed(&self, source: io::Error) -> PagesError {
         ImageError::Io { action: "read", path: self.path.clone(), source }.into()
     }
@@ -216,19 +280,15 @@ impl Pages {
     ) -> Result<Option<(Vec<Placed>, usize)>, PagesError> {
         let Some(pagemap) = PagemapReader::open(store, kind, id)? else { return Ok(None) };
         let name = ImageKind::Pages.file_name(u64::from(pagemap.pages_id()));
-        let path = store.path_of(&name);
-        let file = store.open_raw(&name)?;
-        let (start, len) = file.as_ref().map_or((0, 0), |file| (file.start(), file.len()));
-        let mut runs = match pagemap.runs(len) {
+        let (file, len) = PagesImage::open(store, &name)?.unzip();
+        let runs = match pagemap.runs(len.unwrap_or(0)) {
             Err(PagesError::Entry { .. }) if file.is_none() => {
-                return Err(ImageError::Absent { path }.into());
+                return Err(ImageError::Absent { path: store.path_of(&name) }.into());
             }
             runs => runs?,
         };
-        runs.iter_mut().for_each(|placed| placed.offset += start);
         let image = self.images.len();
-        let consumed = store.consumed();
-        self.images.extend(file.map(|file| PagesImage { file: file.into_file(), path, consumed }));
+        self.images.extend(file);
         Ok(Some((runs, image)))
     }
 
@@ -271,13 +331,63 @@ impl Pages {
         self.within(start, end).next().is_some()
     }
 
-    /// Reads `pieces` one behind the other into `into`, which is as long as they are. What lies together in an image is
-    /// read at once, whatever comes between from others.
+    /// Whether a part of them may not be there yet.
+    pub fn are_arriving(&self) -> bool {
+        self.images.iter().any(PagesImage::is_arriving)
+    }
+
+    /// Waits until all of them are there.
+    pub fn wait(&self) -> Result<(), PagesError> {
+        for (number, image) in self.images.iter().enumerate().filter(|(_, image)| image.is_arriving()) {
+            let mine = self.pieces.iter().filter(|piece| piece.image == number);
+            image.wait(mine.map(|piece| piece.offset + piece.len()).max().unwrap_or(0))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a piece is there.
+    pub fn wait_for(&self, piece: &Piece) -> Result<(), PagesError> {
+        self.images.get(piece.image).map_or(Ok(()), |image| image.wait(piece.offset + piece.len()).map(drop))
+    }
+
+    /// Appends to `into` what of a piece, all of which is there, is no hole: for places where a page of zeros and no page are the
+    /// same.
+    pub fn without_holes(&self, piece: Piece, into: &mut Vec<Piece>) -> Result<(), PagesError> {
+        let Some(image) = self.images.get(piece.image).filter(|image| image.holes) else {
+            into.push(piece);
+            return Ok(());
+        };
+        let (file, base) = image.file()?;
+        let failed = |e: Errno| image.failed(e.into());
+        let seek = |offset: u64, whence| {
+            let offset = i64::try_from(base + offset).map_err(|_| Errno::EOVERFLOW)?;
+            lseek(file, offset, whence).map(|offset| u64::try_from(offset).unwrap_or(0).saturating_sub(base))
+        };
+        let (mut at, end) = (piece.offset, piece.offset + piece.len());
+        while at < end {
+            let from = match seek(at, Whence::SeekData) {
+                Err(Errno::ENXIO) => break,
+                found => (found.map_err(failed)? / PAGE * PAGE).max(at),
+            };
+            if from >= end {
+                break;
+            }
+            let hole = seek(from, Whence::SeekHole).map_err(failed)?;
+            at = hole.next_multiple_of(PAGE).max(from + 1).min(end);
+            into.push(piece.within(piece.start + (from - piece.offset), piece.start + (at - piece.offset)));
+        }
+        Ok(())
+    }
+
+    /// Reads `pieces` one behind the other into `into`, which is as long as they are; those that are not there yet are waited
+    /// for. What lies together in an image is read at once, whatever comes between from others.
     pub fn fetch(&self, pieces: &[Piece], into: &mut [u8]) -> Result<(), PagesError> {
+        pieces.iter().try_for_each(|piece| self.wait_for(piece))?;
         if let [piece] = pieces
             && let Some(image) = self.images.get(piece.image)
         {
-            return image.file.read_exact_at(into, piece.offset).map_err(|e| image.failed(e));
+            let (file, base) = image.file()?;
+            return file.read_exact_at(into, base + piece.offset).map_err(|e| image.failed(e));
         }
         let mut reads: Vec<Read<'_>> = self.images.iter().map(|_| Read::default()).collect();
         let mut rest = into;
@@ -289,14 +399,14 @@ impl Pages {
             let (part, behind) = rest.split_at_mut(len);
             rest = behind;
             if read.parts.len() == MOST_PARTS || read.end != piece.offset {
-                read.perform(&image.file).map_err(|e| image.failed(e))?;
+                read.perform(image.file()?).map_err(|e| image.failed(e))?;
                 *read = Read { offset: piece.offset, end: piece.offset, parts: Vec::new() };
             }
             read.end += len as u64;
             read.parts.push(IoSliceMut::new(part));
         }
-        for (image, read) in self.images.iter().zip(&mut reads) {
-            read.perform(&image.file).map_err(|e| image.failed(e))?;
+        for (image, read) in self.images.iter().zip(&mut reads).filter(|(_, read)| !read.parts.is_empty()) {
+            read.perform(image.file()?).map_err(|e| image.failed(e))?;
         }
         Ok(())
     }
@@ -311,9 +421,9 @@ struct Read<'b> {
 }
 
 impl Read<'_> {
-    fn perform(&mut self, file: &File) -> io::Result<()> {
+    fn perform(&mut self, (file, base): (&File, u64)) -> io::Result<()> {
         let mut parts = self.parts.as_mut_slice();
-        let mut offset = self.offset;
+        let mut offset = base + self.offset;
         while !parts.is_empty() {
             let at = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
             match preadv(file.as_fd(), parts, at) {

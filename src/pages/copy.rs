@@ -161,11 +161,11 @@ pub struct Copied {
 }
 
 /// Copies the pages of `spans` from `source` into `pages` (the image `pages_id`) and their runs
-/// into `pagemap`, and finishes both.
+/// into `pagemap`, and finishes both. Without a pagemap there is one already, which has all spans.
 pub fn copy<S: Source>(
     source: &S,
     spans: impl Iterator<Item = Result<Span, PagesError>> + Send,
-    pagemap: PagemapWriter,
+    pagemap: Option<PagemapWriter>,
     pages: PagesSink,
     pages_id: u32,
 ) -> Result<Copied, PagesError> {
@@ -214,7 +214,7 @@ pub fn copy<S: Source>(
         }
         PagesSink::Stream(stream) => stream.end().map_err(failed)?,
     }
-    tail.pagemap.finish()?;
+    tail.pagemap.map_or(Ok(()), PagemapWriter::finish)?;
     Ok(tail.copied)
 }
 
@@ -261,7 +261,7 @@ struct Feed<I> {
 struct Tail {
     turn: u64,
     offset: u64,
-    pagemap: PagemapWriter,
+    pagemap: Option<PagemapWriter>,
     copied: Copied,
     failed: bool,
 }
@@ -396,7 +396,7 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
         }
         let mut pages_written = 0;
         for kept in kept {
-            tail.pagemap.push(kept.run)?;
+            tail.pagemap.as_mut().map_or(Ok(()), |pagemap| pagemap.push(kept.run))?;
             pages_written += kept.run.pages;
         }
         let offset = tail.offset;
@@ -578,7 +578,7 @@ mod tests {
         let store = MemStore::new();
         let pagemap = PagemapWriter::create(&store, ImageKind::Pagemap, 1, 1)?;
         let pages = store.create_pages("pages-1.img", 0)?;
-        let copied = copy(source, spans.iter().map(|span| Ok(*span)), pagemap, pages, 1)?;
+        let copied = copy(source, spans.iter().map(|span| Ok(*span)), Some(pagemap), pages, 1)?;
         Ok((store, copied))
     }
 
@@ -638,7 +638,7 @@ mod tests {
             source: io::Error::from_raw_os_error(libc::ESRCH),
         };
         let spans = (0..5000).map(|i| if i < 4000 { Ok(span(i * 2 * PAGE, 1, true)) } else { Err(failed()) });
-        let error = copy(&Made::new(None), spans, pagemap, pages, 1).unwrap_err();
+        let error = copy(&Made::new(None), spans, Some(pagemap), pages, 1).unwrap_err();
         assert!(matches!(error, PagesError::Scan { .. }), "{error}");
     }
 

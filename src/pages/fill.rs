@@ -42,7 +42,8 @@ struct Chunk {
     parts: Range<usize>,
 }
 
-/// Writes all of `pages` to their places in `object`.
+/// Writes all of `pages` to their places in `object`, which is new: pages of zeros need not be made. Those that are on their way
+/// are waited for.
 pub fn fill(object: Object<'_>, pages: &Pages) -> Result<(), PagesError> {
     let stat = fstatfs(object.file).map_err(|e| object.failed(0, e.into()))?;
     let huge = (stat.filesystem_type() == HUGETLBFS_MAGIC)
@@ -125,13 +126,24 @@ impl Object<'_> {
         huge: Option<u64>,
         buffer: &mut Vec<u8>,
     ) -> Result<(), PagesError> {
-        buffer.resize(usize::try_from(chunk.len).unwrap_or(0), 0);
-        pages.fetch(parts, buffer)?;
-        let written = match huge {
-            None => self.file.write_all_at(buffer, chunk.to),
-            Some(huge) => self.write_mapped(buffer, chunk.to, huge),
+        let mut write = |parts: &[Piece], to: u64, len: u64| {
+            buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+            pages.fetch(parts, buffer)?;
+            let written = match huge {
+                None => self.file.write_all_at(buffer, to),
+                Some(huge) => self.write_mapped(buffer, to, huge),
+            };
+            written.map_err(|source| self.failed(to, source))
         };
-        written.map_err(|source| self.failed(chunk.to, source))
+        let mut data = Vec::new();
+        for part in parts {
+            pages.wait_for(part)?;
+            pages.without_holes(*part, &mut data)?;
+        }
+        if data.iter().map(Piece::len).sum::<u64>() == chunk.len {
+            return write(parts, chunk.to, chunk.len);
+        }
+        data.iter().try_for_each(|piece| write(&[*piece], piece.start, piece.len()))
     }
 
     /// mmap says when there is no huge page left; a later touch would be a SIGBUS.
@@ -276,7 +288,7 @@ mod tests {
         for (object, count) in [(object, 2), (big, 5000)] {
             let store = snapshot(MemStore::new(), &[run(0, count)], 0);
             let pages = pages(&store);
-            let file = pages.images()[0].file.try_clone().unwrap();
+            let file = pages.images()[0].file().unwrap().0.try_clone().unwrap();
             File::options()
                 .write(true)
                 .open(format!("/proc/self/fd/{}", file.as_raw_fd()))

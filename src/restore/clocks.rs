@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::images::Images;
+use super::images::{Images, inventory};
 use crate::{
     image::Store,
     ns::time::{self, Clocks, Running, TimeNamespace},
@@ -25,18 +25,28 @@ pub(super) struct TreeClocks {
     early: bool,
 }
 
+/// Whether tasks share their memory.
+pub(super) fn share_memory(images: &Images) -> bool {
+    let mut spaces = HashSet::new();
+    let mut alive = images.tasks.iter().filter(|task| !task.is_zombie());
+    !alive.all(|task| task.ids.vm_id == 0 || spaces.insert(task.ids.vm_id))
+}
+
 impl TreeClocks {
+    /// Not known yet, of a tree whose tasks do not share memory.
+    pub(super) fn later() -> Self {
+        Self { made: None, early: false }
+    }
+
     /// Reads the clocks from the images and makes a time namespace for them.
     pub(super) fn read(store: &dyn Store, images: &Images, settings: &RestoreSettings) -> Result<Self> {
-        let mut spaces = HashSet::new();
-        let mut alive = images.tasks.iter().filter(|task| !task.is_zombie());
-        let early = !alive.all(|task| task.ids.vm_id == 0 || spaces.insert(task.ids.vm_id));
+        let early = share_memory(images);
         let none = Self { made: None, early };
         if settings.host_clocks {
             return Ok(none);
         }
         let root = images.tasks.first().context("no task")?;
-        let Some(frozen) = time::read(store, &root.ids, images.dumper.as_ref())? else {
+        let Some(frozen) = time::read(store, &root.ids, inventory(store)?.root_ids.as_ref())? else {
             tracing::warn!(
                 "the images do not say where the clocks of the tree stood: it gets those of this machine"
             );

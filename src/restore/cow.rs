@@ -114,7 +114,8 @@ fn compare_all(theirs: &Pages, ours: &Pages, both: &[(Piece, Piece)]) -> Result<
     let chunks = chunks(both);
     let bytes: u64 = both.iter().map(|(q, _)| q.len()).sum();
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(8);
-    if bytes < PARALLEL_FROM || threads == 1 {
+    // What arrives is there in one order.
+    if bytes < PARALLEL_FROM || threads == 1 || ours.are_arriving() {
         return compare_chunks(theirs, ours, &chunks);
     }
     let share = chunks.len().div_ceil(threads);

@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io::Write as _,
+    ops::Range,
     os::fd::{AsRawFd, OwnedFd},
     rc::Rc,
 };
@@ -75,12 +76,15 @@ pub(super) struct Construction<'i> {
     pub(super) next_shared: i32,
     /// SIGSTOPs that pend, which come when all are let go.
     pub(super) pending_stops: Vec<(NsPid, NsPid, PendingStop)>,
-    page_threads: PageThreads,
+    pub(super) page_threads: PageThreads,
     /// The address space of the task that makes the one which is planned.
     maker_mm: Option<(usize, Rc<Cow<'i, pb::MmEntry>>)>,
-    pages: Vec<Pages>,
+    pub(super) pages: Vec<Pages>,
     /// Held open until all have mapped them.
-    shared: SharedObjects,
+    pub(super) shared: SharedObjects,
+    /// What lists may not touch.
+    reserved: (u64, u64),
+    own_vdso: Option<vdso::Own>,
     /// Of ourselves, for processes to fetch descriptors by.
     pidfd: OwnedFd,
     gate: Gate,
@@ -110,6 +114,23 @@ impl MappedObjects for (&mut FilesRestore<'_>, &SharedObjects) {
 impl<'i> Construction<'i> {
     /// Plans the first lists of everybody: address spaces and clones.
     pub(super) fn plan(
+        store: &'i dyn Store,
+        images: &'i Images,
+        forks: ForkPlan,
+        files: FilesRestore<'i>,
+        clocks: TreeClocks,
+    ) -> Result<Self> {
+        let mut this = Self::new(store, images, forks, files, clocks)?;
+        this.shared.fill()?;
+        for index in this.forks.order() {
+            this.plan_process(index)?;
+        }
+        this.maker_mm = None;
+        Ok(this)
+    }
+
+    /// Reads and checks what is needed for the lists of everybody; pages need not be there yet.
+    pub(super) fn new(
         store: &'i dyn Store,
         images: &'i Images,
         forks: ForkPlan,
@@ -176,17 +197,14 @@ impl<'i> Construction<'i> {
             maker_mm: None,
             pages,
             shared,
+            reserved,
+            own_vdso: vdso::Own::read()?,
             pidfd: pidfd::open(HostPid::own().get(), 0).context("pidfd of crtool")?,
             gate: Gate { go: File::from(go), held },
             forks,
         };
         this.places = this.add_places()?;
         this.made.resize_with(this.forks.processes.len(), Made::default);
-        let own_vdso = vdso::Own::read()?;
-        for index in this.forks.order() {
-            this.plan_process(index, reserved, own_vdso.as_ref())?;
-        }
-        this.maker_mm = None;
         Ok(this)
     }
 
@@ -240,43 +258,70 @@ impl<'i> Construction<'i> {
     }
 
     /// The first list of one process.
-    fn plan_process(
-        &mut self,
-        index: usize,
-        reserved: (u64, u64),
-        own_vdso: Option<&vdso::Own>,
-    ) -> Result<()> {
+    fn plan_process(&mut self, index: usize) -> Result<()> {
+        let mut list = List::new(format!("creation of {}", self.pid(index)?));
+        let mut descriptors = self.descriptors_of(index);
+        if self.plan_begin(index, &mut descriptors, &mut list)? {
+            self.plan_content(index, &mut descriptors, &mut list)
+                .with_context(|| format!("memory of process {index}"))?;
+        }
+        let steps = self.forks.processes.get(index).map_or(0, |process| process.steps.len());
+        self.plan_steps(index, 0..steps, &mut descriptors, &mut list)?;
+        self.next_shared = self.next_shared.max(descriptors.end());
+        self.announce(index, list)
+    }
+
+    /// Announces a process with its first list.
+    pub(super) fn announce(&mut self, index: usize, mut list: List) -> Result<()> {
+        list.op(Op::Stop);
+        list.op(Op::Next);
+        log_list(&list);
         let pid = self.pid(index)?;
-        let process = self.forks.processes.get(index).context("a process that is not planned")?.clone();
-        let first = index == self.forks.first;
-        let task = self.task_of(index);
-        let label = match task {
+        let process = self.forks.processes.get(index).context("a process that is not planned")?;
+        let label = match process.task {
             Some(_) => format!("task {pid}"),
-            None if first => format!("helper {pid} (the root's intermediate parent)"),
+            None if index == self.forks.first => format!("helper {pid} (the root's intermediate parent)"),
             None => format!("helper {pid}"),
         };
-        let mut list = List::new(format!("creation of {pid}"));
-        let mut descriptors = self.descriptors_of(index);
+        let copy_of = match process.maker {
+            Some(maker) if !self.share_of(index).vm => Some(self.place(maker)?.0),
+            _ => None,
+        };
+        let place = self.place(index)?;
+        self.puppets.expect_process(on_host(pid), label, place, copy_of, &list)
+    }
+
+    /// What a process does first; says whether it has mapped memory that is to be filled.
+    pub(super) fn plan_begin(
+        &mut self,
+        index: usize,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<bool> {
+        let process = self.forks.processes.get(index).context("a process that is not planned")?;
+        let (first, maker) = (index == self.forks.first, process.maker);
+        let task = self.task_of(index);
         if first {
-            plan_first(&mut list, &self.gate, self.pidfd.as_raw_fd());
-            self.clocks.plan_first(&mut list);
-        } else if process.maker.is_some_and(|maker| self.in_shared_tables.contains(&maker))
+            plan_first(list, &self.gate, self.pidfd.as_raw_fd());
+            self.clocks.plan_first(list);
+        } else if maker.is_some_and(|maker| self.in_shared_tables.contains(&maker))
             && !self.share_of(index).files
         {
             // The copy of a table holds what others who share it had at that moment.
-            plan_shed(&mut list);
+            plan_shed(list);
         }
-        let shares_memory = self.share_of(index).vm;
+        let mut mapped = false;
         match task.filter(|t| !t.is_zombie()) {
-            Some(_) if shares_memory => {}
+            Some(_) if self.share_of(index).vm => {}
             // What it makes is to have what crtool would have given it.
             None if first => {}
-            None => layout::plan_clear(&mut list, reserved, &[]),
+            None => layout::plan_clear(list, self.reserved, &[]),
             Some(task) => {
                 let made = self
-                    .plan_memory(index, task, reserved, own_vdso, &mut descriptors, &mut list)
-                    .with_context(|| format!("memory of task {pid}"))?;
+                    .plan_memory(index, task, descriptors, list)
+                    .with_context(|| format!("memory of task {}", task.pid))?;
                 *self.made.get_mut(index).context("a task that is not planned")? = made;
+                mapped = true;
             }
         }
         if let Some(core) = task.filter(|t| t.is_zombie()).and_then(|t| t.core().ok())
@@ -285,31 +330,34 @@ impl<'i> Construction<'i> {
             let comm = list.cstr(&tc.comm);
             list.call("PR_SET_NAME", libc::SYS_prctl, &[PR_SET_NAME.into(), comm.into()], Want::Zero);
         }
-        for step in &process.steps {
-            self.plan_step(&mut list, *step)?;
-            if *step == Step::Setsid && task.is_some() {
-                self.files.plan_controlling(pid, &mut descriptors, &mut list);
-                descriptors.close_all(&mut list);
+        Ok(mapped)
+    }
+
+    /// Steps of a process.
+    pub(super) fn plan_steps(
+        &mut self,
+        index: usize,
+        which: Range<usize>,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<()> {
+        let pid = self.pid(index)?;
+        let process = self.forks.processes.get(index).context("a process that is not planned")?;
+        let steps = process.steps.get(which).unwrap_or_default().to_vec();
+        for step in steps {
+            self.plan_step(list, step)?;
+            if step == Step::Setsid && self.task_of(index).is_some() {
+                self.files.plan_controlling(pid, descriptors, list);
+                descriptors.close_all(list);
             }
         }
-        self.next_shared = self.next_shared.max(descriptors.end());
-        list.op(Op::Stop);
-        list.op(Op::Next);
-        log_list(&list);
-        let copy_of = match process.maker {
-            Some(maker) if !shares_memory => Some(self.place(maker)?.0),
-            _ => None,
-        };
-        let place = self.place(index)?;
-        self.puppets.expect_process(on_host(pid), label, place, copy_of, &list)
+        Ok(())
     }
 
     fn plan_memory(
         &mut self,
         index: usize,
         task: &'i Task,
-        reserved: (u64, u64),
-        own_vdso: Option<&vdso::Own>,
         descriptors: &mut Descriptors,
         list: &mut List,
     ) -> Result<Made> {
@@ -326,15 +374,53 @@ impl<'i> Construction<'i> {
         let parent =
             maker_mm.as_ref().and_then(|(of, mm)| Some(ParentMemory { mm, pages: self.pages.get(*of)? }));
         let pages = self.pages.get(index).context("a task without pages")?;
-        let vdso = vdso::plan(&mm, pages, own_vdso, reserved.0)?;
+        let space = Space { pid: task.pid, mm: &mm, pages, exe_fd, parent, area: self.reserved };
+        layout::plan_map(list, &space, &mut (&mut self.files, &self.shared), descriptors)
+    }
+
+    /// Fills memory that is mapped, all of whose pages are there, and finishes it.
+    fn plan_content(&mut self, index: usize, descriptors: &mut Descriptors, list: &mut List) -> Result<()> {
+        self.plan_load(index, None, descriptors, list)?;
+        self.plan_last_of_memory(index, descriptors, list)
+    }
+
+    /// Fills memory with what of its pages lies in the first bytes of each image, or with all. Says whether there was anything.
+    pub(super) fn plan_load(
+        &mut self,
+        index: usize,
+        there: Option<&[u64]>,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<bool> {
+        let id = self.place(index)?.0;
+        let pages = self.pages.get(index).context("a task without pages")?;
+        let made = self.made.get_mut(index).context("a task that is not planned")?;
+        let load = match there {
+            Some(there) => made.take_there(pages, there)?,
+            None => made.take_all(pages)?,
+        };
+        let (area, pids) = self.puppets.area_and_pids(id)?;
+        let mut spawner = Spawner { threads: &mut self.page_threads, id, area, pids };
+        layout::plan_fill(list, pages, (&load, made), descriptors, &mut spawner)?;
+        Ok(!load.is_empty())
+    }
+
+    /// What is left to be done in memory that is filled.
+    pub(super) fn plan_last_of_memory(
+        &mut self,
+        index: usize,
+        descriptors: &mut Descriptors,
+        list: &mut List,
+    ) -> Result<()> {
+        let task = self.task_of(index).context("memory of nobody")?;
+        let mm = task.mm().context("no mm image")?;
+        let pages = self.pages.get(index).context("a task without pages")?;
+        let vdso = vdso::plan(&mm, pages, self.own_vdso.as_ref(), self.reserved.0)?;
         if let vdso::Plan::Foreign { start, end, .. } = &vdso {
             not_within(task, *start, *end)?;
         }
-        let id = self.place(index)?.0;
-        let space = Space { pid: task.pid, mm: &mm, pages, exe_fd, parent, area: reserved, vdso };
-        let (area, pids) = self.puppets.area_and_pids(id)?;
-        let mut spawner = Spawner { threads: &mut self.page_threads, id, area, pids };
-        layout::plan(list, &space, &mut (&mut self.files, &self.shared), descriptors, &mut spawner)
+        let made = self.made.get(index).context("a task that is not planned")?;
+        layout::plan_end(list, (task.pid, pages), made, &vdso, descriptors)
     }
 
     fn plan_step(&self, list: &mut List, step: Step) -> Result<()> {
@@ -375,9 +461,23 @@ impl<'i> Construction<'i> {
         Ok(())
     }
 
-    /// Clones the first process, and all others by it. Tells the root's pid.
-    pub(super) fn create(&mut self, settings: &RestoreSettings) -> Result<Pid> {
+    /// Clones the first process, and all others by it.
+    pub(super) fn create(&mut self, settings: &RestoreSettings) -> Result<()> {
+        self.start_first(settings)?;
+        self.puppets.settle()?;
+        self.page_threads.check(&self.puppets)?;
+        self.know_ids();
+        Ok(())
+    }
+
+    /// The root's pid.
+    pub(super) fn root(&self) -> Result<Pid> {
         let root = self.images.tasks.first().context("no root")?.pid;
+        Ok(Pid::from_raw(on_host(root).get()))
+    }
+
+    /// Clones the first process.
+    pub(super) fn start_first(&mut self, settings: &RestoreSettings) -> Result<()> {
         let first = self.forks.first;
         let (area, _) = self.place(first)?;
         let sibling = settings.detached && settings.sibling;
@@ -410,16 +510,16 @@ impl<'i> Construction<'i> {
         ptrace::seize(pid, options | ptrace::O_SUSPEND_SECCOMP)
             .or_else(|_| ptrace::seize(pid, options))
             .context("seize of the restored root")?;
-        self.gate.go.write_all(&[1]).context("word to the first process")?;
-        self.puppets.settle()?;
-        self.page_threads.check(&self.puppets)?;
-        // Ids that somebody else had taken were exchanged for others.
+        self.gate.go.write_all(&[1]).context("word to the first process")
+    }
+
+    /// Ids that somebody else had taken were exchanged for others.
+    pub(super) fn know_ids(&mut self) {
         for (planned, known) in self.forks.processes.iter().zip(&mut self.pids) {
             if planned.pid == PlannedPid::Any {
                 *known = self.puppets.current_id(*known);
             }
         }
-        Ok(Pid::from_raw(on_host(root).get()))
     }
 
     /// What the restore took.

@@ -76,8 +76,24 @@ impl Task {
 #[derive(Debug)]
 pub(super) struct Images {
     pub(super) tasks: Vec<Task>,
-    /// Of whoever dumped it: namespaces that tasks share with it need not be made.
-    pub(super) dumper: Option<pb::TaskKobjIdsEntry>,
+}
+
+/// The image that makes the others a snapshot. Its `root_ids` are those of whoever dumped it: namespaces that tasks share with it
+/// need not be made.
+pub(super) fn inventory(store: &dyn Store) -> Result<pb::InventoryEntry> {
+    let inventory: pb::InventoryEntry = match store.read_one(ImageKind::Inventory, None)? {
+        Some(inventory) => inventory,
+        None => bail!(
+            "no complete snapshot: {} is missing (wrong directory, or a dump that did not finish)",
+            store.path_of("inventory.img").display()
+        ),
+    };
+    ensure!(
+        matches!(inventory.img_version, 1 | 2),
+        "inventory.img: image version {} is not known",
+        inventory.img_version
+    );
+    Ok(inventory)
 }
 
 fn id(value: u32, what: &str) -> Result<NsPid> {
@@ -108,18 +124,6 @@ impl Images {
     }
 
     pub(super) fn read(store: &dyn Store) -> Result<Self> {
-        let inventory: pb::InventoryEntry = match store.read_one(ImageKind::Inventory, None)? {
-            Some(inventory) => inventory,
-            None => bail!(
-                "no complete snapshot: {} is missing (wrong directory, or a dump that did not finish)",
-                store.path_of("inventory.img").display()
-            ),
-        };
-        ensure!(
-            matches!(inventory.img_version, 1 | 2),
-            "inventory.img: image version {} is not known",
-            inventory.img_version
-        );
         let entries: Vec<pb::PstreeEntry> = store.read_all(ImageKind::Pstree, None)?;
         ensure!(
             !entries.is_empty() || store.exists(ImageKind::Pstree, None)?,
@@ -137,7 +141,7 @@ impl Images {
             }
             tasks.push(task);
         }
-        let images = Self { tasks, dumper: inventory.root_ids };
+        let images = Self { tasks };
         images.check_tree()?;
         Ok(images)
     }

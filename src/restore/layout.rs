@@ -3,7 +3,7 @@
 //! Everything here ends in calls of a list. What later forks or writes must not see (protections
 //! without write, madvise, mlock) comes in a second part, once all children are made.
 
-use std::{iter::Peekable, ops::Range, os::fd::AsRawFd};
+use std::{iter::Peekable, ops::Range, os::fd::AsRawFd as _};
 
 use anyhow::{Context, Result, ensure};
 
@@ -87,28 +87,88 @@ pub(super) struct Space<'a> {
     pub(super) parent: Option<ParentMemory<'a>>,
     /// The range where lists are, which is left alone.
     pub(super) area: (u64, u64),
-    pub(super) vdso: vdso::Plan,
 }
 
-/// What is known of an address space after [`plan`]: for [`plan_late`] and for counting.
+/// What is known of an address space after [`plan_map`]: for what comes next, for [`plan_late`] and for counting.
 #[derive(Debug, Default)]
 pub(super) struct Made {
     /// Starts of the areas that do not have their final protection yet, or may not have it.
     opened: Vec<u64>,
     /// Held until the puppet is filled.
     uffd: UffdCopies,
+    rings: aio::Rings,
+    /// What is to be read, in order of addresses.
+    load: Vec<Piece>,
+    /// As `load`, into memory that is all zeros.
+    fresh: Vec<Piece>,
     /// Pages compared with the maker's, and found equal.
     pub(super) compared: u64,
     pub(super) kept: u64,
 }
 
-/// Maps and fills an address space; `spawner` gives threads that help to fill a large one. No descriptor is left.
-pub(super) fn plan(
+/// What is to be filled now.
+#[derive(Debug, Default)]
+pub(super) struct Load {
+    /// By reading.
+    read: Vec<Piece>,
+    /// By userfaultfd.
+    copy: Vec<Piece>,
+}
+
+impl Load {
+    pub(super) fn is_empty(&self) -> bool {
+        self.read.is_empty() && self.copy.is_empty()
+    }
+}
+
+impl Made {
+    /// All that is to be filled, of which everything is there.
+    pub(super) fn take_all(&mut self, pages: &Pages) -> Result<Load> {
+        self.take_there(pages, &vec![u64::MAX; pages.images().len()])
+    }
+
+    /// What is to be filled of the first bytes of each image; so many are there.
+    pub(super) fn take_there(&mut self, pages: &Pages, there: &[u64]) -> Result<Load> {
+        let mut load = Load { read: cut_off(&mut self.load, there), copy: Vec::new() };
+        for piece in cut_off(&mut self.fresh, there) {
+            pages.without_holes(piece, &mut load.read)?;
+        }
+        for piece in cut_off(&mut self.uffd.pieces, there) {
+            pages.without_holes(piece, &mut load.copy)?;
+        }
+        load.read.sort_unstable_by_key(|piece| piece.start);
+        Ok(load)
+    }
+
+    /// The first piece, in the order of its image, that is to be filled.
+    pub(super) fn next(&self) -> Option<&Piece> {
+        let all = [&self.load, &self.fresh, &self.uffd.pieces];
+        all.into_iter().filter_map(|pieces| pieces.first()).min_by_key(|piece| piece.offset)
+    }
+}
+
+/// Takes from the front of `pieces` what lies in the first bytes of its image.
+fn cut_off(pieces: &mut Vec<Piece>, there: &[u64]) -> Vec<Piece> {
+    let end = |piece: &Piece| there.get(piece.image).copied().unwrap_or(u64::MAX) / PAGE * PAGE;
+    let whole = pieces.iter().take_while(|piece| piece.offset + piece.len() <= end(piece)).count();
+    let rest = pieces.split_off(whole);
+    let mut taken = std::mem::replace(pieces, rest);
+    if let Some(first) = pieces.first_mut()
+        && first.offset < end(first)
+    {
+        let cut = first.start + (end(first) - first.offset);
+        taken.push(first.within(first.start, cut));
+        *first = first.within(cut, first.end);
+    }
+    taken
+}
+
+/// Maps an address space. Then it is filled ([`plan_fill`]), and then finished ([`plan_end`]).
+pub(super) fn plan_map(
     list: &mut List,
     space: &Space<'_>,
     objects: &mut dyn MappedObjects,
     descriptors: &mut Descriptors,
-    spawner: &mut Spawner<'_>,
 ) -> Result<Made> {
     let mut made = Made::default();
     let mut parent = space.parent.filter(|h| h.mm.exe_file_id == space.mm.exe_file_id);
@@ -121,17 +181,11 @@ pub(super) fn plan(
     plan_clear(list, space.area, &kept);
     let exe_fd = if parent.is_some() { -1 } else { descriptors.fetch(list, space.exe_fd) };
     plan_mm(list, space.mm, exe_fd);
-    let mut vdso_due = true;
-    let mut load = Vec::new();
     let mut run: Option<Run> = None;
     for vma in &space.mm.vmas {
         let inherited = kept.contains(&(vma.start, vma.end));
         let kernel = status::VSYSCALL | status::VDSO | status::VVAR | status::GUARD;
         if vma.status & kernel != 0 {
-            if vma.status & (status::VVAR | status::VDSO) != 0 && std::mem::take(&mut vdso_due) && !inherited
-            {
-                plan_vdso(list, &space.vdso, space.pages, &mut load);
-            }
             continue;
         }
         if vma.status & status::AIORING != 0 {
@@ -139,7 +193,7 @@ pub(super) fn plan(
             if vma.prot != write {
                 made.opened.push(vma.start);
             }
-            load.extend(space.pages.within(vma.start, vma.end));
+            made.load.extend(space.pages.within(vma.start, vma.end));
             continue;
         }
         if let (true, Some(h)) = (inherited, &parent) {
@@ -155,7 +209,7 @@ pub(super) fn plan(
             }
             made.compared += differing.compared;
             made.kept += differing.equal;
-            load.extend(differing.load);
+            made.load.extend(differing.load);
             continue;
         }
         let filled = private(vma) && space.pages.any_in(vma.start, vma.end);
@@ -171,36 +225,48 @@ pub(super) fn plan(
             made.opened.push(vma.start);
         }
         if filled && !made.uffd.take(vma, space.pages) {
+            let objects = status::FILE_PRIVATE | status::FILE_SHARED | status::ANON_SHARED | status::MEMFD;
+            let zeros = vma.status & (status::ANON_PRIVATE | objects) == status::ANON_PRIVATE;
+            let load = if zeros { &mut made.fresh } else { &mut made.load };
             load.extend(space.pages.within(vma.start, vma.end));
         }
     }
     run.inspect(|run| run.plan(list));
     let mut taken: Vec<(u64, u64)> = space.mm.vmas.iter().map(|vma| (vma.start, vma.end)).collect();
     taken.push(space.area);
-    let rings = aio::Rings::read(space.pid, space.mm, space.pages)?;
-    if !rings.is_empty() {
+    made.rings = aio::Rings::read(space.pid, space.mm, space.pages)?;
+    if !made.rings.is_empty() {
         let file = descriptors.fetch(list, space.exe_fd);
-        rings.plan(list, space.pid, file);
+        made.rings.plan(list, space.pid, file);
     }
     let others = made.uffd.begin(list, space.pages, taken, descriptors)?;
     if !others.is_empty() {
-        load.extend(others);
-        load.sort_unstable_by_key(|piece| piece.start);
-    }
-    plan_fill(list, space.pages, &load, &made.uffd, descriptors, spawner)?;
-    made.uffd.end(list);
-    rings.plan_ids(list, space.pid);
-    descriptors.close_all(list);
-    if !vdso_due {
-        plan_vdso_entries(list, &space.vdso, space.pid);
+        made.fresh.extend(others);
+        made.fresh.sort_unstable_by_key(|piece| piece.start);
     }
     Ok(made)
 }
 
+/// What is left to be done in an address space that is filled. No descriptor is left.
+pub(super) fn plan_end(
+    list: &mut List,
+    (pid, pages): (NsPid, &Pages),
+    made: &Made,
+    vdso: &vdso::Plan,
+    descriptors: &mut Descriptors,
+) -> Result<()> {
+    made.uffd.end(list);
+    made.rings.plan_ids(list, pid);
+    plan_vdso(list, vdso, pages, descriptors)?;
+    descriptors.close_all(list);
+    plan_vdso_entries(list, vdso, pid);
+    Ok(())
+}
+
 /// Maps the vdso; see `vdso.rs`. The data pages come first and bring the code behind them.
-fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<Piece>) {
+fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, descriptors: &mut Descriptors) -> Result<()> {
     let at = match plan {
-        vdso::Plan::None => return,
+        vdso::Plan::None => return Ok(()),
         vdso::Plan::Same { at, .. } | vdso::Plan::Foreign { at, .. } => *at,
     };
     list.call(
@@ -224,8 +290,11 @@ fn plan_vdso(list: &mut List, plan: &vdso::Plan, pages: &Pages, load: &mut Vec<P
             &[(*start).into(), (end - start).into(), prot.into(), flags.into(), (-1i64).into(), 0u64.into()],
             Want::Equal(*start),
         );
-        load.extend(pages.within(*start, *end));
+        let load: Vec<Piece> = pages.within(*start, *end).collect();
+        let images = fetch_images(list, pages, &load, descriptors)?;
+        plan_pages(list, pages, &images, &load);
     }
+    Ok(())
 }
 
 /// Redirects the entry points of an old vdso; its pages are there. `pid` is the puppet itself.
@@ -390,32 +459,23 @@ fn plan_vma(
 }
 
 /// Fills with as many threads as are worth it: a page fault for each page is what takes the time.
-fn plan_fill(
+pub(super) fn plan_fill(
     list: &mut List,
     pages: &Pages,
-    load: &[Piece],
-    uffd: &UffdCopies,
+    (Load { read: load, copy }, made): (&Load, &Made),
     descriptors: &mut Descriptors,
     spawner: &mut Spawner<'_>,
 ) -> Result<()> {
+    let uffd = &made.uffd;
     let len = |pieces: &[Piece]| pieces.iter().map(Piece::len).sum::<u64>();
-    let (read, copied) = (len(load), len(&uffd.pieces));
+    let (read, copied) = (len(load), len(copy));
     let wanted = usize::try_from((read + copied) / FILL_SHARE).unwrap_or(usize::MAX);
     let threads = (spawner.most() + 1).min(wanted).max(1);
     let mut reads = split(load, threads, read).into_iter();
-    let mut copies = split(&uffd.pieces, threads, copied).into_iter();
+    let mut copies = split(copy, threads, copied).into_iter();
     let most = at_once(read + copied);
     let mut done = Vec::new();
-    // By number of the image: threads know the descriptors by the same numbers.
-    let images: Vec<i32> = pages
-        .images()
-        .iter()
-        .enumerate()
-        .map(|(number, image)| {
-            let used = load.iter().any(|piece| piece.image == number);
-            if used { descriptors.fetch(list, image.file.as_raw_fd()) } else { -1 }
-        })
-        .collect();
+    let images = fetch_images(list, pages, load, descriptors)?;
     let fill = |list: &mut List, read: Option<Vec<Piece>>, copied: Option<Vec<Piece>>| {
         plan_pages(list, pages, &images, &read.unwrap_or_default());
         uffd.copy(list, &copied.unwrap_or_default(), most);
@@ -431,6 +491,26 @@ fn plan_fill(
         list.op(Op::WaitZero(word));
     }
     Ok(())
+}
+
+/// Fetches the images of these pages: descriptors, and where in their files they begin. By number of the image: threads know the
+/// descriptors by the same numbers.
+fn fetch_images(
+    list: &mut List,
+    pages: &Pages,
+    load: &[Piece],
+    descriptors: &mut Descriptors,
+) -> Result<Vec<(i32, u64)>> {
+    let mut numbers = Vec::with_capacity(pages.images().len());
+    for (number, image) in pages.images().iter().enumerate() {
+        if load.iter().any(|piece| piece.image == number) {
+            let (file, base) = image.file()?;
+            numbers.push((descriptors.fetch(list, file.as_raw_fd()), base));
+        } else {
+            numbers.push((-1, 0));
+        }
+    }
+    Ok(numbers)
 }
 
 /// Cuts pieces into `parts` shares of about the same size.
@@ -466,7 +546,7 @@ fn split(load: &[Piece], parts: usize, total: u64) -> Vec<Vec<Piece>> {
 /// preadv's pages into place: of a stretch of memory, pieces that follow each other in an image go in one call. Pages
 /// are made just before they are read, many with one call: that takes two thirds of the time of a fault for each of
 /// them.
-fn plan_pages(list: &mut List, pages: &Pages, descriptors: &[i32], load: &[Piece]) {
+fn plan_pages(list: &mut List, pages: &Pages, descriptors: &[(i32, u64)], load: &[Piece]) {
     let most = at_once(load.iter().map(Piece::len).sum());
     let mut load = load.iter().flat_map(|piece| piece.in_parts(most)).peekable();
     let mut consumed = vec![0..0; pages.images().len()];
@@ -520,7 +600,11 @@ fn plan_populate(list: &mut List, pieces: &[Piece]) {
 }
 
 /// One read of pieces that lie one behind the other in the image, and of how many bytes.
-fn plan_read<'p>(list: &mut List, fd: i32, pieces: &mut Peekable<impl Iterator<Item = &'p Piece>>) -> u64 {
+fn plan_read<'p>(
+    list: &mut List,
+    (fd, base): (i32, u64),
+    pieces: &mut Peekable<impl Iterator<Item = &'p Piece>>,
+) -> u64 {
     let first = pieces.peek().map_or(0, |piece| piece.offset);
     let (mut iov, mut total, mut count) = (Vec::new(), 0, 0u64);
     while let Some(piece) = pieces.next_if(|piece| count < IOV_MAX && piece.offset == first + total) {
@@ -533,14 +617,14 @@ fn plan_read<'p>(list: &mut List, fd: i32, pieces: &mut Peekable<impl Iterator<I
     list.call(
         format!("preadv of {total} bytes of pages"),
         libc::SYS_preadv,
-        &[fd.into(), iov.into(), count.into(), first.into(), 0u64.into()],
+        &[fd.into(), iov.into(), count.into(), (base + first).into(), 0u64.into()],
         Want::Equal(total),
     );
     total
 }
 
 /// Frees a range of the image.
-fn plan_free(list: &mut List, fd: i32, range: &Range<u64>) {
+fn plan_free(list: &mut List, (fd, base): (i32, u64), range: &Range<u64>) {
     if range.is_empty() {
         return;
     }
@@ -548,7 +632,7 @@ fn plan_free(list: &mut List, fd: i32, range: &Range<u64>) {
     list.call(
         "fallocate(FALLOC_FL_PUNCH_HOLE)",
         libc::SYS_fallocate,
-        &[fd.into(), how.into(), range.start.into(), (range.end - range.start).into()],
+        &[fd.into(), how.into(), (base + range.start).into(), (range.end - range.start).into()],
         Want::Any,
     );
 }

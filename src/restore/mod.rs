@@ -6,7 +6,7 @@
 //! 1. [`images`] reads everything small and checks it.
 //! 2. [`plan`] decides who forks whom (`process_tree/`) and where lists lie.
 //! 3. [`create`] makes all processes, each with its final address space, filled ([`layout`], [`cow`], [`uffd_copy`],
-//!    [`page_threads`], [`vdso`], [`shared`]).
+//!    [`page_threads`], [`vdso`], [`shared`]); [`ahead`] does so while images arrive.
 //! 4. [`moves`] brings them into their groups and to their parents, and lets helpers and zombies end.
 //! 5. [`attributes`] gives them descriptors, attributes and threads; [`clocks`] lets theirs go on.
 //! 6. [`final_state`] sets what nobody may touch afterwards: pending signals, `dumpable`, registers; and takes the area away.
@@ -14,6 +14,7 @@
 //!
 //! Until 7 a failure kills and reaps everything ([`puppets`]).
 
+mod ahead;
 mod attributes;
 mod clocks;
 mod cow;
@@ -105,25 +106,55 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     let begun = Instant::now();
     let _ticker = ticker::Ticker::start()?;
     let _ = crate::sys::own::raise_open_files();
+    action::run(&settings.common.action_scripts, Action::PreRestore, None)?;
+    if store.arrival().is_some() {
+        match attempt(store, settings, begun) {
+            Err(error) if error.is::<ahead::GivenUp>() => {
+                store.arrived()?;
+                tracing::info!("{error:#}");
+            }
+            done => return done,
+        }
+    }
+    attempt(store, settings, begun)
+}
+
+/// Restores a tree from what is there and, as long as that is not all of it, from what comes.
+fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Result<Restored> {
     let deadline = Deadline::begin(Limit::Idle(settings.timeout));
     let scripts = &settings.common.action_scripts;
-    action::run(scripts, Action::PreRestore, None)?;
-
-    let images = Images::read(store)?;
-    cpuinfo::check(store, settings.common.cpu_cap)?;
-    let forks = plan::forks(&images, settings)?;
-    let mut files = FilesRestore::read(store, settings, &images.tables())?;
-    files.open_early()?;
-    let mut clocks = TreeClocks::read(store, &images, settings)?;
-    clocks.start_early()?;
-    let mut tree = Construction::plan(store, &images, forks, files, clocks)?;
-    pids_are_free(&images)?;
-    deadline::check()?;
-
+    let arriving = store.arrival().is_some();
+    if !arriving {
+        images::inventory(store)?;
+    }
+    let read = || -> Result<_> {
+        let images = Images::read(store)?;
+        cpuinfo::check(store, settings.common.cpu_cap)?;
+        Ok(images)
+    };
     let forking = Instant::now();
-    let root = tree.create(settings)?;
-    tree.moves()?;
-    let forking_time = forking.elapsed();
+    let images = if arriving { read().context(ahead::GivenUp)? } else { read()? };
+    let (mut tree, forking_time) = if arriving {
+        let mut tree = ahead::make(store, &images, settings).context(ahead::GivenUp)?;
+        images::inventory(store)?;
+        tree.files.open_early()?;
+        tree.clocks = TreeClocks::read(store, &images, settings)?;
+        (tree, forking.elapsed())
+    } else {
+        let forks = plan::forks(&images, settings)?;
+        let mut files = FilesRestore::read(store, settings, &images.tables())?;
+        files.open_early()?;
+        let mut clocks = TreeClocks::read(store, &images, settings)?;
+        clocks.start_early()?;
+        let mut tree = Construction::plan(store, &images, forks, files, clocks)?;
+        pids_are_free(&images)?;
+        deadline::check()?;
+        let forking = Instant::now();
+        tree.create(settings)?;
+        tree.moves()?;
+        (tree, forking.elapsed())
+    };
+    let root = tree.root()?;
     tree.attributes()?;
     tree.final_state()?;
     tree.files.before_resume()?;

@@ -37,6 +37,11 @@ impl PageThreads {
         Self { most: (cpus - 1).min(MOST), spawned: Vec::new() }
     }
 
+    /// Nobody asks any more for those that there were.
+    pub(super) fn forget(&mut self) {
+        self.spawned.clear();
+    }
+
     /// Fails when a thread could not do its share.
     pub(super) fn check(&self, puppets: &Puppets) -> Result<()> {
         for (area, slot, list) in &self.spawned {

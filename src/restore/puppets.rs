@@ -284,6 +284,24 @@ impl Puppets {
         Ok(())
     }
 
+    /// Lets a waiting thread run a list to its end, whatever became of the list before.
+    pub(super) fn run_list(&mut self, tid: HostPid, list: &List) -> Result<()> {
+        self.next_list(tid, list)?;
+        let member = self.members.get(&tid).context("nobody to run a list")?;
+        let start = member.list.as_ref().context("a list without a place")?.start;
+        let mut regs = ptrace::get_regs(tid)?;
+        (regs.rip, regs.rbx, regs.orig_rax) = (self.area(member.area)?.runner().0, start.0, u64::MAX);
+        ptrace::set_regs(tid, &regs)?;
+        self.resume(tid)?;
+        self.settle()
+    }
+
+    /// What lies behind the first `used` bytes of an area is needed no more; lists there must have been run, and the next one comes
+    /// by [`Self::run_list`].
+    pub(super) fn rewind(&mut self, id: AreaId, used: usize) -> Result<()> {
+        Ok(self.mapped(id)?.area.rewind(used)?)
+    }
+
     /// Brings to a thread's process what has been planned for it; it must be stopped.
     fn flush(&mut self, tid: HostPid) -> Result<()> {
         let id = self.members.get(&tid).context("nobody to write to")?.area;

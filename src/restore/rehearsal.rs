@@ -6,19 +6,25 @@
 
 use anyhow::Result;
 
-use super::{clocks::TreeClocks, create::Construction, images::Images, plan};
+use super::{
+    clocks::TreeClocks,
+    create::Construction,
+    images::{Images, inventory},
+    plan,
+};
 use crate::{cpuinfo, files::FilesRestore, image::Store, ns::time, settings::RestoreSettings};
 
 /// Plans the restore of a tree from `store`. The settings must ask for the clocks of the host, because other ones are made
 /// by a process.
 pub fn rehearse(store: &dyn Store, settings: &RestoreSettings) -> Result<()> {
+    inventory(store)?;
     let images = Images::read(store)?;
     cpuinfo::check(store, settings.common.cpu_cap)?;
     let forks = plan::forks(&images, settings)?;
     let mut files = FilesRestore::read(store, settings, &images.tables())?;
     files.open_early()?;
     if let Some(root) = images.tasks.first()
-        && let Some(frozen) = time::read(store, &root.ids, images.dumper.as_ref())?
+        && let Some(frozen) = time::read(store, &root.ids, inventory(store)?.root_ids.as_ref())?
     {
         let _ = time::host_clocks_suffice(frozen);
     }

@@ -1,10 +1,6 @@
 //! Shared memory objects: made and filled once by the supervisor, inherited by every puppet.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    os::fd::{AsRawFd, OwnedFd},
-};
+use std::{collections::HashMap, fs::File, os::fd::AsRawFd as _};
 
 use anyhow::{Context, Result};
 
@@ -20,13 +16,15 @@ use crate::{
 /// All shared memory objects of a tree.
 #[derive(Debug, Default)]
 pub(super) struct SharedObjects {
-    objects: HashMap<u64, OwnedFd>,
+    objects: HashMap<u64, File>,
+    /// Those that are not filled yet, in the order of their pages.
+    empty: Vec<(u64, u64, Pages)>,
 }
 
 impl SharedObjects {
-    /// Makes the anonymous shared memory that areas map, as large as the furthest of them.
+    /// Makes the anonymous shared memory that areas map, as large as the furthest of them, empty.
     pub(super) fn make(store: &dyn Store, wanted: WantedObjects) -> Result<Self> {
-        let mut objects = HashMap::new();
+        let (mut objects, mut empty) = (HashMap::new(), Vec::new());
         for (shmid, Wanted { end, bytes, huge }) in wanted.0 {
             let pages = Pages::read(store, ImageKind::ShmemPagemap, shmid)?.unwrap_or_default();
             // Where no area says how long it is, its end may still be mapped by nobody any more.
@@ -34,12 +32,22 @@ impl SharedObjects {
             let file =
                 object(size, huge).with_context(|| format!("shared memory {shmid} of {size} bytes"))?;
             if !pages.pieces().is_empty() {
-                let shmid = u32::try_from(shmid).context("id of shared memory")?;
-                fill(Object { shmid, file: &file, size }, &pages)?;
+                empty.push((shmid, size, pages));
             }
-            objects.insert(shmid, OwnedFd::from(file));
+            objects.insert(shmid, file);
         }
-        Ok(Self { objects })
+        empty.sort_unstable_by_key(|(shmid, ..)| *shmid);
+        Ok(Self { objects, empty })
+    }
+
+    /// Fills them.
+    pub(super) fn fill(&mut self) -> Result<()> {
+        for (shmid, size, pages) in std::mem::take(&mut self.empty) {
+            let file = self.objects.get(&shmid).with_context(|| format!("no shared memory {shmid}"))?;
+            let shmid = u32::try_from(shmid).context("id of shared memory")?;
+            fill(Object { shmid, file, size }, &pages)?;
+        }
+        Ok(())
     }
 
     /// Number of the descriptor of an object.

@@ -68,6 +68,8 @@ pub(super) struct UffdCopies {
 struct Source {
     image: usize,
     fd: i32,
+    /// Where the image begins in its file.
+    base: u64,
     /// Where the part begins in the image, and how long it is.
     offset: u64,
     len: u64,
@@ -88,7 +90,7 @@ impl UffdCopies {
             return false;
         }
         let fit = self.fit.get_or_insert_with(|| {
-            pages.images().iter().map(|image| !image.consumed && in_memory(&image.file)).collect()
+            pages.images().iter().map(|image| !image.consumed && image.is_in_memory()).collect()
         });
         if !own().all(|piece| fit.get(piece.image).copied().unwrap_or(false)) {
             return false;
@@ -117,12 +119,13 @@ impl UffdCopies {
                 return Ok(std::mem::take(&mut self.pieces));
             };
             taken.push((at, at + len));
-            self.sources.push(Source { image: number, fd: image.file.as_raw_fd(), offset, len, at });
+            let (file, base) = image.file()?;
+            self.sources.push(Source { image: number, fd: file.as_raw_fd(), base, offset, len, at });
         }
         if self.sources.is_empty() {
             return Ok(Vec::new());
         }
-        for &Source { fd, offset, len, at, .. } in &self.sources {
+        for &Source { fd, base, offset, len, at, .. } in &self.sources {
             let fd = descriptors.fetch(list, fd);
             list.call(
                 "mmap of the pages image",
@@ -133,7 +136,7 @@ impl UffdCopies {
                     libc::PROT_READ.into(),
                     (libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE).into(),
                     fd.into(),
-                    offset.into(),
+                    (base + offset).into(),
                 ],
                 Want::Equal(at),
             );
@@ -191,11 +194,6 @@ impl UffdCopies {
         let number = self.number.unwrap_or(-1);
         list.call(name, libc::SYS_ioctl, &[number.into(), request.into(), words.into()], Want::Zero);
     }
-}
-
-/// Whether a file has its bytes in memory and nowhere else.
-fn in_memory(file: &std::fs::File) -> bool {
-    nix::sys::statfs::fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
 const _: () = assert!(MIN_PIECE.is_multiple_of(PAGE));

@@ -220,6 +220,13 @@ impl Area {
         self.next
     }
 
+    /// Takes back what was handed out behind the first `used` bytes: nobody needs it any more.
+    pub(crate) fn rewind(&mut self, used: usize) -> Result<(), TraceError> {
+        self.flush()?;
+        self.next = self.next.min(used);
+        Ok(())
+    }
+
     /// Hands out `len` zero bytes, aligned to `align` (a power of two, at most a page).
     pub(crate) fn alloc(&mut self, len: usize, align: usize) -> Result<RemoteAddr, TraceError> {
         self.unpack();

@@ -29,7 +29,17 @@ const LAST_LOOK: Duration = Duration::from_secs(2);
 /// A request that waits for its answer.
 #[derive(Debug)]
 enum Pending {
-    Get { get: pb::Get, until: Option<Instant>, newest: u64, seen: Option<u64>, doubt: Option<Instant> },
+    Get {
+        get: pb::Get,
+        until: Option<Instant>,
+        newest: u64,
+        seen: Option<u64>,
+        doubt: Option<Instant>,
+    },
+    /// What it has is to become such that it can be restored; if it is in doubt, until then.
+    Whole {
+        doubt: Option<Instant>,
+    },
     Read(pb::ReadImage),
     Starting,
 }
@@ -130,6 +140,7 @@ impl Client {
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.pending {
             Some(Pending::Get { until, doubt, .. }) => [*until, *doubt].into_iter().flatten().min(),
+            Some(Pending::Whole { doubt }) => *doubt,
             _ => None,
         }
     }
@@ -237,6 +248,10 @@ impl Client {
     fn get(&mut self, snapshots: &Snapshots, get: pb::Get) -> Answer {
         name::check_snapshot(&get.name)?;
         if let Some(other) = self.taken.and_then(|id| snapshots.get(id)) {
+            if other.begin.name == get.name && !get.early {
+                self.pending = Some(Pending::Whole { doubt: None });
+                return Ok(None);
+            }
             return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
         }
         let until = Instant::now().checked_add(Duration::from_millis(get.wait_ms));
@@ -302,9 +317,7 @@ impl Client {
                     }
                     Err(failure) => Err(failure),
                     Ok(None) => {
-                        let in_doubt =
-                            seen.and_then(|id| snapshots.get(id)).is_some_and(|s| s.state == State::InDoubt);
-                        doubt = if in_doubt { doubt.or(now.checked_add(self.timeout)) } else { None };
+                        doubt = self.doubt(snapshots, seen, doubt, now);
                         // What has begun to arrive is waited for to its end.
                         let until = if seen.is_some() { doubt } else { until };
                         if until.is_some_and(|until| now >= until) {
@@ -316,6 +329,7 @@ impl Client {
                     }
                 }
             }
+            Some(Pending::Whole { doubt }) => self.whole(snapshots, doubt, now),
             Some(Pending::Read(read)) => self.read(snapshots, read),
             Some(Pending::Starting) => match self.asks_to_start(snapshots) {
                 Ok(true) => done(),
@@ -338,6 +352,33 @@ impl Client {
         snapshots.starting(self.own(snapshots)?, pid)
     }
 
+    /// Until when a snapshot may be in doubt, if it is.
+    fn doubt(
+        &self,
+        snapshots: &Snapshots,
+        id: Option<u64>,
+        since: Option<Instant>,
+        now: Instant,
+    ) -> Option<Instant> {
+        let snapshot = id.and_then(|id| snapshots.get(id)).filter(|s| s.state == State::InDoubt);
+        snapshot.and_then(|_| since.or(now.checked_add(self.timeout)))
+    }
+
+    fn whole(&mut self, snapshots: &Snapshots, doubt: Option<Instant>, now: Instant) -> Answer {
+        let Some(snapshot) = self.taken.and_then(|id| Some((id, snapshots.get(id)?))) else {
+            return Err(wrong("no snapshot was asked for"));
+        };
+        if snapshots.can_be_restored(snapshot.0)? {
+            return answer(local_reply::What::Snapshot(snapshot.1.info()));
+        }
+        let doubt = self.doubt(snapshots, self.taken, doubt, now);
+        if doubt.is_some_and(|until| now >= until) {
+            return Err(snapshots.not_found(&snapshot.1.begin.name, Duration::ZERO));
+        }
+        self.pending = Some(Pending::Whole { doubt });
+        Ok(None)
+    }
+
     fn read(&mut self, snapshots: &mut Snapshots, read: pb::ReadImage) -> Answer {
         name::check_image(&read.name)?;
         let id = self.own(snapshots)?;
@@ -347,10 +388,14 @@ impl Client {
         {
             return Ok(Some((local_reply::What::Image(info), Some(fd))));
         }
+        let part = match (read.generation, read.least) {
+            (_, 0) | (1.., _) => None,
+            (0, least) => Some(snapshots.read_part(id, &read.name, least)?),
+        };
         let snapshot =
             snapshots.generation(id, read.generation).ok_or_else(|| chain_ends(read.generation))?;
         let images = snapshot.images.as_ref().ok_or_else(|| snapshot.failure())?;
-        match images.read(&read.name)? {
+        match part.map_or_else(|| images.read(&read.name), Ok)? {
             Found::Image(info, fd) => Ok(Some((local_reply::What::Image(info), Some(fd)))),
             Found::NotYet if snapshot.state == State::Receiving => {
                 self.pending = Some(Pending::Read(read));

@@ -351,6 +351,15 @@ impl Bytes {
         Ok(())
     }
 
+    /// Whether what there is can be read while more comes, which is so in the file. The last bytes may be a hole, and a mapping
+    /// ends with the file.
+    pub(super) fn ready_part(&self, space: &mut Space) -> io::Result<bool> {
+        match &self.place {
+            Place::Heap(_) => Ok(false),
+            Place::File(region) => space.extend(region.base + self.size).map(|()| true),
+        }
+    }
+
     /// A descriptor that reads it, and cannot write it.
     pub(super) fn reader(&self, space: &Space) -> io::Result<Readable> {
         Ok(match &self.place {

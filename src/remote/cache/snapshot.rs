@@ -38,6 +38,8 @@ pub(super) struct Images {
     open: usize,
     charged: u64,
     size: u64,
+    /// An image of which a reader waits for so many bytes.
+    awaited: Option<(String, u64)>,
 }
 
 /// What a request for an image finds.
@@ -227,6 +229,11 @@ impl Images {
         page
     }
 
+    /// Whether an image is complete.
+    pub(super) fn is_complete(&self, name: &str) -> bool {
+        self.complete(name).is_some()
+    }
+
     fn complete(&self, name: &str) -> Option<&Image> {
         let image = self.names.get(name).and_then(|image| self.all.get(image));
         image.filter(|image| image.complete)
@@ -237,6 +244,28 @@ impl Images {
         let Some(image) = self.complete(name) else { return Ok(Found::NotYet) };
         let readable = image.bytes.reader(&self.space).map_err(|e| not_handed_out(name, &e))?;
         Ok(image.found(readable))
+    }
+
+    /// One for a reader, when it is complete or `least` bytes of it have come and are checked. Else these are waited for, see
+    /// [`Self::has_awaited`].
+    pub(super) fn read_part(&mut self, name: &str, least: u64) -> Result<Found, Failure> {
+        let enough = |image: &&Image| image.complete || image.sum.size >= least;
+        if let Some(image) = self.names.get(name).and_then(|image| self.all.get(image)).filter(enough) {
+            let failed = |e: io::Error| not_handed_out(name, &e);
+            if image.complete || image.bytes.ready_part(&mut self.space).map_err(failed)? {
+                return Ok(image.found(image.bytes.reader(&self.space).map_err(failed)?));
+            }
+        }
+        self.awaited = Some((name.to_owned(), least));
+        Ok(Found::NotYet)
+    }
+
+    /// Whether what has come of an image is what somebody waits for.
+    pub(super) fn has_awaited(&self, image: u32) -> bool {
+        self.awaited.as_ref().is_some_and(|(name, least)| {
+            let awaited = self.all.get(&image).filter(|image| image.name == *name);
+            awaited.is_some_and(|image| image.sum.size >= *least)
+        })
     }
 
     /// As [`Self::read`], for a reader that punches holes where it has read. `true`: from now on what is there
@@ -257,8 +286,7 @@ impl Images {
 
 impl Image {
     fn info(&self) -> pb::ImageInfo {
-        let (name, size) = (self.name.clone(), self.bytes.size());
-        pb::ImageInfo { name, size, complete: self.complete, offset: 0 }
+        pb::ImageInfo { name: self.name.clone(), size: self.sum.size, complete: self.complete, offset: 0 }
     }
 
     fn found(&self, Readable { fd, offset }: Readable) -> Found {
@@ -340,6 +368,23 @@ impl Snapshot {
     /// Bytes of memory it takes.
     pub(super) fn charged(&self) -> u64 {
         self.images.as_ref().map_or(0, Images::charged)
+    }
+
+    /// Whether all has come but pages and the inventory.
+    pub(super) fn is_described(&self) -> bool {
+        let last = &self.begin.before_pages;
+        self.state != State::Receiving || self.images.as_ref().is_some_and(|images| images.is_complete(last))
+    }
+
+    /// Why it is not to be had any more, for whoever waits for it.
+    pub(super) fn ended(&self) -> Failure {
+        let mut failure = self.failure();
+        failure.text =
+            format!("snapshot {} {}: {}", self.begin.name, super::snapshots::word(self.state), failure.text);
+        if self.state == State::Restored {
+            failure = Failure::new(FailCode::FailBusy, failure.text);
+        }
+        failure
     }
 
     /// Why it is not to be had.

@@ -328,18 +328,29 @@ impl Snapshots {
 
     /// A frame of bytes has come whole.
     pub(super) fn appended(&mut self, id: u64, header: &wire::Header, crc: u32) -> Result<(), Failure> {
-        self.on_images(id, |images| images.appended(header.image, header.raw, crc, header.crc))
+        self.on_images(id, |images| images.appended(header.image, header.raw, crc, header.crc))?;
+        self.has_come(id, header.image);
+        Ok(())
+    }
+
+    /// More of an image has come.
+    fn has_come(&mut self, id: u64, image: u32) {
+        if self.images(id).is_some_and(|images| images.has_awaited(image)) {
+            self.changes += 1;
+        }
     }
 
     /// Zeros of an image.
     pub(super) fn zeros(&mut self, id: u64, header: &wire::Header) -> Result<(), Failure> {
-        self.on_images(id, |images| images.zeros(header.image, header.raw, header.crc))
+        self.on_images(id, |images| images.zeros(header.image, header.raw, header.crc))?;
+        self.has_come(id, header.image);
+        Ok(())
     }
 
     /// An image has ended.
     pub(super) fn image_end(&mut self, id: u64, image: u32, end: &pb::ImageEnd) -> Result<(), Failure> {
         self.on_images(id, |images| images.end(image, end))?;
-        if self.snapshots.get(&id).is_some_and(|s| s.reader.is_some()) {
+        if self.snapshots.get(&id).is_some_and(|s| s.reader.is_some() || s.is_described()) {
             self.changes += 1;
         }
         Ok(())
@@ -619,12 +630,7 @@ impl Snapshots {
         reader: Reader,
     ) -> Result<Option<u64>, Failure> {
         if let Some(ended) = seen.and_then(|id| self.snapshots.get(&id)).filter(|s| !s.is_live()) {
-            let mut failure = ended.failure();
-            failure.text = format!("snapshot {name} {}: {}", word(ended.state), failure.text);
-            if ended.state == State::Restored {
-                failure = Failure::new(FailCode::FailBusy, failure.text);
-            }
-            return Err(failure);
+            return Err(ended.ended());
         }
         let Some(id) = self.named(name) else { return Ok(None) };
         let waited = seen.replace(id).is_some();
@@ -642,7 +648,8 @@ impl Snapshots {
             }
             // A source that ends its tree last waits for the restore.
             State::Receiving | State::Prepared
-                if early || snapshot.begin.run_first && snapshot.state == State::Prepared =>
+                if early && snapshot.parent.is_none() && snapshot.is_described()
+                    || snapshot.begin.run_first && snapshot.state == State::Prepared =>
             {
                 snapshot.reader = Some(reader);
                 tracing::info!("snapshot {name} is read by pid {} as it arrives", reader.pid);
@@ -657,6 +664,16 @@ impl Snapshots {
                 Err(Failure::new(FailCode::FailBusy, text))
             }
             _ => Ok(None),
+        }
+    }
+
+    /// Whether the restore that has a snapshot may go on as if it had got it only when it could be restored.
+    pub(super) fn can_be_restored(&self, id: u64) -> Result<bool, Failure> {
+        match self.snapshots.get(&id) {
+            Some(snapshot) if !snapshot.is_live() => Err(snapshot.ended()),
+            Some(snapshot) if snapshot.state == State::Prepared => Ok(snapshot.begin.run_first),
+            Some(snapshot) => Ok(matches!(snapshot.state, State::Restoring | State::Starting)),
+            None => Err(Failure::new(FailCode::FailNotFound, "the snapshot is gone")),
         }
     }
 
@@ -722,6 +739,11 @@ impl Snapshots {
             snapshot.freed |= itself;
         }
         Ok(Some(found))
+    }
+
+    /// An image, or as much of it as there is, if that is so many bytes.
+    pub(super) fn read_part(&mut self, id: u64, name: &str, least: u64) -> Result<Found, Failure> {
+        self.on_images(id, |images| images.read_part(name, least))
     }
 
     /// Whether memory becomes free without a word, as a restore reads.

@@ -14,7 +14,7 @@ use super::image_error;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
-use crate::image::{ImageError, ImageFile, ImageSink, PagesSink, Store};
+use crate::image::{BEFORE_PAGES, ImageError, ImageFile, ImageSink, PagesSink, Store};
 use crate::settings::{DumpSettings, Leave, RemoteSettings};
 
 /// A snapshot on its way to a cache. Dropped before [`Store::confirm`] it is forgotten there.
@@ -46,6 +46,7 @@ impl RemoteDump {
             expected_bytes: 0,
             created: created.as_secs(),
             id: 0,
+            before_pages: BEFORE_PAGES.to_owned(),
             name,
             run_first: false,
             options: Vec::new(),
@@ -99,6 +100,10 @@ impl Store for RemoteDump {
     fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
         // What has been sent is elsewhere.
         Err(ImageError::Io { action: "open", path: self.path_of(name), source: Errno::EOPNOTSUPP.into() })
+    }
+
+    fn pages_come_last(&self) -> bool {
+        true
     }
 
     fn names(&self) -> Result<Vec<String>, ImageError> {

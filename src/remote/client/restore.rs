@@ -1,10 +1,12 @@
 //! The store that a remote restore reads from: images lie in memory of the cache, large ones in one file.
+//!
+//! It may be taken before all images are there ([`Store::arrival`]): then pages are read as they come.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
@@ -15,7 +17,8 @@ use super::super::{CACHE_SOCKET, Failure};
 use super::control::{self, Daemon};
 use super::image_error;
 use super::packets::{Packets, checked, wait_for};
-use crate::image::{ImageError, ImageFile, ImageSink, Outcome, PagesSink, Store};
+use crate::deadline;
+use crate::image::{Arrival, ImageError, ImageFile, ImageSink, Outcome, PagesSink, Part, Store};
 use crate::settings::RemoteSettings;
 
 /// How long the cache may take for an answer it need not wait for.
@@ -32,7 +35,9 @@ const ARRIVAL: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug)]
 pub struct RemoteSnapshot {
     session: Arc<Session>,
-    names: BTreeSet<String>,
+    names: RwLock<BTreeSet<String>>,
+    /// Not all images are there.
+    arriving: AtomicBool,
     /// Up the chain of parents.
     generation: u32,
     path: PathBuf,
@@ -42,6 +47,8 @@ pub struct RemoteSnapshot {
 #[derive(Debug)]
 struct Session {
     packets: Mutex<Packets>,
+    name: String,
+    path: PathBuf,
     /// Freed as it is read.
     free: bool,
     ran: AtomicBool,
@@ -69,20 +76,72 @@ fn tell_what_is_awaited(remote: &RemoteSettings) {
     tracing::warn!("waiting at most {limit} s (--timeout) for a snapshot {name} to come{line}");
 }
 
+fn tell_what_there_is(info: &pb::SnapshotInfo) {
+    tracing::info!(
+        "snapshot {} of task {} ({}) at {}: {} images, {} bytes",
+        info.name,
+        info.pid,
+        info.comm,
+        info.host,
+        info.images,
+        info.bytes
+    );
+}
+
 impl Session {
     fn packets(&self) -> MutexGuard<'_, Packets> {
         self.packets.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Names of all images there are now, of the snapshot itself or one up the chain of parents.
+    fn names(&self, generation: u32) -> Result<BTreeSet<String>, Failure> {
+        let mut names = BTreeSet::new();
+        let mut after = String::new();
+        loop {
+            let packets = self.packets();
+            let what = local_request::What::ListImages(pb::ListImages { after, generation });
+            let (reply, _) = packets.ask(what, &[], PATIENCE)?;
+            let local_reply::What::Images(page) = reply else { return Err(packets.unexpected(&reply)) };
+            drop(packets);
+            names.extend(page.images.into_iter().map(|image| image.name));
+            match names.last() {
+                Some(last) if page.more => after = last.clone(),
+                _ => return Ok(names),
+            }
+        }
+    }
+
+    fn read(&self, read: pb::ReadImage, patience: Duration) -> Result<(pb::ImageInfo, File), Failure> {
+        let packets = self.packets();
+        let (reply, mut fds) = packets.ask(local_request::What::ReadImage(read), &[], patience)?;
+        match (reply, fds.pop()) {
+            (local_reply::What::Image(info), Some(fd)) => Ok((info, File::from(fd))),
+            (reply, _) => Err(packets.unexpected(&reply)),
+        }
+    }
+}
+
+impl Arrival for Session {
+    fn part(&self, name: &str, least: u64) -> Result<Part, ImageError> {
+        // Whether bytes come in time is the cache's matter.
+        let _pause = deadline::pause();
+        let read = pb::ReadImage { name: name.to_owned(), least: least.max(1), ..Default::default() };
+        let read = self.read(read, ARRIVAL);
+        let (info, file) = read.map_err(|failure| image_error("read", &self.path.join(name), failure))?;
+        Ok(Part { file, start: info.offset, len: info.size, complete: info.complete })
+    }
 }
 
 impl RemoteSnapshot {
-    /// Waits for the snapshot and takes it.
-    pub fn take(remote: &RemoteSettings) -> Result<Self, Failure> {
+    /// Waits for the snapshot and takes it: as soon as it is described, if that is of use, else when it can be restored.
+    pub fn take(remote: &RemoteSettings, early: bool) -> Result<Self, Failure> {
         let name = checked(&remote.snapshot)?;
         let path = remote.work_dir.join(CACHE_SOCKET);
         let packets = Packets::connect("image-cache", &path, remote.timeout)?;
         let wait_ms = u64::try_from(remote.wait_snapshot.as_millis()).unwrap_or(u64::MAX);
-        let get = local_request::What::Get(pb::Get { name, wait_ms, early: false });
+        // What is freed as it is read could not be read again if the dump failed.
+        let early = early && !remote.free_as_read;
+        let get = local_request::What::Get(pb::Get { name: name.clone(), wait_ms, early });
         let until = Instant::now() + PATIENCE;
         packets.send(get, &[], until)?;
         let mut fds = [PollFd::new(packets.fd(), PollFlags::POLLIN)];
@@ -92,35 +151,37 @@ impl RemoteSnapshot {
         // What has begun to arrive is waited for: the cache says when it does not come.
         let (reply, _) = packets.receive(Instant::now() + remote.wait_snapshot + ARRIVAL)?;
         let local_reply::What::Snapshot(info) = reply else { return Err(packets.unexpected(&reply)) };
-        tracing::info!(
-            "snapshot {} of task {} ({}) at {}: {} images, {} bytes",
-            info.name,
-            info.pid,
-            info.comm,
-            info.host,
-            info.images,
-            info.bytes
-        );
-        let session =
-            Session { packets: Mutex::new(packets), free: remote.free_as_read, ran: AtomicBool::new(false) };
-        Self::with_names(Arc::new(session), 0, PathBuf::from(format!("remote:{}", remote.snapshot)))
+        let arriving = early && info.state() != State::Restoring;
+        if arriving {
+            tracing::info!(
+                "snapshot {} of task {} ({}) at {} arrives",
+                info.name,
+                info.pid,
+                info.comm,
+                info.host
+            );
+        } else {
+            tell_what_there_is(&info);
+        }
+        let path = PathBuf::from(format!("remote:{name}"));
+        let session = Session {
+            packets: Mutex::new(packets),
+            name,
+            path: path.clone(),
+            free: remote.free_as_read,
+            ran: AtomicBool::new(false),
+        };
+        Self::with_names(Arc::new(session), 0, path, arriving)
     }
 
-    fn with_names(session: Arc<Session>, generation: u32, path: PathBuf) -> Result<Self, Failure> {
-        let mut names = BTreeSet::new();
-        let mut after = String::new();
-        loop {
-            let packets = session.packets();
-            let what = local_request::What::ListImages(pb::ListImages { after, generation });
-            let (reply, _) = packets.ask(what, &[], PATIENCE)?;
-            let local_reply::What::Images(page) = reply else { return Err(packets.unexpected(&reply)) };
-            drop(packets);
-            names.extend(page.images.into_iter().map(|image| image.name));
-            match names.last() {
-                Some(last) if page.more => after = last.clone(),
-                _ => return Ok(Self { session, names, generation, path, parent: OnceLock::new() }),
-            }
-        }
+    fn with_names(
+        session: Arc<Session>,
+        generation: u32,
+        path: PathBuf,
+        arriving: bool,
+    ) -> Result<Self, Failure> {
+        let (names, arriving) = (RwLock::new(session.names(generation)?), AtomicBool::new(arriving));
+        Ok(Self { session, names, arriving, generation, path, parent: OnceLock::new() })
     }
 
     /// Tells why the restore failed; the snapshot can be restored again.
@@ -147,25 +208,44 @@ impl Store for RemoteSnapshot {
     }
 
     fn open_raw(&self, name: &str) -> Result<Option<ImageFile>, ImageError> {
-        if !self.names.contains(name) {
+        if !self.names.read().unwrap_or_else(PoisonError::into_inner).contains(name) {
             return Ok(None);
         }
         let failed = |failure| image_error("read", &self.path_of(name), failure);
         let consume = self.consumed() && name.starts_with("pages-");
-        let read = pb::ReadImage { name: name.to_owned(), generation: self.generation, consume };
-        let packets = self.session.packets();
-        let (reply, mut fds) =
-            packets.ask(local_request::What::ReadImage(read), &[], PATIENCE).map_err(failed)?;
-        match (reply, fds.pop()) {
-            (local_reply::What::Image(info), Some(fd)) => {
-                Ok(Some(ImageFile::part(File::from(fd), info.offset, info.size)))
-            }
-            (reply, _) => Err(failed(packets.unexpected(&reply))),
+        let read = pb::ReadImage { name: name.to_owned(), generation: self.generation, consume, least: 0 };
+        let (info, file) = self.session.read(read, PATIENCE).map_err(failed)?;
+        Ok(Some(ImageFile::part(file, info.offset, info.size)))
+    }
+
+    fn arrival(&self) -> Option<Arc<dyn Arrival>> {
+        self.arriving.load(Ordering::Acquire).then(|| -> Arc<dyn Arrival> { self.session.clone() })
+    }
+
+    fn arrived(&self) -> Result<(), ImageError> {
+        if !self.arriving.load(Ordering::Acquire) {
+            return Ok(());
         }
+        let _pause = deadline::pause();
+        let failed = |failure| image_error("wait for", &self.path, failure);
+        let get = pb::Get { name: self.session.name.clone(), wait_ms: 0, early: false };
+        let packets = self.session.packets();
+        let (reply, _) = packets.ask(local_request::What::Get(get), &[], ARRIVAL).map_err(failed)?;
+        let local_reply::What::Snapshot(info) = reply else { return Err(failed(packets.unexpected(&reply))) };
+        drop(packets);
+        tell_what_there_is(&info);
+        let names = self.session.names(self.generation).map_err(failed)?;
+        *self.names.write().unwrap_or_else(PoisonError::into_inner) = names;
+        self.arriving.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    fn has_holes(&self) -> bool {
+        true
     }
 
     fn names(&self) -> Result<Vec<String>, ImageError> {
-        Ok(self.names.iter().cloned().collect())
+        Ok(self.names.read().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect())
     }
 
     fn commit(&self) -> Result<(), ImageError> {
@@ -181,7 +261,7 @@ impl Store for RemoteSnapshot {
             return Ok(Some(parent.clone()));
         }
         let path = self.path.join("parent");
-        match Self::with_names(self.session.clone(), self.generation.saturating_add(1), path.clone()) {
+        match Self::with_names(self.session.clone(), self.generation.saturating_add(1), path.clone(), false) {
             Ok(parent) => Ok(Some(self.parent.get_or_init(|| Arc::new(parent)).clone())),
             Err(failure) if failure.code == FailCode::FailNotFound => Ok(None),
             Err(failure) => Err(image_error("open the parent snapshot", &path, failure)),

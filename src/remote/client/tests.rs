@@ -191,7 +191,7 @@ fn write_pages(store: &dyn Store) -> anyhow::Result<()> {
     let run = Run { start: 0x10_0000, pages: PAGES, flags: PRESENT };
     let spans = [Ok(Span { run, zero_is_absent: false, unreadable: false })];
     let pagemap = PagemapWriter::create(store, ImageKind::Pagemap, 1, 1)?;
-    copy(&Made, spans.into_iter(), pagemap, store.create_pages("pages-1.img", 0)?, 1)?;
+    copy(&Made, spans.into_iter(), Some(pagemap), store.create_pages("pages-1.img", 0)?, 1)?;
     Ok(())
 }
 

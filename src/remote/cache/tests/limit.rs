@@ -82,7 +82,7 @@ fn a_source_waits_until_a_restore_has_made_room() {
 fn room_is_made_as_a_restore_reads() {
     let (mut bench, _first, _second) = full(LONG);
     let restore = bench.take("first");
-    let read = pb::ReadImage { name: "a.img".to_owned(), generation: 0, consume: true };
+    let read = pb::ReadImage { name: "a.img".to_owned(), consume: true, ..Default::default() };
     let (local_reply::What::Image(info), mut fds) = bench.ask(&restore, local_request::What::ReadImage(read))
     else {
         panic!()

@@ -336,6 +336,7 @@ fn begin(name: &str) -> pb::SnapshotBegin {
         host: "there".to_owned(),
         created: 1,
         id: 4711,
+        before_pages: "inventory.img".to_owned(),
         ..Default::default()
     }
 }
@@ -461,7 +462,8 @@ fn get_early(name: &str) -> local_request::What {
 }
 
 fn read(name: &str, generation: u32) -> local_request::What {
-    local_request::What::ReadImage(pb::ReadImage { name: name.to_owned(), generation, consume: false })
+    let read = pb::ReadImage { name: name.to_owned(), generation, ..Default::default() };
+    local_request::What::ReadImage(read)
 }
 
 fn drop_it(name: &str, force: bool) -> local_request::What {

@@ -157,11 +157,18 @@ fn lists_come_in_pages() {
 fn read_while_it_arrives() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
-    let mut script = Script::new(1, "s").image("a.img", b"first");
+    let begin = pb::SnapshotBegin { before_pages: "a.img".to_owned(), ..begin("s") };
+    let mut script = Script::from(1, &begin);
     bench.send(&mut peer, &script.frames);
     script.frames.clear();
     let restore = bench.command();
-    assert!(matches!(bench.ask(&restore, get_early("s")).0, local_reply::What::Snapshot(_)));
+    let get = pb::Get { name: "s".to_owned(), wait_ms: 10_000, early: true };
+    restore.say(local_request::What::Get(get));
+    bench.no_answer(&restore);
+    let mut script = script.image("a.img", b"first");
+    bench.send(&mut peer, &script.frames);
+    script.frames.clear();
+    assert!(matches!(bench.answer(&restore).0, local_reply::What::Snapshot(_)));
     let other = bench.command();
     assert_eq!(code(&bench.refused(&other, get_early("s"))), FailCode::FailBusy);
     assert_eq!(bench.read(&restore, "a.img"), b"first");
@@ -195,6 +202,100 @@ fn read_while_it_arrives() {
     assert_eq!(bench.answer(&restore).0, local_reply::What::Done(pb::Empty {}));
     bench.done(&restore, ran(root.pid()));
     assert_eq!(bench.state("s"), State::Restored);
+}
+
+fn part(name: &str, least: u64) -> local_request::What {
+    let read = pb::ReadImage { name: name.to_owned(), least, ..Default::default() };
+    local_request::What::ReadImage(read)
+}
+
+#[test]
+fn an_image_is_read_while_it_arrives() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let mut script = small(1, "s");
+    bench.send(&mut peer, &script.frames);
+    let restore = bench.command();
+    bench.ask(&restore, get_early("s"));
+    restore.say(part("pages-1.img", 200_000));
+    bench.no_answer(&restore);
+    let bytes = noise(300_000, 5);
+    script.frames.clear();
+    let image = script.image_begin("pages-1.img");
+    let mut sum = Sum::default();
+    let mut send = |bench: &mut Bench, script: &mut Script, parts: &[Part<'_>]| {
+        parts.iter().for_each(|part| script.part(image, part, &mut sum));
+        bench.send(&mut peer, &std::mem::take(&mut script.frames));
+        sum
+    };
+    send(&mut bench, &mut script, &[Part::Data(&bytes[..150_000])]);
+    bench.no_answer(&restore);
+    // As much as asked for, and what more there is: also zeros at its end.
+    send(&mut bench, &mut script, &[Part::Data(&bytes[150_000..]), Part::Zeros(100_000)]);
+    let (local_reply::What::Image(info), mut fds) = bench.answer(&restore) else { panic!() };
+    assert_eq!((info.size, info.complete), (400_000, false));
+    let file = ImageFile::part(File::from(fds.pop().unwrap()), info.offset, info.size);
+    let want = [&bytes[..], &[0; 100_000]].concat();
+    assert!(contents(&file) == want);
+    // A frame that has not come whole does not count.
+    let mut sum = send(&mut bench, &mut script, &[]);
+    script.part(image, &Part::Data(&bytes), &mut sum);
+    let frame = std::mem::take(&mut script.frames);
+    restore.say(part("pages-1.img", 400_001));
+    bench.send(&mut peer, &frame[..frame.len() - 1]);
+    bench.no_answer(&restore);
+    bench.send(&mut peer, &frame[frame.len() - 1..]);
+    let (local_reply::What::Image(info), _) = bench.answer(&restore) else { panic!() };
+    assert_eq!((info.size, info.complete), (700_000, false));
+    // More than it will ever have: answered when it is complete.
+    restore.say(part("pages-1.img", 1 << 40));
+    bench.no_answer(&restore);
+    script.image_end(image, sum);
+    bench.send(&mut peer, &std::mem::take(&mut script.frames));
+    let (local_reply::What::Image(info), _) = bench.answer(&restore) else { panic!() };
+    assert_eq!((info.size, info.complete), (700_000, true));
+    // It can be let go when all have come and the source has confirmed, and hears of that.
+    restore.say(get("s"));
+    bench.no_answer(&restore);
+    bench.send(&mut peer, &script.commit());
+    bench.prepared(&mut peer, 1);
+    bench.no_answer(&restore);
+    bench.send(&mut peer, &confirm(1));
+    assert!(matches!(bench.answer(&restore).0, local_reply::What::Snapshot(_)));
+    assert_eq!(bench.state("s"), State::Restoring);
+}
+
+#[test]
+fn what_was_read_while_it_arrived_may_never_be_complete() {
+    let mut bench = Bench::new();
+    for wrong in [true, false] {
+        let mut peer = bench.source();
+        let mut script = small(1, "s");
+        let image = script.image_begin("pages-1.img");
+        let mut sum = Sum::default();
+        script.part(image, &Part::Data(&noise(100_000, 5)), &mut sum);
+        bench.send(&mut peer, &script.frames);
+        let restore = bench.command();
+        bench.ask(&restore, get_early("s"));
+        let (local_reply::What::Image(info), _) = bench.ask(&restore, part("pages-1.img", 1)) else {
+            panic!()
+        };
+        assert!(!info.complete);
+        restore.say(get("s"));
+        bench.no_answer(&restore);
+        let before = script.frames.len();
+        if wrong {
+            sum.crc ^= 1;
+            script.image_end(image, sum);
+            bench.send(&mut peer, &script.frames[before..]);
+        } else {
+            drop(peer);
+        }
+        let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+        let code = if wrong { FailCode::FailChecksum } else { FailCode::FailLost };
+        assert_eq!(failed.code(), code);
+        assert!(failed.text.starts_with("snapshot s failed: "), "{}", failed.text);
+    }
 }
 
 #[test]
@@ -234,7 +335,8 @@ fn an_early_reader_hears_of_the_end() {
 }
 
 fn consume(name: &str) -> local_request::What {
-    local_request::What::ReadImage(pb::ReadImage { name: name.to_owned(), generation: 0, consume: true })
+    let read = pb::ReadImage { name: name.to_owned(), consume: true, ..Default::default() };
+    local_request::What::ReadImage(read)
 }
 
 #[test]
