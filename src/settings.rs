@@ -208,6 +208,8 @@ pub struct CacheSettings {
     pub work_dir: PathBuf,
     /// Most bytes of images it holds; no limit if `None`.
     pub max_memory: Option<u64>,
+    /// Starts a restore with these options for whatever `migrate` sends.
+    pub restore: Option<Vec<OsString>>,
     /// How it starts.
     pub daemon: DaemonSettings,
 }
@@ -223,6 +225,30 @@ pub struct ProxySettings {
     pub compress: bool,
     /// How it starts.
     pub daemon: DaemonSettings,
+}
+
+/// One tree that is to go on on another host.
+#[derive(Debug, Clone)]
+pub struct MigrateSettings {
+    /// How it is dumped; [`DumpSettings::remote`] says where to.
+    pub dump: DumpSettings,
+    /// Longest time from the freeze until the restored tree is complete; no limit if `None`.
+    pub max_pause: Option<Duration>,
+    /// What is going on is said as lines of JSON.
+    pub json: bool,
+}
+
+/// What an operator does about hand-overs whose end was not known when their `migrate` died or lost its destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MigrateRequest {
+    /// Say which there are.
+    List,
+    /// Ask the destination, and do what follows; all of them if `None`.
+    Settle(Option<u64>),
+    /// It does not run at the destination: let it go on here.
+    Thaw(u64),
+    /// It runs at the destination: end it here.
+    Kill(u64),
 }
 
 /// What an operator asks a running image-cache.

@@ -33,6 +33,9 @@ Who may bring snapshots:
       --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
       --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
 Without --tls everybody who reaches the port may: keep others off with --address or a firewall.
+What comes with `crtool migrate`:
+      --restore            restore it here. Words after `--` are further options of that restore: image-cache --restore --
+                           --action-script /etc/crtool/address.sh
 Limits:
       --max-memory SIZE    most memory for images, with K, M or G. What does not fit waits for --timeout that something
                            becomes free, and is refused then; its tree runs on at the source. [default: no limit]
@@ -101,4 +104,37 @@ How it runs:
 SIGTERM and SIGINT end it; dumps that are on their way fail then, and their trees run on.
 
 Exit status: 0 when told to end, 1 when it could not start or the connection of --ps-socket was lost.
+";
+
+/// `crtool migrate --help`.
+pub(super) const MIGRATE: &str = "\
+Lets a process tree go on on another host. It ends here only after the restored one runs there.
+
+Usage:
+  crtool migrate -t PID --to HOST[:PORT] [OPTIONS]   to the image-cache --restore there [default port: 9996]
+  crtool migrate -t PID [OPTIONS]                    through the image-proxy of this work dir
+  crtool migrate list [-W DIR]                       migrations whose end is not known
+  crtool migrate settle [ID] [--to HOST[:PORT]]      ask the destination, and do what follows
+  crtool migrate thaw ID                             it does not run there: let it go on here
+  crtool migrate kill ID                             it runs there: end it here
+
+Moving a tree from host src to host dst:
+  dst# crtool image-cache -d --restore -W /run/crtool -o cache.log
+  src# crtool migrate -t PID --to dst -W /run/crtool
+
+      --max-pause SECONDS  let it go on here if the restored tree is not complete so long after the freeze
+      --action-script FILE run this program at certain steps, as with dump: network-lock when the tree is frozen,
+                           network-unlock when it goes on here after all; at the destination `image-cache --restore --
+                           --action-script FILE`
+      --json               say what is going on in lines of JSON
+  -D, --images-dir NAME    a name for lists and logs [default: HOST-PID]
+  -W, --work-dir DIR       logs, and the journal of a hand-over while it lasts [default: the current directory]
+Options of dump that say how the tree is collected are the same here (-j is not possible), and those of its connection: --tls,
+--tls-*, --compress, --ps-socket, --timeout. File locks (-l), link remapping and evasive devices are told to the restore.
+
+Whatever fails before the restored tree is complete lets the tree go on here, and status is 1. From then on until the word
+comes that it runs there the tree is frozen here, also if this command is killed; then it stays stopped, and `migrate settle`
+(or the next migrate with this work dir) finds out. Where the destination cannot be asked any more, you decide: thaw or kill.
+
+Exit status: 0 it runs there and is gone here; 1 it runs on here; 2 it runs there, but a later step failed.
 ";

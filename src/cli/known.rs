@@ -25,16 +25,31 @@ pub(crate) enum Command {
     ImageCache,
     /// Bring the snapshots of dump --remote to a cache; see crtool image-proxy --help
     ImageProxy,
+    /// Let a process tree go on on another host; see crtool migrate --help
+    Migrate,
 }
 
 impl Command {
     /// All of them.
-    pub(crate) const ALL: [Self; 7] =
-        [Self::Dump, Self::Restore, Self::Check, Self::Image, Self::Demo, Self::ImageCache, Self::ImageProxy];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Dump,
+        Self::Restore,
+        Self::Check,
+        Self::Image,
+        Self::Demo,
+        Self::ImageCache,
+        Self::ImageProxy,
+        Self::Migrate,
+    ];
 
     /// Does it run until it is told to end?
     pub(crate) fn is_daemon(self) -> bool {
         matches!(self, Self::ImageCache | Self::ImageProxy)
+    }
+
+    /// Has it a help of its own?
+    pub(crate) fn has_help(self) -> bool {
+        self.is_daemon() || self == Self::Migrate
     }
 
     /// As typed.
@@ -47,23 +62,14 @@ impl Command {
             Self::Demo => "demo",
             Self::ImageCache => "image-cache",
             Self::ImageProxy => "image-proxy",
+            Self::Migrate => "migrate",
         }
     }
 }
 
 /// Commands that are known by name and do not work yet.
-pub(crate) static COMMANDS_TO_COME: &[&str] = &[
-    "pre-dump",
-    "page-server",
-    "lazy-pages",
-    "service",
-    "swrk",
-    "dedup",
-    "cpuinfo",
-    "exec",
-    "show",
-    "migrate",
-];
+pub(crate) static COMMANDS_TO_COME: &[&str] =
+    &["pre-dump", "page-server", "lazy-pages", "service", "swrk", "dedup", "cpuinfo", "exec", "show"];
 
 /// Does an option take a value?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,7 +117,7 @@ pub(crate) struct Known {
     pub(crate) standing: Standing,
 }
 
-use Command::{Check, Dump, ImageCache, ImageProxy, Restore};
+use Command::{Check, Dump, ImageCache, ImageProxy, Migrate, Restore};
 use Standing::{For, Gone, Moot, Only, ToCome, Works};
 
 /// A switch with a `--no-` form.
@@ -155,11 +161,13 @@ impl Known {
 }
 
 const ALL: Standing = For(&Command::ALL);
-const BOTH: Standing = For(&[Dump, Restore]);
+const BOTH: Standing = For(&[Dump, Restore, Migrate]);
 /// `check -t` judges a tree by the options with which it would be dumped.
-const TREE: Standing = For(&[Dump, Restore, Check]);
+const TREE: Standing = For(&[Dump, Restore, Check, Migrate]);
 /// What runs until it ends, and what tells that it is ready.
 const RUNS: Standing = For(&[Dump, Restore, ImageCache, ImageProxy]);
+/// What says how a tree is collected.
+const COLLECTED: Standing = For(&[Dump, Check, Migrate]);
 /// What `check` looks at.
 const CHECK: Standing = For(&[Check]);
 
@@ -172,12 +180,12 @@ const NO_CGROUPS: Standing = Moot("control groups are left alone");
 const WHOLE: Standing = Moot("every dump is a whole one");
 
 /// Who speaks to another host.
-const NET: Standing = For(&[Dump, ImageCache, ImageProxy]);
+const NET: Standing = For(&[Dump, ImageCache, ImageProxy, Migrate]);
 
 /// In CRIU's order.
 pub(crate) static OPTIONS: &[Known] = &[
-    value("tree", For(&[Dump, Check])).or(b't'),
-    plain("leave-stopped", BOTH).or(b's'),
+    value("tree", COLLECTED).or(b't'),
+    plain("leave-stopped", For(&[Dump, Restore])).or(b's'),
     plain("leave-running", For(&[Dump])).or(b'R'),
     switch("restore-detached", For(&[Restore, ImageCache, ImageProxy])).or(b'd'),
     switch("restore-sibling", For(&[Restore])).or(b'S'),
@@ -209,7 +217,7 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("auto-dedup", Moot("the pages stay in the images that have them")),
     value("libdir", Moot("there are no plugins, and a tree that has devices of theirs is refused")).or(b'L'),
     optional("cpu-cap", BOTH),
-    switch("force-irmap", For(&[Dump, Check])),
+    switch("force-irmap", COLLECTED),
     value("ext-mount-map", NO_MNTNS).or(b'M'),
     plain("exec-cmd", Only(&[Restore])),
     optional("manage-cgroups", BOTH),
@@ -221,10 +229,10 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("enable-external-sharing", NO_MNTNS),
     switch("enable-external-masters", NO_MNTNS),
     value("freeze-cgroup", Moot("each task of the tree is stopped by itself")),
-    value("ghost-limit", For(&[Dump, Check])),
-    value("irmap-scan-path", For(&[Dump, Check])),
+    value("ghost-limit", COLLECTED),
+    value("irmap-scan-path", COLLECTED),
     value("lsm-profile", ToCome(&[Restore], "the tree would run without that profile")),
-    value("timeout", For(&[Dump, Restore, Check, ImageCache, ImageProxy])),
+    value("timeout", For(&[Dump, Restore, Check, ImageCache, ImageProxy, Migrate])),
     value("external", TREE),
     value("empty-ns", NO_NETNS),
     plain(
@@ -263,12 +271,16 @@ pub(crate) static OPTIONS: &[Known] = &[
     switch("mntns-compat-mode", NO_MNTNS),
     switch("unprivileged", Moot("what is not permitted is refused by name")),
     switch("allow-uprobes", Moot("a tree that has such an area is refused")),
-    switch("ghost-fiemap", For(&[Dump, Check])).on_by_default(),
+    switch("ghost-fiemap", COLLECTED).on_by_default(),
 ];
 
 /// What CRIU has not. They come after its own, so that an abbreviation means what it means there.
 pub(crate) static OWN_OPTIONS: &[Known] = &[
-    switch("remote", BOTH),
+    switch("remote", For(&[Dump, Restore])),
+    value("to", For(&[Migrate])),
+    value("max-pause", For(&[Migrate])),
+    plain("json", For(&[Migrate])),
+    plain("restore", For(&[ImageCache])),
     value("compress", NET),
     optional("wait-restored", For(&[Dump])),
     switch("free-as-read", For(&[Restore])),

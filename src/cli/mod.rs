@@ -107,6 +107,7 @@ fn handed_over(task: &Task) -> anyhow::Result<()> {
     let (status_fd, ps_socket) = match task {
         Task::Dump(settings, report) => (report.status_fd, direct(settings)),
         Task::Restore(_, report) => (report.status_fd, None),
+        Task::Migrate(settings, report) => (report.status_fd, direct(&settings.dump)),
         Task::Cache(settings) => (settings.daemon.status_fd, settings.net.ps_socket),
         Task::Proxy(settings) => (settings.daemon.status_fd, settings.net.ps_socket),
         _ => (None, None),
@@ -131,6 +132,7 @@ fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
             let _ = match of {
                 Some(known::Command::ImageCache) => write!(io::stdout(), "{}", help::IMAGE_CACHE),
                 Some(known::Command::ImageProxy) => write!(io::stdout(), "{}", help::IMAGE_PROXY),
+                Some(known::Command::Migrate) => write!(io::stdout(), "{}", help::MIGRATE),
                 _ => write!(io::stdout(), "{}", opts::Opts::command().render_help()),
             };
             return Ok(Exit::Success);
@@ -176,6 +178,8 @@ fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
         Task::AskCache(request, work_dir) => command::image_cache::ask(&request, &work_dir),
         Task::Proxy(settings) => command::image_proxy::run(&settings),
         Task::ProxyStatus(work_dir) => command::image_proxy::status(&work_dir),
+        Task::Migrate(settings, report) => command::migrate::run(&settings, report),
+        Task::AskMigrate(request, remote) => command::migrate::ask(&request, &remote),
         Task::Help(_) | Task::Version => Ok(Exit::Success),
     }
 }

@@ -25,6 +25,9 @@ Examples:
   crtool check -t 1234                      what would stop a dump of 1234
   crtool image show images/pstree.img       look into an image
 
+  dst# crtool image-cache -d --restore -W /run/crtool -o cache.log
+  src# crtool migrate -t 1234 --to DST -W /run/crtool      let it go on on DST
+
   dst# crtool image-cache -d -W /run/crtool -o cache.log
   src# crtool image-proxy -d -W /run/crtool -o proxy.log --address DST
   src# crtool dump -t 1234 --remote -W /run/crtool         bring it to DST, in memory
@@ -100,6 +103,18 @@ pub(crate) struct Opts {
     /// The images go to, or come from, an image-cache in memory; no directory is used
     #[arg(long, help_heading = "Migration")]
     pub(crate) remote: bool,
+    /// migrate: where the tree is to go on, an image-cache --restore [default: where image-proxy leads to]
+    #[arg(long, value_name = "HOST[:PORT]", help_heading = "Migration")]
+    pub(crate) to: Option<String>,
+    /// migrate: let the tree go on here if the restored one is not complete so long after the freeze, in seconds
+    #[arg(long, value_name = "SECONDS", value_parser = fraction, help_heading = "Migration")]
+    pub(crate) max_pause: Option<f64>,
+    /// migrate: say what is going on in lines of JSON
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) json: bool,
+    /// image-cache: restore what migrate sends; options of that restore may follow after `--`
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) restore: bool,
     /// The host of the cache; a dump then needs no image-proxy. image-cache: where to listen [default: everywhere]
     #[arg(long, value_name = "HOST", help_heading = "Migration")]
     pub(crate) address: Option<String>,
@@ -275,6 +290,13 @@ pub(crate) struct Wanted(&'static str);
 
 fn seconds(text: &str) -> Result<u32, Wanted> {
     text.parse().map_err(|_| Wanted("a time is a whole number of seconds"))
+}
+
+fn fraction(text: &str) -> Result<f64, Wanted> {
+    match text.parse() {
+        Ok(seconds) if seconds > 0.0 && seconds < 1e9 => Ok(seconds),
+        _ => Err(Wanted("a time is a number of seconds above zero, like 2 or 0.5")),
+    }
 }
 
 fn pid(text: &str) -> Result<Pid, Wanted> {

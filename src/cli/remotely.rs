@@ -12,10 +12,10 @@ use super::{
     settings::{Task, Typed, UsageError},
 };
 use crate::{
-    remote::{self, name::check_snapshot},
+    remote::{self, journal, name::check_snapshot},
     settings::{
         CacheRequest, CacheSettings, DEFAULT_REMOTE_TIMEOUT, DEFAULT_WAIT_SNAPSHOT, DaemonSettings,
-        NetSettings, ProxySettings, RemoteSettings, TlsSettings,
+        MigrateRequest, NetSettings, ProxySettings, RemoteSettings, TlsSettings,
     },
 };
 
@@ -55,6 +55,88 @@ pub(super) fn dump(
     settings.direct = if direct { Some(net(opts, typed, "dump --remote")?) } else { None };
     settings.wait_restored = opts.wait_restored.map(limit);
     Ok(Some(settings))
+}
+
+/// Of a migration: to which host.
+pub(super) fn migrate(opts: &Opts, typed: Typed<'_>, work_dir: &Path) -> Result<RemoteSettings, UsageError> {
+    for name in ["address", "port"] {
+        if typed.first(&[name]).is_some() {
+            return Err(UsageError::Other(format!("option --{name}: migrate has --to HOST[:PORT]")));
+        }
+    }
+    let direct = opts.to.is_some() || opts.ps_socket.is_some();
+    if !direct {
+        let with =
+            "--to or --ps-socket; without them the tree goes through image-proxy, which takes this option";
+        typed.needless(&CONNECTION, with)?;
+        typed.needless(&["compress"], with)?;
+    }
+    let mut settings = both(opts, work_dir)?;
+    if let (Some(pid), None) = (opts.tree, &opts.images_dir) {
+        // Several may be on their way at once.
+        settings.snapshot = format!("{}-{pid}", crate::remote::host().replace(char::is_control, ""));
+    }
+    if direct {
+        let mut net = net(opts, typed, "migrate")?;
+        if let Some(to) = &opts.to {
+            let (address, port) = host_and_port(to).ok_or_else(|| {
+                let (name, value) = ("to".to_owned(), to.clone());
+                let wanted =
+                    "where to go is HOST or HOST:PORT, an IPv6 address with a port [ADDRESS]:PORT".to_owned();
+                UsageError::Value { origin: Origin::Words, name, value, wanted }
+            })?;
+            net.address = Some(address);
+            net.port = port.unwrap_or(remote::DEFAULT_PORT);
+        }
+        settings.direct = Some(net);
+    }
+    Ok(settings)
+}
+
+/// `HOST`, `HOST:PORT`, `[ADDRESS]:PORT`; an IPv6 address without a port needs no brackets.
+fn host_and_port(to: &str) -> Option<(String, Option<u16>)> {
+    let port = |text: &str| text.parse().ok().filter(|port| *port != 0);
+    if let Some(rest) = to.strip_prefix('[') {
+        let (address, rest) = rest.split_once(']')?;
+        let port = if rest.is_empty() { None } else { Some(port(rest.strip_prefix(':')?)?) };
+        return (!address.is_empty()).then(|| (address.to_owned(), port));
+    }
+    match to.split_once(':') {
+        Some((host, rest)) if !rest.contains(':') => {
+            let port = port(rest)?;
+            (!host.is_empty()).then(|| (host.to_owned(), Some(port)))
+        }
+        _ => (!to.is_empty()).then(|| (to.to_owned(), None)),
+    }
+}
+
+/// What an operator asks about migrations.
+pub(super) fn migrate_request(opts: &Opts) -> Result<Option<MigrateRequest>, UsageError> {
+    let [word, rest @ ..] = opts.words.as_slice() else { return Ok(None) };
+    let known = ["list", "settle", "thaw", "kill"];
+    let Some(what) = known.into_iter().find(|known| word == known) else {
+        return Err(surplus(word, "migrate list, settle, thaw and kill"));
+    };
+    let id = |word: &OsString| {
+        word.to_str().and_then(journal::parse_id).ok_or_else(|| {
+            UsageError::Other(format!("{what}: {word:?} is no id of a migration; migrate list shows them"))
+        })
+    };
+    Ok(Some(match (what, rest) {
+        ("list", []) => MigrateRequest::List,
+        ("settle", []) => MigrateRequest::Settle(None),
+        ("settle", [word]) => MigrateRequest::Settle(Some(id(word)?)),
+        ("thaw", [word]) => MigrateRequest::Thaw(id(word)?),
+        ("kill", [word]) => MigrateRequest::Kill(id(word)?),
+        ("thaw" | "kill", []) => {
+            return Err(UsageError::Needs(
+                "migrate thaw or kill",
+                "the id of a migration; migrate list shows them",
+            ));
+        }
+        (_, [.., surplus]) => return Err(UsageError::Surplus { word: surplus.clone(), near: None }),
+        _ => return Ok(None),
+    }))
 }
 
 /// Of a restore: from the cache of this host, if that is wanted.
@@ -166,7 +248,9 @@ fn daemon(opts: &Opts) -> DaemonSettings {
 
 /// `crtool image-cache`, or a question to one.
 pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<Task, UsageError> {
-    if let Some(request) = request(&opts)? {
+    if !opts.restore
+        && let Some(request) = request(&opts)?
+    {
         typed.needless(&["address", "ps-socket", "max-memory", "restore-detached"], "image-cache itself")?;
         typed.needless(&CONNECTION, "image-cache itself")?;
         return Ok(Task::AskCache(request, work_dir));
@@ -178,7 +262,9 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     }
     let net = net(&opts, typed, "image-cache")?;
     let daemon = daemon(&opts);
-    Ok(Task::Cache(Box::new(CacheSettings { net, work_dir, max_memory: opts.max_memory, daemon })))
+    let max_memory = opts.max_memory;
+    let restore = opts.restore.then_some(opts.words);
+    Ok(Task::Cache(Box::new(CacheSettings { net, work_dir, max_memory, restore, daemon })))
 }
 
 fn request(opts: &Opts) -> Result<Option<CacheRequest>, UsageError> {

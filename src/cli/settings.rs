@@ -24,7 +24,8 @@ use crate::{
     deadline,
     settings::{
         CacheRequest, CacheSettings, CheckSettings, CommonSettings, DEFAULT_STANDSTILL, DEFAULT_TIMEOUT,
-        DumpSettings, Leave, LogSettings, ProxySettings, ReportSettings, RestoreSettings,
+        DumpSettings, Leave, LogSettings, MigrateRequest, MigrateSettings, ProxySettings, RemoteSettings,
+        ReportSettings, RestoreSettings,
     },
 };
 
@@ -101,6 +102,10 @@ pub(crate) enum Task {
     Proxy(Box<ProxySettings>),
     /// `crtool image-proxy status`, about the proxy of a work dir.
     ProxyStatus(PathBuf),
+    /// `crtool migrate`.
+    Migrate(Box<MigrateSettings>, ReportSettings),
+    /// `crtool migrate settle` and the like; how the destination is asked.
+    AskMigrate(MigrateRequest, Box<RemoteSettings>),
     /// `--help`, of all or of one command that has its own.
     Help(Option<Command>),
     /// `--version`.
@@ -130,7 +135,7 @@ pub(crate) fn plan(words: Vec<OsString>) -> Result<Plan, UsageError> {
         let word = line.words.iter().find(|word| !asks(word));
         let command =
             Command::ALL.into_iter().find(|command| word.is_some_and(|word| word == command.name()));
-        let of = command.filter(|command| command.is_daemon());
+        let of = command.filter(|command| command.has_help());
         return Ok(Plan::only(Task::Help(of)));
     }
     if line.options.iter().any(|given| given.known.long == "version") {
@@ -279,7 +284,7 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     };
     if let Some(word) = opts.words.first()
         && command != Command::Image
-        && !command.is_daemon()
+        && !command.has_help()
         && !opts.exec_cmd
     {
         let is_pid = word.to_str().is_some_and(|word| word.parse::<u32>().is_ok());
@@ -304,9 +309,9 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     }
     let typed = Typed(options);
     let here = Path::new(".");
-    let limited = matches!(command, Command::Dump | Command::Restore | Command::Check);
+    let limited = matches!(command, Command::Dump | Command::Restore | Command::Check | Command::Migrate);
     let limit = time_limit(&opts, Some(DEFAULT_TIMEOUT)).filter(|_| limited);
-    let (images_dir, work_dir) = if opts.remote || command.is_daemon() {
+    let (images_dir, work_dir) = if opts.remote || command.has_help() {
         let work_dir = directory("work directory", opts.work_dir.as_deref(), here, limit)?;
         (work_dir.clone(), work_dir)
     } else if !matches!(command, Command::Dump | Command::Restore) && opts.work_dir.is_none() {
@@ -343,6 +348,7 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
         Command::Restore => Task::Restore(Box::new(restore(opts, typed, &images_dir, work_dir)?), report),
         Command::ImageCache => remotely::cache(opts, typed, work_dir)?,
         Command::ImageProxy => remotely::proxy(opts, typed, work_dir)?,
+        Command::Migrate => migrate(opts, typed, work_dir, report)?,
     };
     Ok(Plan { task, log, limit, close, warnings })
 }
@@ -455,6 +461,33 @@ fn dump(
     settings.sync = !opts.no_sync;
     collecting(&opts, &mut settings);
     Ok(settings)
+}
+
+fn migrate(
+    mut opts: Opts,
+    typed: Typed<'_>,
+    work_dir: PathBuf,
+    report: ReportSettings,
+) -> Result<Task, UsageError> {
+    let request = remotely::migrate_request(&opts)?;
+    let remote = remotely::migrate(&opts, typed, &work_dir)?;
+    if let Some(request) = request {
+        typed.needless(&["tree", "max-pause", "json"], "migrate -t")?;
+        return Ok(Task::AskMigrate(request, Box::new(remote)));
+    }
+    let Some(pid) = opts.tree else {
+        return Err(UsageError::Needs(
+            "migrate",
+            "--tree PID, or one of the words list, settle, thaw and kill",
+        ));
+    };
+    opts.remote = true;
+    let mut dump = DumpSettings::new(pid, &work_dir);
+    dump.common = common(&opts, &work_dir, work_dir.clone());
+    collecting(&opts, &mut dump);
+    dump.remote = Some(remote);
+    let max_pause = opts.max_pause.map(Duration::from_secs_f64);
+    Ok(Task::Migrate(Box::new(MigrateSettings { dump, max_pause, json: opts.json }), report))
 }
 
 /// `--timeout`: 0 for no limit.

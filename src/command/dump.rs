@@ -39,9 +39,9 @@ fn to_cache(
     remote: &RemoteSettings,
 ) -> anyhow::Result<(DumpStats, anyhow::Result<()>)> {
     crate::dump::look_at_root(HostPid::new(settings.pid.as_raw()))?;
-    let store = RemoteDump::connect(remote, settings)?;
-    let stats =
-        crate::dump::dump_to(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))?;
+    let store = RemoteDump::connect(remote, settings, false)?;
+    let stats = crate::dump::dump_to(&store, None, settings)
+        .inspect_err(|error| store.give_up(&format!("{error:#}")))?;
     let Some(patience) = remote.wait_restored else { return Ok((stats, Ok(()))) };
     let waited = match store.wait_restored(patience) {
         Ok(restored) if restored.ok => {

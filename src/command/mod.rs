@@ -7,6 +7,7 @@ pub mod dump;
 pub mod image;
 pub mod image_cache;
 pub mod image_proxy;
+pub mod migrate;
 mod report;
 pub mod restore;
 mod snapshots;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 
 use super::{
-    Unconfirmed,
-    tree::{State, Tree},
+    Fate, HandOver, Unconfirmed,
+    tree::{Process, State, Tree},
 };
 use crate::{
     exit::{Exit, Incomplete},
@@ -49,6 +49,74 @@ pub(super) fn decide(
             let_go(tree, failed)
         }
     }
+}
+
+/// Hands the tree over: it runs there before it ends here. An error before [`HandOver::go`], or the word that it does not
+/// run there, lets it go on here.
+pub(super) fn hand_over(tree: Tree, words: Vec<SharedBytes>, to: &dyn HandOver) -> Result<()> {
+    to.armed()?;
+    // From here on the end of crtool leaves the tree stopped, so that it does not run in two places.
+    let begun = stop_for_good(&tree).and_then(|()| to.go());
+    match begun {
+        Ok(Fate::There) => kill(tree, words, &|_| Ok(())),
+        Ok(Fate::Here(why)) => {
+            let_go_on(tree)?;
+            Err(anyhow!(why))
+        }
+        Err(error) => {
+            let_go_on(tree)?;
+            Err(error)
+        }
+    }
+}
+
+/// Every process stops when its tracer is gone: SIGSTOP waits, which no thread takes while it is held, and whichever thread
+/// goes on first takes before it executes anything. Those that are stopped already stay so.
+fn stop_for_good(tree: &Tree) -> Result<()> {
+    for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
+        task::kill(process.pid, libc::SIGSTOP)
+            .map_err(|e| anyhow!(e).context(format!("stop of task {}", process.pid)))?;
+    }
+    Ok(())
+}
+
+/// Takes the stop back and lets everybody go. SIGCONT would do the former too, but programs see it.
+fn let_go_on(tree: Tree) -> Result<()> {
+    let mut failed = None;
+    for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
+        if let Err(error) = take_stop_back(process) {
+            failed.get_or_insert(
+                error.context(format!("task {} stays stopped: SIGCONT lets it go on", process.pid)),
+            );
+        }
+    }
+    let_go(tree, failed)
+}
+
+/// One thread goes on with everything else blocked, until it is about to take SIGSTOP. It stands in that stop then, and goes
+/// on from there without the signal.
+fn take_stop_back(process: &Process) -> Result<()> {
+    let Some(tid) = process.threads.iter().find(|t| t.stopped.holds()).map(Thread::tid) else {
+        return Ok(());
+    };
+    if !stop_waits(process.pid)? {
+        return Ok(());
+    }
+    let mask = ptrace::get_sigmask(tid)?;
+    ptrace::set_sigmask(tid, u64::MAX)?;
+    let taken = ptrace::cont(tid, 0).and_then(|()| wait::wait(tid));
+    ptrace::set_sigmask(tid, mask)?;
+    match taken? {
+        wait::Status::Stopped(libc::SIGSTOP, 0) => Ok(()),
+        other => Err(anyhow!("thread {tid} reported {other:?} instead of SIGSTOP")),
+    }
+}
+
+/// Whether somebody has sent SIGCONT meanwhile, which takes SIGSTOP away.
+fn stop_waits(pid: HostPid) -> Result<bool> {
+    let status = crate::proc::status::parse(&std::fs::read(format!("/proc/{pid}/status"))?)
+        .map_err(|e| anyhow!("status of task {pid}: {e}"))?;
+    Ok(status.shdpnd & 1 << (libc::SIGSTOP - 1) != 0)
 }
 
 /// Lets everybody go, also when that fails for one; `failed` is what went wrong before.

@@ -55,6 +55,28 @@ fn lines(findings: &[Finding]) -> String {
 )]
 pub struct Unconfirmed;
 
+/// How a tree is handed over to somebody who lets it run before it ends here.
+pub trait HandOver {
+    /// The tree is about to be frozen.
+    fn freezing(&self);
+
+    /// Waits until the restored tree is complete there, and stopped. An error lets the tree go on here.
+    fn armed(&self) -> Result<()>;
+
+    /// Lets it run there, and waits for as long as it takes to learn what became of that. An error says that nothing was
+    /// said, and lets the tree go on here.
+    fn go(&self) -> Result<Fate>;
+}
+
+/// What became of a tree that was handed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It runs there.
+    There,
+    /// It does not and is not going to, and why.
+    Here(String),
+}
+
 /// Dumps a tree into a directory.
 pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
     let sync = match settings.leave {
@@ -67,13 +89,17 @@ pub fn dump(settings: &DumpSettings) -> Result<DumpStats> {
     let opening = Deadline::begin(Limit::Total(settings.timeout));
     let store = DirStore::for_dump_checked(&settings.common.images_dir, settings.common.owner_check, sync)?;
     opening.finish();
-    let stats = dump_to(&store, settings)?;
+    let stats = dump_to(&store, None, settings)?;
     store.finish().context("the tree goes on, but its images are not safe")?;
     Ok(stats)
 }
 
-/// Dumps a tree into `store`, and commits it.
-pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> {
+/// Dumps a tree into `store`, and commits it; then it is killed or goes on as `settings` say, or is handed over.
+pub fn dump_to(
+    store: &dyn Store,
+    hand_over: Option<&dyn HandOver>,
+    settings: &DumpSettings,
+) -> Result<DumpStats> {
     let pid = HostPid::new(settings.pid.as_raw());
     let scripts = &settings.common.action_scripts;
     let root = Some(settings.pid);
@@ -90,6 +116,9 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
     collected.prepare(&pids);
     let mut stats = DumpStats::default();
 
+    if let Some(to) = hand_over {
+        to.freezing();
+    }
     let freezing = Instant::now();
     let tree = ticker.busy(|| Tree::freeze(pid, &check)).context("freeze of the tree")?;
     stats.freezing_time = freezing.elapsed();
@@ -135,11 +164,21 @@ pub fn dump_to(store: &dyn Store, settings: &DumpSettings) -> Result<DumpStats> 
         return Err(error);
     }
     let finishing = deadline::pause();
+    let words = std::mem::take(&mut collected.words);
+    if let Some(to) = hand_over {
+        // Until it is known to run there, nothing is final.
+        finish::hand_over(tree, words, to)?;
+        deadline.finish();
+        collected.files.commit();
+        stats.frozen_time = frozen.elapsed();
+        deadline::unwatch();
+        drop(finishing);
+        return Ok(stats);
+    }
     deadline::settle("the images are complete", || ());
     deadline.finish();
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
-    let words = std::mem::take(&mut collected.words);
     finish::decide(tree, settings.leave, words, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.

@@ -469,7 +469,13 @@ mod tests {
             tls: None,
             timeout: Duration::from_secs(60),
         };
-        CacheSettings { net, work_dir: dir.to_owned(), max_memory: None, daemon: DaemonSettings::default() }
+        CacheSettings {
+            net,
+            work_dir: dir.to_owned(),
+            max_memory: None,
+            restore: None,
+            daemon: DaemonSettings::default(),
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //!
 //! - [`handover`]: who owns the tree when, as one table.
 //! - [`cache`]: the daemon at the destination.
+//! - [`journal`]: what of a hand-over outlives its processes.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
 //! - [`poll`]: waiting for many descriptors at once.
@@ -20,6 +21,7 @@ pub mod client;
 pub mod crc;
 pub mod front;
 pub mod handover;
+pub mod journal;
 pub mod local;
 pub mod name;
 pub mod net;
@@ -46,6 +48,14 @@ pub const DEFAULT_SNAPSHOT: &str = "default";
 /// The name of this host, for lists and messages.
 pub fn host() -> String {
     nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Draws the identity of a snapshot or a journal; never 0.
+fn draw() -> u64 {
+    use std::io::Read as _;
+    let mut bytes = [0; 8];
+    let drawn = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    drawn.map_or(0, |()| u64::from_ne_bytes(bytes)).max(1)
 }
 
 /// A refusal or failure as it travels: a code for programs, a line for people.

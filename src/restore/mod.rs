@@ -167,7 +167,11 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
     action::run(scripts, Action::PreResume, Some(root))?;
     deadline::check()?;
     let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
-    store.report(Outcome::Starting(running.as_fd()))?;
+    {
+        // The source of what comes from a cache may have the last word, which takes as long as it takes.
+        let _waiting = deadline::pause();
+        store.report(Outcome::Starting(running.as_fd()))?;
+    }
     let mut job = job::terminal(&images, settings, &mut tree.files)?;
     if let Some(job) = &mut job {
         job.hand_over()?;

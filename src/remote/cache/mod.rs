@@ -4,6 +4,7 @@
 //! - [`serve`]: the one thread, its sockets and its clock.
 //! - [`source`]: a connection from a source: which frame may follow which; [`decode`] takes them out of its bytes.
 //! - [`local`]: commands of this host.
+//! - [`restorer`]: restores that it starts by itself.
 //! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
 //! - [`snapshot`], [`memory`]: the images of one, and the bytes of one image.
 //!
@@ -12,6 +13,7 @@
 mod decode;
 mod local;
 mod memory;
+mod restorer;
 mod run;
 mod serve;
 mod snapshot;

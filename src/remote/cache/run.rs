@@ -4,14 +4,18 @@ use std::io;
 use std::os::fd::AsFd as _;
 
 use super::super::front::Front;
+use super::super::journal::Journal;
 use super::super::{Failure, pb::FailCode};
 use super::Cache;
+use super::restorer::Restorer;
 use crate::settings::CacheSettings;
 use crate::sys;
 
 const SIGNALS: u64 = 0;
 const LOCAL: u64 = 1;
 const NETWORK: u64 = 2;
+/// And up: restores that were started here.
+const RESTORES: u64 = 1 << 16;
 /// Connections taken before others have their turn.
 const TURN: usize = 16;
 
@@ -38,7 +42,21 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
     if let Some(stream) = given {
         cache.add_source(stream).map_err(internal)?;
     }
+    match Journal::open(&settings.work_dir) {
+        Ok(journal) => cache.keep_journal(journal),
+        Err(e) => {
+            tracing::warn!("a source cannot be told after a restart what became of its tree: journal: {e}")
+        }
+    }
+    let mut restorer =
+        settings.restore.as_ref().map(|words| Restorer::new(&settings.work_dir, words, RESTORES));
+    if restorer.is_some() {
+        cache.restore_all();
+    }
     loop {
+        if let Some(restorer) = &mut restorer {
+            restorer.start(&mut cache);
+        }
         for token in cache.turn(None).map_err(internal)? {
             match token {
                 SIGNALS => {
@@ -52,6 +70,11 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
                         let process = sys::pidfd::of_peer(peer.fd.as_fd());
                         let process = process.or_else(|_| sys::pidfd::open(peer.pid, 0)).ok();
                         refused(cache.add_client(peer.fd, peer.pid, process));
+                    }
+                }
+                RESTORES.. => {
+                    if let Some(restorer) = &mut restorer {
+                        restorer.ended(token, &mut cache);
                     }
                 }
                 _ => {

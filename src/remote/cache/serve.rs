@@ -8,12 +8,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use super::super::journal::Journal;
 use super::super::net::Stream;
 use super::super::pb::FailCode;
 use super::super::poll::{Interest, Poll};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, local, pb};
 use super::local::{Client, Watch};
+use super::restorer::Wanted;
 use super::snapshots::Snapshots;
 use super::source::{Fed, Source};
 
@@ -352,6 +354,26 @@ impl Cache {
             }
             self.watches.insert(token, watch);
         }
+    }
+
+    /// From now on what is let go for sources that end their trees last is written down.
+    pub fn keep_journal(&mut self, journal: Journal) {
+        self.snapshots.keep_journal(journal);
+    }
+
+    /// From now on the caller starts a restore for each of those: [`Self::take_wanted`].
+    pub(super) fn restore_all(&mut self) {
+        self.snapshots.restore_all();
+    }
+
+    /// Snapshots for which a restore is to be started, once.
+    pub(super) fn take_wanted(&mut self) -> Vec<Wanted> {
+        self.snapshots.take_wanted()
+    }
+
+    /// Such a restore is over without success.
+    pub(super) fn restore_ended(&mut self, id: u64, why: &str) {
+        self.snapshots.restore_ended(id, why);
     }
 
     /// Watches a descriptor of the caller's for reading, as `token` below 2^32.

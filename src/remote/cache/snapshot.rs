@@ -414,6 +414,7 @@ impl Snapshot {
             source_survives: self.survives,
             resident: self.charged(),
             run_first: self.begin.run_first,
+            id: self.begin.id,
         }
     }
 }

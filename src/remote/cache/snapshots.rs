@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::super::handover::{Event, Held, Say};
+use super::super::journal::{Journal, Reached};
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, resume};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, name};
+use super::restorer::Wanted;
 use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
 
 /// Most records of snapshots that have ended.
@@ -38,6 +40,10 @@ pub(super) struct Snapshots {
     used: u64,
     changes: u64,
     letters: Vec<(Owner, Vec<u8>)>,
+    /// Of what sources hand over that end their trees last.
+    journal: Option<Journal>,
+    /// The cache starts restores by itself: for those.
+    restores: Option<Vec<Wanted>>,
 }
 
 /// A state, for people.
@@ -78,6 +84,50 @@ impl Snapshots {
     /// An empty one that holds at most `max` bytes.
     pub(super) fn new(max: Option<u64>) -> Self {
         Self { max, ..Self::default() }
+    }
+
+    /// From now on what is let go is written down.
+    pub(super) fn keep_journal(&mut self, journal: Journal) {
+        self.journal = Some(journal);
+    }
+
+    /// From now on a restore is wanted for each snapshot whose source ends its tree last.
+    pub(super) fn restore_all(&mut self) {
+        self.restores = Some(Vec::new());
+    }
+
+    /// Whether that is so.
+    pub(super) fn restores(&self) -> bool {
+        self.restores.is_some()
+    }
+
+    /// What is wanted, once.
+    pub(super) fn take_wanted(&mut self) -> Vec<Wanted> {
+        self.restores.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// A restore that the cache has started is over without success: nothing comes of a snapshot that it has not taken.
+    pub(super) fn restore_ended(&mut self, id: u64, why: &str) {
+        let waits =
+            |s: &&Snapshot| s.reader.is_none() && matches!(s.state, State::Receiving | State::Prepared);
+        if self.snapshots.get(&id).filter(waits).is_some() {
+            self.let_go(id, why);
+        }
+    }
+
+    /// Which journal that is; 0 for none.
+    pub(super) fn journal(&self) -> u64 {
+        self.journal.as_ref().map_or(0, Journal::identity)
+    }
+
+    /// Writes down how far a tree has come that its source ends last.
+    fn note(&self, id: u64, reached: Reached) -> Result<(), Failure> {
+        let Some(snapshot) = self.snapshots.get(&id).filter(|s| s.begin.run_first) else { return Ok(()) };
+        let Some(journal) = &self.journal else { return Ok(()) };
+        journal.note(snapshot.begin.id, reached, snapshot.restored_pid).map_err(|e| {
+            let text = format!("snapshot {}: the journal of the cache: {e}", snapshot.begin.name);
+            Failure::new(FailCode::FailInternal, text)
+        })
     }
 
     /// Bytes of memory that all images take.
@@ -264,6 +314,14 @@ impl Snapshots {
             replaced: false,
             restored_pid: 0,
         };
+        if let (true, Some(wanted)) = (snapshot.begin.run_first, &mut self.restores) {
+            wanted.push(Wanted {
+                id: self.last,
+                name: snapshot.begin.name.clone(),
+                drawn: snapshot.begin.id,
+                options: snapshot.begin.options.clone(),
+            });
+        }
         self.snapshots.insert(self.last, snapshot);
         self.changes += 1;
         Ok(self.last)
@@ -403,9 +461,17 @@ impl Snapshots {
 
     /// The source does not run its tree until it hears what became of it here: it may run.
     pub(super) fn go(&mut self, id: u64) {
-        let text = self.snapshots.get(&id).map(|s| s.text.clone()).unwrap_or_default();
-        let starting = self.snapshots.get(&id).is_some_and(|s| s.state == State::Armed);
-        self.happen(id, Event::Go, if starting { "the tree is being let go" } else { &text });
+        let Some(snapshot) = self.snapshots.get(&id) else { return };
+        let text = snapshot.text.clone();
+        if snapshot.state != State::Armed {
+            self.happen(id, Event::Go, &text);
+            return;
+        }
+        // Before anybody is told to let it go.
+        match self.note(id, Reached::Going) {
+            Ok(()) => drop(self.happen(id, Event::Go, "the tree is being let go")),
+            Err(failure) => self.fail(id, failure),
+        }
     }
 
     fn end_replaced(&mut self, id: u64) {
@@ -464,6 +530,12 @@ impl Snapshots {
         }
     }
 
+    fn warn(noted: Result<(), Failure>) {
+        if let Err(failure) = noted {
+            tracing::error!("{failure}");
+        }
+    }
+
     fn warn_of_doubt(&self, id: u64) {
         if let Some(snapshot) = self.snapshots.get(&id) {
             tracing::warn!("{}", in_doubt(snapshot).text);
@@ -496,6 +568,15 @@ impl Snapshots {
             snapshots.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
         };
         let Some((id, state)) = found else {
+            if let Some(resume::Verdict::Go(_)) = resume.verdict
+                && let Some(answer) = self.from_journal(resume)
+            {
+                let frame = match answer {
+                    Ok(restored) => wire::frame(Kind::Restored, owner.stream, 0, &restored),
+                    Err(fell) => wire::frame(Kind::Fell, owner.stream, 0, &fell),
+                };
+                return self.letters.push((owner, frame));
+            }
             let text = format!("the cache knows no snapshot {} of that dump", label(&resume.name));
             return refuse(self, Failure::new(FailCode::FailNotFound, text));
         };
@@ -535,6 +616,26 @@ impl Snapshots {
                 let bytes = self.images(id).map_or(0, Images::size);
                 self.tell(id, Kind::Prepared, &pb::Prepared { bytes });
             }
+        }
+    }
+
+    /// What an earlier cache has written down of a tree that its source waits for, if that says it all.
+    fn from_journal(&self, resume: &pb::Resume) -> Option<Result<pb::Restored, pb::Fell>> {
+        let journal = self.journal.as_ref()?;
+        let fell = |text: &str| Some(Err(pb::Fell { text: text.to_owned() }));
+        let ran = |pid: i32| {
+            let text = format!("runs as pid {pid}, let go under an earlier cache");
+            Some(Ok(pb::Restored { ok: true, pid, text }))
+        };
+        match journal.look_up(resume.id) {
+            None if resume.journal == journal.identity() => {
+                fell("the cache was started anew before the tree was let go there")
+            }
+            None => None,
+            Some((Reached::Fell, _)) => fell("its restore failed there"),
+            Some((Reached::Running, root)) => ran(root.pid),
+            // Its restore was told to let it go, and whoever would have heard of that is dead.
+            Some((Reached::Going, root)) => root.is_free().then(|| ran(root.pid)).flatten(),
         }
     }
 
@@ -791,6 +892,7 @@ impl Snapshots {
         let before = std::mem::replace(&mut snapshot.restored_pid, pid);
         let text = format!("runs as pid {pid}");
         if self.happen(id, Event::Ran, &text).is_some_and(|held| held.state == State::Restored) {
+            Self::warn(self.note(id, Reached::Running));
             self.end(id, State::Restored, Failure::new(FailCode::FailUnknown, text));
         } else if let Some(snapshot) = self.snapshots.get_mut(&id) {
             snapshot.restored_pid = before;
@@ -804,6 +906,9 @@ impl Snapshots {
         let Some(before) = self.snapshots.get(&id).map(Snapshot::held) else { return };
         let Some(after) = self.happen(id, Event::Undone, &format!("a restore failed: {why}")) else { return };
         self.changes += 1;
+        if before.started {
+            Self::warn(self.note(id, Reached::Fell));
+        }
         let Some(snapshot) = self.snapshots.get(&id) else { return };
         let name = snapshot.begin.name.clone();
         match after.state {

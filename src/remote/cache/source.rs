@@ -262,7 +262,7 @@ impl Source {
                 }
                 Some(Item::Part(header, bytes, last)) => self.part(snapshots, &header, bytes, last),
                 Some(Item::Frame(header, payload)) if stage == Stage::Hello => {
-                    self.hello(&header, &payload)?
+                    self.hello(snapshots, &header, &payload)?
                 }
                 Some(Item::Frame(header, payload)) => self.frame(snapshots, &header, &payload)?,
             }
@@ -275,7 +275,7 @@ impl Source {
         self.streams.receiving(snapshots, stream)
     }
 
-    fn hello(&mut self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    fn hello(&mut self, snapshots: &Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let hello: pb::Hello = wire::message(header, payload)?;
         self.out.extend(MAGIC);
         if hello.version == 0 {
@@ -288,8 +288,8 @@ impl Source {
             software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
             host: host(),
             timeout_ms: u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX),
-            journal: 0,
-            restores: false,
+            journal: snapshots.journal(),
+            restores: snapshots.restores(),
         };
         self.out.extend(wire::frame(Kind::Hello, 0, 0, &answer));
         // It says something every third of its own time-out.

@@ -4,8 +4,7 @@
 //! ends with the link. The last word is sent with a ping behind it: its answer proves that the word was taken. If
 //! the connection breaks before that, the word is said again over a new one (`Resume`).
 
-use std::fs::File;
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,7 +18,7 @@ use super::super::net::{Stream, tls::looks_like_tls};
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
 use super::super::{Failure, host};
-use super::link::Link;
+use super::link::{Fate, Link};
 use super::packets::wait_for;
 use crate::interrupt;
 use crate::settings::NetSettings;
@@ -28,6 +27,8 @@ use crate::settings::NetSettings;
 const STREAM: u32 = 1;
 /// How often the second thread looks around.
 const LOOK: Duration = Duration::from_millis(100);
+/// What has no limit ends by itself sooner.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// One snapshot's way to the cache.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ struct Shared {
     /// Ends the second thread's wait.
     wake: EventFd,
     timeout: Duration,
-    features: u64,
+    hello: pb::Hello,
 }
 
 /// What has come and gone.
@@ -63,7 +64,11 @@ struct Shared {
 struct Heard {
     prepared: Option<pb::Prepared>,
     restored: Option<pb::Restored>,
+    armed: Option<pb::Armed>,
+    fell: Option<pb::Fell>,
     failed: Option<Failure>,
+    /// The cache itself has said that nothing will come of the snapshot.
+    refused: bool,
     last_heard: Instant,
     last_sent: Instant,
     pings: u64,
@@ -72,13 +77,6 @@ struct Heard {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Draws the identity of a snapshot; never 0.
-fn draw() -> u64 {
-    let mut bytes = [0; 8];
-    let drawn = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-    drawn.map_or(0, |()| u64::from_ne_bytes(bytes)).max(1)
 }
 
 fn lost(peer: &str, e: &io::Error) -> Failure {
@@ -101,7 +99,10 @@ impl Shared {
         let heard = Heard {
             prepared: None,
             restored: None,
+            armed: None,
+            fell: None,
             failed: None,
+            refused: false,
             last_heard: now,
             last_sent: now,
             pings: 0,
@@ -119,7 +120,7 @@ impl Shared {
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|e| failed(&e))?,
             timeout: net.timeout,
-            features: 0,
+            hello: pb::Hello::default(),
         };
         let hello = pb::Hello {
             version: wire::VERSION,
@@ -131,12 +132,12 @@ impl Shared {
         };
         let hello = wire::frame(Kind::Hello, 0, 0, &hello);
         shared.send(&mut [IoSlice::new(&MAGIC), IoSlice::new(&hello)])?;
-        shared.features = shared.hello(Instant::now() + net.timeout)?.features;
+        shared.hello = shared.greeted(Instant::now() + net.timeout)?;
         Ok(shared)
     }
 
     /// Reads what the cache says first.
-    fn hello(&self, until: Instant) -> Result<pb::Hello, Failure> {
+    fn greeted(&self, until: Instant) -> Result<pb::Hello, Failure> {
         let mut magic = [0; MAGIC.len()];
         // What a cache with --tls says to us is shorter than the magic.
         let (first, rest) = magic.split_at_mut(3);
@@ -190,6 +191,30 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// An error if the cache can hand over only after the source has ended its tree.
+    fn knows_run_first(&self) -> Result<(), Failure> {
+        if self.hello.version < wire::RUN_FIRST {
+            let text = format!(
+                "{} is an image-cache of {}, which does not know migrate: use the same crtool on both hosts",
+                self.peer, self.hello.software
+            );
+            return Err(Failure::new(FailCode::FailVersion, text));
+        }
+        Ok(())
+    }
+
+    /// What became of a tree, as far as has been heard.
+    fn fate(heard: &Heard) -> Option<Fate> {
+        let refused = heard.failed.as_ref().filter(|_| heard.refused).map(|failed| failed.text.clone());
+        match (&heard.restored, &heard.fell) {
+            (Some(restored), _) if restored.ok => Some(Fate::Runs(restored.pid)),
+            (Some(pb::Restored { text, .. }), _) | (_, Some(pb::Fell { text })) => {
+                Some(Fate::Fell(text.clone()))
+            }
+            _ => refused.map(Fate::Fell),
+        }
     }
 
     /// Why the snapshot is refused or lost, if it is.
@@ -286,8 +311,11 @@ impl Shared {
         match header.kind {
             Kind::Prepared => heard.prepared = Some(wire::message(header, payload)?),
             Kind::Restored => heard.restored = Some(wire::message(header, payload)?),
+            Kind::Armed => heard.armed = Some(wire::message(header, payload)?),
+            Kind::Fell => heard.fell = Some(wire::message(header, payload)?),
             Kind::Failed => {
                 let failed: pb::Failed = wire::message(header, payload)?;
+                heard.refused |= header.stream == STREAM;
                 heard.failed.get_or_insert(failed.into());
             }
             Kind::Pong => heard.pongs += 1,
@@ -408,10 +436,12 @@ impl Parser {
 impl Direct {
     /// Connects and opens the snapshot. A refusal may come as late as its first image.
     pub(super) fn open(net: &NetSettings, begin: pb::SnapshotBegin) -> Result<Self, Failure> {
-        let id = draw();
-        let begin = pb::SnapshotBegin { id, ..begin };
+        let id = begin.id;
         let name = begin.name.clone();
         let shared = Arc::new(Shared::connect(net)?);
+        if begin.run_first {
+            shared.knows_run_first()?;
+        }
         let frame = wire::frame(Kind::SnapshotBegin, STREAM, 0, &begin);
         let of_thread = shared.clone();
         let hearer = std::thread::Builder::new()
@@ -446,30 +476,68 @@ impl Direct {
         self.answered()
     }
 
-    /// Says the last word over a new connection.
+    /// Says the last word over a new connection, and waits for an answer.
     fn resume(&self, verdict: pb::resume::Verdict) -> Result<(), Failure> {
-        let shared = Shared::connect(&self.net)?;
-        let resume = pb::Resume { name: self.name.clone(), id: self.id, verdict: Some(verdict) };
-        let frame = wire::frame(Kind::Resume, STREAM, 0, &resume);
-        shared.send(&mut [IoSlice::new(&frame)])?;
-        let until = Instant::now() + self.net.timeout;
-        let mut parser = Parser::default();
-        loop {
-            let open = shared.hear(&mut parser)?;
-            let heard = lock(&shared.heard);
-            if heard.prepared.is_some() || heard.restored.is_some() {
-                return Ok(());
-            }
-            if let Some(failure) = &heard.failed {
-                return Err(failure.clone());
-            }
-            drop(heard);
-            let mut fds = [PollFd::new(shared.fd.as_fd(), PollFlags::POLLIN)];
-            if !open || !wait_for(&mut fds, until)? {
-                return Err(Failure::new(FailCode::FailTimeout, format!("{} does not answer", shared.peer)));
-            }
-        }
+        let answered = |heard: &Heard| (heard.prepared.is_some() || heard.restored.is_some()).then_some(());
+        again(&self.net, self.about(verdict), self.net.timeout, answered)
     }
+
+    fn about(&self, verdict: pb::resume::Verdict) -> pb::Resume {
+        let journal = self.shared.hello.journal;
+        pb::Resume { name: self.name.clone(), id: self.id, verdict: Some(verdict), journal }
+    }
+}
+
+/// Says something about a snapshot over a new connection, and waits until `found` finds the answer.
+fn again<T>(
+    net: &NetSettings,
+    resume: pb::Resume,
+    patience: Duration,
+    found: impl Fn(&Heard) -> Option<T>,
+) -> Result<T, Failure> {
+    let shared = Shared::connect(net)?;
+    shared.deaf.store(true, Ordering::Release);
+    let frame = wire::frame(Kind::Resume, STREAM, 0, &resume);
+    shared.send(&mut [IoSlice::new(&frame)])?;
+    let until = Instant::now() + patience;
+    let mut parser = Parser::default();
+    loop {
+        let open = shared.hear(&mut parser)?;
+        let heard = lock(&shared.heard);
+        if let Some(found) = found(&heard) {
+            return Ok(found);
+        }
+        if let Some(failure) = &heard.failed {
+            return Err(failure.clone());
+        }
+        let idle = heard.last_sent.elapsed() > net.timeout / 3;
+        drop(heard);
+        if idle {
+            shared.ping_held()?;
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if !open || left.is_zero() {
+            return Err(Failure::new(FailCode::FailTimeout, format!("{} does not answer", shared.peer)));
+        }
+        let mut fds = [PollFd::new(shared.fd.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut fds, PollTimeout::try_from(left.min(LOOK)).unwrap_or(PollTimeout::ZERO));
+    }
+}
+
+/// Asks over a new connection what became of a tree after `Go`; see [`pb::Resume`].
+pub(super) fn ask(net: &NetSettings, resume: pb::Resume, patience: Duration) -> Result<Fate, Failure> {
+    again(net, resume, patience, |heard| match &heard.failed {
+        // It may have run under another cache.
+        Some(failed) if failed.code == FailCode::FailNotFound => None,
+        _ => Shared::fate(heard),
+    })
+}
+
+/// Says over a new connection that the tree runs on here.
+pub(super) fn take_back(net: &NetSettings, resume: pb::Resume) -> Result<(), Failure> {
+    again(net, resume, net.timeout, |heard| {
+        (heard.restored.is_some() || heard.failed.is_some()).then_some(())
+    })
 }
 
 impl Link for Direct {
@@ -478,7 +546,15 @@ impl Link for Direct {
     }
 
     fn features(&self) -> u64 {
-        self.shared.features
+        self.shared.hello.features
+    }
+
+    fn journal(&self) -> u64 {
+        self.shared.hello.journal
+    }
+
+    fn restores(&self) -> bool {
+        self.shared.hello.restores
     }
 
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
@@ -527,6 +603,26 @@ impl Link for Direct {
                     "the tree runs on here, but the cache could not be told: {failure}; drop it there"
                 );
             }
+        }
+    }
+
+    fn armed(&self, until: Option<Instant>) -> Result<pb::Armed, Failure> {
+        let patience = until.map_or(FOREVER, |until| until.saturating_duration_since(Instant::now()));
+        self.shared.wait(patience, "build the tree", |heard| heard.armed)
+    }
+
+    fn go(&self) -> Result<(), Failure> {
+        self.shared.deaf.store(true, Ordering::Release);
+        self.shared.send(&mut [IoSlice::new(&wire::frame(Kind::Go, STREAM, 0, &pb::Go {}))])
+    }
+
+    fn fate(&self, patience: Duration) -> Result<Fate, Failure> {
+        match self.shared.wait(patience, "say what became of the tree", |heard| Shared::fate(heard)) {
+            Err(failure) if failure.code == FailCode::FailTimeout && self.shared.failure().is_ok() => {
+                Err(failure)
+            }
+            Err(_) => ask(&self.net, self.about(pb::resume::Verdict::Go(pb::Go {})), patience),
+            fate => fate,
         }
     }
 

@@ -4,13 +4,14 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 
-use super::super::{Failure, host, pb};
+use super::super::{Failure, draw, host, pb};
 use super::direct::Direct;
 use super::image_error;
+use super::link::Fate;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
@@ -20,6 +21,7 @@ use crate::settings::{DumpSettings, Leave, RemoteSettings};
 /// A snapshot on its way to a cache. Dropped before [`Store::confirm`] it is forgotten there.
 #[derive(Debug)]
 pub struct RemoteDump {
+    id: u64,
     outgoing: Arc<Outgoing>,
     /// `remote:NAME`, as messages say it.
     path: PathBuf,
@@ -32,7 +34,7 @@ pub struct RemoteDump {
 
 impl RemoteDump {
     /// Opens the snapshot, before anything is frozen.
-    pub fn connect(remote: &RemoteSettings, dump: &DumpSettings) -> Result<Self, Failure> {
+    pub fn connect(remote: &RemoteSettings, dump: &DumpSettings, run_first: bool) -> Result<Self, Failure> {
         let name = checked(&remote.snapshot)?;
         let pid = dump.pid.as_raw();
         let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -45,13 +47,14 @@ impl RemoteDump {
             source_survives: dump.leave != Leave::Killed,
             expected_bytes: 0,
             created: created.as_secs(),
-            id: 0,
             before_pages: BEFORE_PAGES.to_owned(),
+            id: draw(),
             name,
-            run_first: false,
-            options: Vec::new(),
+            run_first,
+            options: if run_first { options(dump) } else { Vec::new() },
         };
         let path = PathBuf::from(format!("remote:{}", remote.snapshot));
+        let id = begin.id;
         let link: Box<dyn super::link::Link> = match &remote.direct {
             None => Box::new(Proxied::open(&remote.work_dir, begin, remote.timeout)?),
             Some(net) => Box::new(Direct::open(net, begin)?),
@@ -59,12 +62,54 @@ impl RemoteDump {
         // Through a proxy it is the proxy's matter.
         let compress = remote.direct.is_none() || remote.compress;
         Ok(Self {
+            id,
             outgoing: Arc::new(Outgoing::new(link, compress)),
             path,
             unfinished: Arc::default(),
             complete: AtomicBool::new(false),
             settled: AtomicBool::new(false),
         })
+    }
+
+    /// Tells it from all others.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The journal that the cache keeps; 0 if that is not known.
+    pub fn journal(&self) -> u64 {
+        self.outgoing.link().journal()
+    }
+
+    /// Whether the cache starts a restore by itself.
+    pub fn restores(&self) -> bool {
+        self.outgoing.link().restores()
+    }
+
+    /// Nothing is sent any more after this.
+    pub fn limit(&self, until: Instant) {
+        self.outgoing.limit(until);
+    }
+
+    /// Waits until the restored tree is complete at the destination, and stopped.
+    pub fn armed(&self, until: Option<Instant>) -> Result<pb::Armed, Failure> {
+        self.outgoing.link().armed(until)
+    }
+
+    /// It may run there; see [`Self::fate`].
+    pub fn go(&self) -> Result<(), Failure> {
+        self.settled.store(true, Ordering::Release);
+        self.outgoing.link().go()
+    }
+
+    /// What became of it, as far as that is known within `patience`.
+    pub fn fate(&self, patience: Duration) -> Result<Fate, Failure> {
+        self.outgoing.link().fate(patience)
+    }
+
+    /// The tree runs on here, after [`Self::go`].
+    pub fn back(&self, reason: &str) {
+        self.outgoing.link().abort(reason);
     }
 
     /// Waits until the cache says what became of the snapshot.
@@ -84,6 +129,17 @@ impl RemoteDump {
     fn failed(&self, action: &'static str) -> impl Fn(Failure) -> ImageError + '_ {
         move |failure| image_error(action, &self.path, failure)
     }
+}
+
+/// Options of a restore that follow from those of the dump.
+fn options(dump: &DumpSettings) -> Vec<String> {
+    let common = &dump.common;
+    let all = [
+        (common.file_locks, "file-locks"),
+        (common.link_remap, "link-remap"),
+        (common.evasive_devices, "evasive-devices"),
+    ];
+    all.iter().filter(|(given, _)| *given).map(|(_, name)| (*name).to_owned()).collect()
 }
 
 impl Store for RemoteDump {

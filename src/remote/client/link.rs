@@ -3,13 +3,22 @@
 use std::fmt::Debug;
 use std::io::IoSlice;
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::{
     Failure,
     pb::{self, FailCode},
 };
 use crate::sys::mapping::Slot;
+
+/// What became of a tree after `Go`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It runs there as this process.
+    Runs(i32),
+    /// It does not run there and is not going to, and why.
+    Fell(String),
+}
 
 /// One snapshot's way to the cache.
 pub(super) trait Link: Send + Sync + Debug {
@@ -18,6 +27,12 @@ pub(super) trait Link: Send + Sync + Debug {
 
     /// What the other side understands, as in `Hello`.
     fn features(&self) -> u64;
+
+    /// The journal that the cache keeps; 0 if it keeps none.
+    fn journal(&self) -> u64;
+
+    /// Whether the cache starts restores by itself.
+    fn restores(&self) -> bool;
 
     /// Sends whole frames, in one piece.
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure>;
@@ -46,6 +61,16 @@ pub(super) trait Link: Send + Sync + Debug {
 
     /// The other last word: the snapshot is to be forgotten. What goes wrong here is found out there.
     fn abort(&self, reason: &str);
+
+    /// With *run first*: waits until the restored tree is complete there, and stopped.
+    fn armed(&self, until: Option<Instant>) -> Result<pb::Armed, Failure>;
+
+    /// After [`Self::armed`]: it may run there. Whether it does is asked with [`Self::fate`], also if this fails.
+    fn go(&self) -> Result<(), Failure>;
+
+    /// After [`Self::go`]: waits for what became of it, `patience` at most. An error says that this is not known yet: the
+    /// question may be asked again.
+    fn fate(&self, patience: Duration) -> Result<Fate, Failure>;
 
     /// Waits until the cache says what became of the snapshot.
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure>;

@@ -18,7 +18,7 @@ use nix::sys::uio::writev;
 use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{Failure, PROXY_SOCKET};
 use super::control::{self, Daemon};
-use super::link::Link;
+use super::link::{Fate, Link};
 use super::packets::{Packets, wait_for};
 use super::ring::{Ring, Taken};
 use crate::sys::mapping::Slot;
@@ -35,6 +35,9 @@ pub(super) struct Proxied {
     packets: Packets,
     work_dir: PathBuf,
     name: String,
+    id: u64,
+    journal: u64,
+    restores: bool,
     pipe: Mutex<OwnedFd>,
     ring: Option<Ring>,
     /// Why the proxy takes no more.
@@ -55,7 +58,7 @@ impl Proxied {
     ) -> Result<Self, Failure> {
         let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), timeout)?;
         let patience = timeout * 3;
-        let (work_dir, name) = (work_dir.to_owned(), begin.name.clone());
+        let (work_dir, name, id) = (work_dir.to_owned(), begin.name.clone(), begin.id);
         let (reply, mut fds) = packets.ask(local_request::What::Open(begin), &[], patience)?;
         let local_reply::What::Opened(opened) = reply else { return Err(packets.unexpected(&reply)) };
         let lacks = |what| {
@@ -79,6 +82,9 @@ impl Proxied {
             packets,
             work_dir,
             name,
+            id,
+            journal: opened.journal,
+            restores: opened.restores,
             pipe,
             ring,
             refused,
@@ -133,6 +139,29 @@ impl Proxied {
         }
         Ok(())
     }
+}
+
+/// What an answer says of a tree after `Go`.
+fn fate(what: &local_reply::What) -> Option<Fate> {
+    Some(match what {
+        local_reply::What::Restored(restored) if restored.ok => Fate::Runs(restored.pid),
+        local_reply::What::Restored(pb::Restored { text, .. })
+        | local_reply::What::Fell(pb::Fell { text }) => Fate::Fell(text.clone()),
+        _ => return None,
+    })
+}
+
+/// Asks a proxy what became of a tree after `Go`; see [`pb::Resume`].
+pub(super) fn ask(work_dir: &Path, resume: pb::Resume, patience: Duration) -> Result<Fate, Failure> {
+    let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), Duration::ZERO)?;
+    let (reply, _) = packets.ask(local_request::What::Resume(resume), &[], patience)?;
+    fate(&reply).ok_or_else(|| packets.unexpected(&reply))
+}
+
+/// Has a proxy say that the tree runs on here.
+pub(super) fn take_back(work_dir: &Path, resume: pb::Resume, patience: Duration) -> Result<(), Failure> {
+    let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), Duration::ZERO)?;
+    packets.ask(local_request::What::Resume(resume), &[], patience).map(drop)
 }
 
 impl Link for Proxied {
@@ -223,6 +252,40 @@ impl Link for Proxied {
         }
     }
 
+    fn journal(&self) -> u64 {
+        self.journal
+    }
+
+    fn restores(&self) -> bool {
+        self.restores
+    }
+
+    fn armed(&self, until: Option<Instant>) -> Result<pb::Armed, Failure> {
+        // Without a limit it ends when the proxy knows of an end.
+        let until = until.unwrap_or_else(|| Instant::now() + Duration::from_secs(365 * 24 * 3600));
+        match self.packets.receive(until)? {
+            (local_reply::What::Armed(armed), _) => Ok(armed),
+            (other, _) => Err(self.packets.unexpected(&other)),
+        }
+    }
+
+    fn go(&self) -> Result<(), Failure> {
+        self.packets.send(local_request::What::Go(pb::Go {}), &[], Instant::now() + self.patience)
+    }
+
+    fn fate(&self, patience: Duration) -> Result<Fate, Failure> {
+        match self.packets.receive(Instant::now() + patience) {
+            Ok((reply, _)) => fate(&reply).ok_or_else(|| self.packets.unexpected(&reply)),
+            Err(failure) if failure.code == FailCode::FailTimeout => Err(failure),
+            // This proxy is gone; another one may be there.
+            Err(_) => {
+                let verdict = Some(pb::resume::Verdict::Go(pb::Go {}));
+                let (name, id, journal) = (self.name.clone(), self.id, self.journal);
+                ask(&self.work_dir, pb::Resume { name, id, verdict, journal }, patience)
+            }
+        }
+    }
+
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
         match self.packets.receive(Instant::now() + patience)? {
             (local_reply::What::Restored(restored), _) => Ok(restored),
@@ -257,7 +320,7 @@ mod tests {
             local::receive::<pb::LocalRequest>(socket.as_fd()).unwrap().unwrap();
             let (ring, [memory, told]) = ring::Ring::new().unwrap();
             let (read, write) = nix::unistd::pipe().unwrap();
-            let what = Some(local_reply::What::Opened(pb::Opened { features: 0, ring: true }));
+            let what = Some(local_reply::What::Opened(pb::Opened { ring: true, ..pb::Opened::default() }));
             let fds = [memory.as_fd(), told.as_fd(), write.as_fd()];
             local::send(socket.as_fd(), &pb::LocalReply { what }, &fds).unwrap();
             (socket, read, ring)

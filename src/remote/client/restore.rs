@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
+use super::super::journal::{self, Reached};
 use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{CACHE_SOCKET, Failure};
 use super::control::{self, Daemon};
@@ -52,6 +53,8 @@ struct Session {
     /// Freed as it is read.
     free: bool,
     ran: AtomicBool,
+    /// The source ends its tree after this one runs: which snapshot, and where the journal of the cache is.
+    run_first: Option<(u64, PathBuf)>,
 }
 
 /// Somebody may sit in front of a restore that waits: one line tells for what, and what became of the last one.
@@ -164,12 +167,14 @@ impl RemoteSnapshot {
             tell_what_there_is(&info);
         }
         let path = PathBuf::from(format!("remote:{name}"));
+        let run_first = info.run_first.then(|| (info.id, remote.work_dir.clone()));
         let session = Session {
             packets: Mutex::new(packets),
             name,
             path: path.clone(),
-            free: remote.free_as_read,
+            free: remote.free_as_read && !info.run_first,
             ran: AtomicBool::new(false),
+            run_first,
         };
         Self::with_names(Arc::new(session), 0, path, arriving)
     }
@@ -284,6 +289,10 @@ impl Store for RemoteSnapshot {
         let failed = |failure| image_error("report the restore of", &self.path, failure);
         let packets = self.session.packets();
         match outcome {
+            // The source has the tree still, and says when it may run; without the cache it never does.
+            Outcome::Starting(root) if self.session.run_first.is_some() => {
+                packets.tell(local_request::What::Starting(pb::Empty {}), &[root], ARRIVAL).map_err(failed)
+            }
             Outcome::Starting(root) => {
                 match packets.tell(local_request::What::Starting(pb::Empty {}), &[root], PATIENCE) {
                     // With the cache the images are gone. Nobody else can restore them, and not to go on would be
@@ -297,7 +306,14 @@ impl Store for RemoteSnapshot {
             }
             Outcome::Running(pid) => {
                 self.session.ran.store(true, Ordering::Release);
-                packets.tell(local_request::What::Ran(pb::Ran { pid }), &[], PATIENCE).map_err(failed)
+                let told = packets.tell(local_request::What::Ran(pb::Ran { pid }), &[], PATIENCE);
+                if let (Err(_), Some((id, work_dir))) = (&told, &self.session.run_first) {
+                    // The source waits for this; the next cache tells it.
+                    if let Err(e) = journal::note(work_dir, *id, Reached::Running, pid) {
+                        tracing::error!("the journal of the cache: {e}");
+                    }
+                }
+                told.map_err(failed)
             }
         }
     }

@@ -7,6 +7,7 @@ use std::fmt::{self, Debug};
 use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::super::ring::{Place, SLOT};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAX_DATA, Sum};
@@ -31,6 +32,7 @@ pub(super) struct Outgoing {
     link: Box<dyn Link>,
     table: Mutex<Table>,
     lz4: Option<Lz4>,
+    limit: Mutex<Option<Instant>>,
 }
 
 /// What the commit will list.
@@ -75,7 +77,27 @@ impl Outgoing {
     /// Through `link`; compressed if `compress` and the other side can.
     pub(super) fn new(link: Box<dyn Link>, compress: bool) -> Self {
         let lz4 = (compress && link.features() & FEATURE_LZ4 != 0).then(Lz4::default);
-        Self { link, table: Mutex::default(), lz4 }
+        Self { link, table: Mutex::default(), lz4, limit: Mutex::default() }
+    }
+
+    /// Nothing is sent any more after this.
+    pub(super) fn limit(&self, until: Instant) {
+        *lock(&self.limit) = Some(until);
+    }
+
+    fn in_time(&self) -> Result<(), Failure> {
+        match *lock(&self.limit) {
+            Some(until) if Instant::now() > until => {
+                let text = "the tree would stand still for longer than it may (--max-pause)";
+                Err(Failure::new(FailCode::FailTimeout, text))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
+        self.in_time()?;
+        self.link.send(frames)
     }
 
     pub(super) fn link(&self) -> &dyn Link {
@@ -90,7 +112,7 @@ impl Outgoing {
         }
         let commit = pb::Commit { images: table.ended.clone() };
         let frame = wire::frame(Kind::Commit, self.link.stream(), 0, &commit);
-        self.link.send(&mut [IoSlice::new(&frame)])
+        self.send(&mut [IoSlice::new(&frame)])
     }
 
     fn number(&self) -> u32 {
@@ -280,7 +302,7 @@ impl Small {
         slices(&stager.done, &mut parts);
         parts.push(IoSlice::new(&end));
         parts.retain(|part| !part.is_empty());
-        self.outgoing.link.send(&mut parts).map_err(io_error)?;
+        self.outgoing.send(&mut parts).map_err(io_error)?;
         self.held.clear();
         if last {
             self.outgoing.ended(self.image, self.sum);
@@ -322,7 +344,7 @@ impl Pages {
         name::check_image(name)?;
         let image = outgoing.number();
         let begin = outgoing.begin(image, name, expected);
-        outgoing.link.send(&mut [IoSlice::new(&begin)])?;
+        outgoing.send(&mut [IoSlice::new(&begin)])?;
         Ok(Self { outgoing, image, sum: Mutex::default() })
     }
 }
@@ -342,7 +364,7 @@ impl PagesStream for Pages {
             }
             let mut parts = Vec::with_capacity(staged.len() * 2);
             slices(&staged, &mut parts);
-            self.outgoing.link.send(&mut parts).map_err(io_error)
+            self.outgoing.send(&mut parts).map_err(io_error)
         })
     }
 
@@ -351,7 +373,7 @@ impl PagesStream for Pages {
         if self.outgoing.lz4.is_some() || len > SLOT {
             return Ok(None);
         }
-        self.outgoing.link.room().map_err(io_error)
+        self.outgoing.in_time().and_then(|()| self.outgoing.link.room()).map_err(io_error)
     }
 
     fn stage_room<'p>(&'p self, room: Slot, len: usize) -> Box<dyn FnOnce() -> io::Result<()> + 'p> {
@@ -386,7 +408,7 @@ impl PagesStream for Pages {
     fn end(&self) -> io::Result<()> {
         let sum = *lock(&self.sum);
         let end = self.outgoing.end_frame(self.image, sum);
-        self.outgoing.link.send(&mut [IoSlice::new(&end)]).map_err(io_error)?;
+        self.outgoing.send(&mut [IoSlice::new(&end)]).map_err(io_error)?;
         self.outgoing.ended(self.image, sum);
         Ok(())
     }

@@ -157,7 +157,7 @@ fn connect(port: u16, compress: bool, timeout: Duration) -> Result<RemoteDump, F
         wait_restored: None,
         free_as_read: false,
     };
-    RemoteDump::connect(&remote, &DumpSettings::new(Pid::this(), Path::new(".")))
+    RemoteDump::connect(&remote, &DumpSettings::new(Pid::this(), Path::new(".")), false)
 }
 
 /// Pages: a third zero, a third alike, a third random.

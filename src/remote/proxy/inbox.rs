@@ -18,6 +18,10 @@ pub enum Heard {
     Failed(u32, pb::Failed),
     /// What became of the snapshot of this stream.
     Restored(u32, pb::Restored),
+    /// The restored tree of this stream is complete, and stopped.
+    Armed(u32, pb::Armed),
+    /// It does not run there and is not going to.
+    Fell(u32, pb::Fell),
     /// Wants a Pong.
     Ping,
     /// Answers a Ping.
@@ -65,7 +69,7 @@ impl Inbox {
         let header = Header::decode(head)?;
         let form = match header.kind {
             Kind::Hello | Kind::Ping | Kind::Pong => header.stream == 0,
-            Kind::Prepared | Kind::Restored => header.stream != 0,
+            Kind::Prepared | Kind::Restored | Kind::Armed | Kind::Fell => header.stream != 0,
             Kind::Failed => true,
             _ => false,
         };
@@ -81,6 +85,8 @@ impl Inbox {
             Kind::Prepared => Heard::Prepared(stream, wire::message(&header, payload)?),
             Kind::Failed => Heard::Failed(stream, wire::message(&header, payload)?),
             Kind::Restored => Heard::Restored(stream, wire::message(&header, payload)?),
+            Kind::Armed => Heard::Armed(stream, wire::message(&header, payload)?),
+            Kind::Fell => Heard::Fell(stream, wire::message(&header, payload)?),
             Kind::Ping => Heard::Ping,
             _ => Heard::Pong,
         }))

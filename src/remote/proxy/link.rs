@@ -285,6 +285,10 @@ impl<D: Dial> Link<D> {
     }
 
     /// What the cache can do, as in `Hello`.
+    pub(super) fn peer(&self) -> Option<&pb::Hello> {
+        self.peer.as_ref()
+    }
+
     pub(super) fn features(&self) -> u64 {
         self.peer.as_ref().map_or(0, |hello| hello.features)
     }

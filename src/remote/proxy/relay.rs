@@ -23,7 +23,7 @@ use crate::remote::pb::snapshot_info::State;
 use crate::remote::poll::{Event, Interest, Poll};
 use crate::remote::ring::Ring;
 use crate::remote::wire::{self, FEATURE_LZ4, Kind, MAX_DATA};
-use crate::remote::{Failure, name, pb, pb::FailCode};
+use crate::remote::{Failure, draw, name, pb, pb::FailCode};
 
 /// Snapshots on their way at once; each may hold a frame of [`MAX_DATA`] in memory.
 const MAX_DUMPS: usize = 64;
@@ -344,6 +344,9 @@ impl<D: Dial> Relay<D> {
                 "the tree runs on here, and {target} may not know: look there with `crtool image-cache list`, \
                  and if the snapshot is in doubt, `crtool image-cache drop {name}`"
             ),
+            Some(Word::Go { .. }) => format!(
+                "{target} may run the tree, which is stopped here: `crtool migrate settle` asks, as soon as a proxy is there"
+            ),
             None => format!(
                 "{target} has all of it and was not told whether the tree is gone here: if process {} runs, \
                  `crtool image-cache drop {name}` there, else `crtool image-cache release {name}`",
@@ -478,7 +481,13 @@ impl<D: Dial> Relay<D> {
         let ring = (rings < MAX_RINGS && features & FEATURE_LZ4 == 0)
             .then(|| Ring::new().inspect_err(failed).ok())
             .flatten();
-        let opened = pb::Opened { features, ring: ring.is_some() };
+        let hello = self.link.peer().cloned().unwrap_or_default();
+        if self.snapshots.get(&id).is_some_and(|s| s.begin.run_first) && hello.version < wire::RUN_FIRST {
+            let text = format!("the image-cache is {}, which does not know migrate", hello.software);
+            return self.fail(id, &Failure::new(FailCode::FailVersion, text));
+        }
+        let opened =
+            pb::Opened { features, ring: ring.is_some(), journal: hello.journal, restores: hello.restores };
         let (ring, ends) = ring.map_or((None, Vec::new()), |(ring, ends)| (Some(ring), Vec::from(ends)));
         let pipe = Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end));
         let Some(s) = self.snapshots.get_mut(&id) else { return };
@@ -534,13 +543,18 @@ impl<D: Dial> Relay<D> {
                 s.show(State::Ready, "");
                 wire::frame(Kind::Confirm, stream, 0, &pb::Confirm { survives: *survives })
             }
+            Word::Go { .. } => {
+                s.show(State::Starting, "told to run there");
+                wire::frame(Kind::Go, stream, 0, &pb::Go {})
+            }
             Word::Abort { reason } => {
                 s.show(State::Failed, reason.as_str());
                 wire::frame(Kind::Abort, stream, 0, &pb::Abort { reason: reason.clone() })
             }
         };
         self.link.out.push(&frame);
-        s.ack_at = self.link.ping(now);
+        // To Go there is an answer of its own.
+        s.ack_at = if matches!(word, Word::Go { .. }) { u64::MAX } else { self.link.ping(now) };
         if let Word::Abort { reason } = word
             && before < Phase::Committed
         {
@@ -561,9 +575,12 @@ impl<D: Dial> Relay<D> {
                 pb::resume::Verdict::Confirm(pb::Confirm { survives: *survives })
             }
             Some(Word::Abort { reason }) => pb::resume::Verdict::Abort(pb::Abort { reason: reason.clone() }),
+            Some(Word::Go { .. }) => pb::resume::Verdict::Go(pb::Go {}),
             None => return,
         };
-        let resume = pb::Resume { name: s.begin.name.clone(), id: s.begin.id, verdict: Some(verdict) };
+        let journal = if let Some(Word::Go { journal }) = s.word { journal } else { 0 };
+        let resume =
+            pb::Resume { name: s.begin.name.clone(), id: s.begin.id, verdict: Some(verdict), journal };
         s.stream = Some(stream);
         // A Pong proves nothing here: there is an answer of its own.
         s.ack_at = u64::MAX;
@@ -656,7 +673,11 @@ impl<D: Dial> Relay<D> {
     /// An answer; an error if no cache would send it.
     fn answer(&mut self, heard: Heard) -> Result<(), Failure> {
         let stream = match heard {
-            Heard::Prepared(stream, _) | Heard::Failed(stream, _) | Heard::Restored(stream, _) => stream,
+            Heard::Prepared(stream, _)
+            | Heard::Failed(stream, _)
+            | Heard::Restored(stream, _)
+            | Heard::Armed(stream, _)
+            | Heard::Fell(stream, _) => stream,
             _ => {
                 self.acked();
                 return Ok(());
@@ -680,6 +701,23 @@ impl<D: Dial> Relay<D> {
                 }
                 self.close_pipe(id);
             }
+            (Heard::Armed(_, armed), Phase::Prepared) => {
+                s.show(State::Armed, "");
+                if let Some(client) = s.dump.and_then(|dump| self.clients.get_mut(&dump)) {
+                    client.reply(Reply::Armed(armed));
+                }
+            }
+            (Heard::Fell(_, mut fell), Phase::Settled) => {
+                shorten(&mut fell.text, MAX_SHORT);
+                tracing::warn!("{}: it does not run there: {}", s.name(), fell.text);
+                s.show(State::InDoubt, fell.text.as_str());
+                for client in self.clients.values_mut().filter(|c| c.waits.is_some_and(|(on, _)| on == id)) {
+                    client.waits = None;
+                    client.reply(Reply::Fell(fell.clone()));
+                }
+            }
+            // What was asked for comes later.
+            (Heard::Armed(..), Phase::Settled) => {}
             (Heard::Prepared(..), Phase::Settled) => {
                 s.acked = true;
                 if matches!(s.word, Some(Word::Confirm { .. })) {
@@ -720,12 +758,26 @@ impl<D: Dial> Relay<D> {
                 let reason = reason.clone();
                 self.over(id, State::Failed, &reason);
             }
+            // It may have run under another cache: asked again when the connection is a new one.
+            (Phase::Settled, Some(Word::Go { .. })) if failure.code == FailCode::FailNotFound => {
+                tracing::error!("{}: {}; {}", s.name(), failure.text, "what became of the tree is not known");
+                s.show(State::InDoubt, failure.text.as_str());
+                for client in self.clients.values_mut().filter(|c| c.waits.is_some_and(|(on, _)| on == id)) {
+                    client.waits = None;
+                    refuse(client, &failure);
+                }
+            }
             (Phase::Settled, _) => {
                 tracing::error!("{}: the cache does not have it any more: {}", s.name(), failure.text);
                 self.over(id, State::Failed, &failure.text);
             }
             (Phase::Prepared, _) => {
-                // Too late for the dump, which may be killing the tree.
+                // Too late for the dump, which may be killing the tree, but for one that ends it last.
+                if s.begin.run_first
+                    && let Some(client) = s.dump.take().and_then(|dump| self.clients.get_mut(&dump))
+                {
+                    refuse(client, &failure);
+                }
                 let name = s.name();
                 tracing::error!("{name}: the cache gave it up after it had all: {}", failure.text);
                 self.over(id, State::Failed, &failure.text);
@@ -918,10 +970,33 @@ impl<D: Dial> Relay<D> {
                     _ => odd("the last word before the cache had all of the snapshot"),
                 }
             }
+            Some(Request::Go(_)) => {
+                let journal = self.link.peer().map_or(0, |hello| hello.journal);
+                let own = own.filter(|own| {
+                    self.snapshots.get(own).is_some_and(|s| s.begin.run_first && s.phase >= Phase::Prepared)
+                });
+                let Some(own) = own else { return odd("Go before the cache had all of the snapshot") };
+                let over = self.snapshots.get(&own).filter(|s| s.phase == Phase::Over).map(Snapshot::outcome);
+                if let Some(client) = self.clients.get_mut(&id) {
+                    match over {
+                        Some(outcome) => client.reply(Reply::Restored(outcome)),
+                        None => client.waits = Some((own, None)),
+                    }
+                }
+                if self.snapshots.get(&own).is_some_and(|s| s.phase == Phase::Prepared) {
+                    self.settle(own, Word::Go { journal }, now);
+                }
+                Ok(())
+            }
+            Some(Request::Resume(resume)) => self.resume_for(id, resume, now),
             Some(Request::Abort(mut abort)) => {
                 shorten(&mut abort.reason, MAX_SHORT);
-                let live =
-                    own.filter(|own| self.snapshots.get(own).is_some_and(|s| s.phase <= Phase::Prepared));
+                let live = own.filter(|own| {
+                    self.snapshots.get(own).is_some_and(|s| {
+                        s.phase <= Phase::Prepared
+                            || s.phase == Phase::Settled && matches!(s.word, Some(Word::Go { .. }))
+                    })
+                });
                 if let Some(own) = live {
                     if let Some(s) = self.snapshots.get_mut(&own) {
                         tracing::warn!("{}: given up by the dump: {}", s.name(), abort.reason);
@@ -962,6 +1037,55 @@ impl<D: Dial> Relay<D> {
         }
     }
 
+    /// Somebody settles what a dump has handed over, which is gone by now, through this proxy or another one.
+    fn resume_for(&mut self, id: u64, resume: pb::Resume, now: Instant) -> Result<(), Failure> {
+        name::check_snapshot(&resume.name)?;
+        let word = match resume.verdict {
+            Some(pb::resume::Verdict::Go(_)) => Word::Go { journal: resume.journal },
+            Some(pb::resume::Verdict::Abort(mut abort)) => {
+                shorten(&mut abort.reason, MAX_SHORT);
+                Word::Abort { reason: abort.reason }
+            }
+            _ => return Err(Failure::new(FailCode::FailProtocol, "this is not settled by a proxy")),
+        };
+        let known = self.snapshots.iter().rev().find(|(_, s)| resume.id != 0 && s.begin.id == resume.id);
+        if let Some((_, s)) = known.filter(|(_, s)| s.phase == Phase::Over) {
+            let outcome = s.outcome();
+            if let Some(client) = self.clients.get_mut(&id) {
+                client.reply(Reply::Restored(outcome));
+            }
+            return Ok(());
+        }
+        let key = match known.map(|(key, _)| *key) {
+            Some(key) => key,
+            None => {
+                let begin = pb::SnapshotBegin {
+                    name: resume.name,
+                    id: resume.id,
+                    run_first: true,
+                    host: self.rules.host.clone(),
+                    ..pb::SnapshotBegin::default()
+                };
+                let key = self.number();
+                self.snapshots.insert(key, Snapshot::new(begin, 0, 0, now));
+                key
+            }
+        };
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.waits = Some((key, None));
+        }
+        let Some(s) = self.snapshots.get_mut(&key) else { return Ok(()) };
+        (s.phase, s.dump) = (Phase::Settled, None);
+        if let Some(stream) = s.stream.take() {
+            self.streams.remove(&stream);
+        }
+        s.word = Some(word);
+        s.acked = false;
+        s.show(State::InDoubt, "what became of the tree is asked");
+        self.resume(key, now);
+        Ok(())
+    }
+
     fn open(&mut self, id: u64, mut begin: pb::SnapshotBegin, now: Instant) -> Result<(), Failure> {
         name::check_snapshot(&begin.name)?;
         if !begin.parent.is_empty() {
@@ -987,7 +1111,9 @@ impl<D: Dial> Relay<D> {
         if begin.created == 0 {
             begin.created = unix_now();
         }
-        begin.id = draw();
+        if begin.id == 0 {
+            begin.id = draw();
+        }
         let pid = client.pid;
         let key = self.number();
         if let Some(client) = self.clients.get_mut(&id) {
@@ -1059,10 +1185,4 @@ impl<D: Dial> Relay<D> {
 
 fn refuse(client: &mut Client, failure: &Failure) {
     client.reply(Reply::Failed(failure.clone().into()));
-}
-
-/// A number that no other snapshot has, for all practical purposes; never 0.
-fn draw() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one((std::process::id(), unix_now())) | 1
 }

@@ -41,6 +41,11 @@ pub(super) enum Word {
         /// The tree was left at the source on purpose.
         survives: bool,
     },
+    /// It may run there; it does not run here meanwhile.
+    Go {
+        /// The journal that the cache kept when this was said first.
+        journal: u64,
+    },
     /// The tree runs on here.
     Abort {
         /// Why.
@@ -188,6 +193,7 @@ impl Snapshot {
             source_survives: self.begin.source_survives,
             resident: 0,
             run_first: self.begin.run_first,
+            id: self.begin.id,
         }
     }
 }

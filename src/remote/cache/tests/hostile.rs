@@ -299,6 +299,7 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
         name: "s".to_owned(),
         id: 4711,
         verdict: Some(pb::resume::Verdict::Confirm(pb::Confirm::default())),
+        journal: 0,
     };
     let kinds = vec![
         Script::new(1, "s").frames,

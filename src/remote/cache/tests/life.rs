@@ -324,7 +324,7 @@ fn a_restore_must_show_its_root() {
 }
 
 fn resume(stream: u32, name: &str, id: u64, verdict: pb::resume::Verdict) -> Vec<u8> {
-    let resume = pb::Resume { name: name.to_owned(), id, verdict: Some(verdict) };
+    let resume = pb::Resume { name: name.to_owned(), id, verdict: Some(verdict), journal: 0 };
     wire::frame(Kind::Resume, stream, 0, &resume)
 }
 

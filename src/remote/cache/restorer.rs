@@ -1,0 +1,112 @@
+//! Restores that the cache starts by itself (`image-cache --restore`): one for each snapshot whose source ends its tree last.
+//!
+//! They are plain `crtool restore --remote -d` of this program. Options come from the operator of the cache; a source may ask
+//! for those of [`ASKED`], without which its tree could not be restored. This module starts them and sees their ends;
+//! what a restore does, and what comes of it, is between it and the cache's socket.
+
+use std::{
+    ffi::OsString,
+    io::Read as _,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use super::super::{Failure, journal, pb::FailCode};
+use super::Cache;
+use crate::sys;
+
+/// Options that a source may ask for.
+const ASKED: [&str; 3] = ["file-locks", "link-remap", "evasive-devices"];
+/// Restores at once.
+const MOST: usize = 64;
+/// Longest message of one that is told to the source, in bytes.
+const MESSAGE: u64 = 4 << 10;
+
+/// A snapshot that wants to be restored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Its number in the cache.
+    pub(super) id: u64,
+    pub(super) name: String,
+    /// As its source drew it.
+    pub(super) drawn: u64,
+    /// What the source asks for.
+    pub(super) options: Vec<String>,
+}
+
+/// All that have been started and have not ended.
+#[derive(Debug)]
+pub(super) struct Restorer {
+    work_dir: PathBuf,
+    words: Vec<OsString>,
+    /// By the tokens of their pidfds.
+    running: Vec<(u64, u64, Child, std::os::fd::OwnedFd)>,
+    next: u64,
+}
+
+impl Restorer {
+    /// Restores with these options beside those that it gives itself; their ends are watched under tokens from `first` on.
+    pub(super) fn new(work_dir: &Path, words: &[OsString], first: u64) -> Self {
+        Self { work_dir: work_dir.to_owned(), words: words.to_owned(), running: Vec::new(), next: first }
+    }
+
+    /// Starts what is wanted.
+    pub(super) fn start(&mut self, cache: &mut Cache) {
+        for wanted in cache.take_wanted() {
+            let id = wanted.id;
+            if let Err(failure) = self.begin(cache, &wanted) {
+                tracing::error!("snapshot {}: {failure}", wanted.name);
+                cache.restore_ended(id, &failure.text);
+            }
+        }
+    }
+
+    fn begin(&mut self, cache: &Cache, wanted: &Wanted) -> Result<(), Failure> {
+        let failed = |text: String| Failure::new(FailCode::FailInternal, text);
+        if self.running.len() >= MOST {
+            return Err(failed(format!("{MOST} restores are at work here; try later")));
+        }
+        if let Some(odd) = wanted.options.iter().find(|option| !ASKED.contains(&option.as_str())) {
+            return Err(failed(format!("the source asks for restore --{odd}, which is not for it to say")));
+        }
+        let log = format!("restore-{}.log", journal::shown(wanted.drawn));
+        let child = Command::new("/proc/self/exe")
+            .args(["restore", "--remote", "-d", "-D", &wanted.name, "-o", &log, "-W"])
+            .arg(&self.work_dir)
+            .args(wanted.options.iter().map(|option| format!("--{option}")))
+            .args(&self.words)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|e| failed(format!("start of a restore: {e}")))?;
+        let pidfd = sys::pidfd::open(child.id().cast_signed(), 0)
+            .map_err(|e| failed(format!("pidfd of a restore: {e}")))?;
+        let token = self.next;
+        self.next += 1;
+        cache.watch(pidfd.as_fd(), token).map_err(|e| failed(format!("epoll: {e}")))?;
+        tracing::info!("snapshot {}: restore with pid {} begins, log {log}", wanted.name, child.id());
+        self.running.push((token, wanted.id, child, pidfd));
+        Ok(())
+    }
+
+    /// The one of this token has ended.
+    pub(super) fn ended(&mut self, token: u64, cache: &mut Cache) {
+        let Some(at) = self.running.iter().position(|(of, ..)| *of == token) else { return };
+        let (_, id, mut child, _) = self.running.swap_remove(at);
+        let mut said = String::new();
+        match child.wait() {
+            Ok(status) if status.success() => {}
+            Ok(status) => {
+                // Nobody else has the other end, since a restored tree inherits nothing.
+                if let Some(err) = child.stderr.take() {
+                    let _ = err.take(MESSAGE).read_to_string(&mut said);
+                }
+                let said = if said.trim().is_empty() { status.to_string() } else { said.trim().to_owned() };
+                cache.restore_ended(id, &said);
+            }
+            Err(e) => cache.restore_ended(id, &e.to_string()),
+        }
+    }
+}

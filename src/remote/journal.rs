@@ -1,0 +1,387 @@
+//! What outlives the processes that hand a tree over: a small file in the work dir for each hand-over.
+//!
+//! The source writes `migrate-ID.journal` before it stops its tree for good and says `Go`; the file is locked as long as
+//! that crtool lives, and gone when the end is known. A cache writes `handover-ID.journal` before it lets a restore go on,
+//! and again when the tree is known to run or not to; so a cache that is started anew can answer the source. The file
+//! `handover.id` tells a source that it speaks to one that has all of these. With *confirm first* nothing is written.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::{Value, json};
+
+use super::draw;
+use crate::{
+    ownership::{self, Old},
+    settings::OwnerCheck,
+};
+
+/// Records of a cache that are kept.
+const HISTORY: usize = 1000;
+
+/// A process, named for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its pid on this host.
+    pub pid: i32,
+    /// Its start time in ticks since boot.
+    pub start: u64,
+    /// The boot.
+    pub boot: String,
+}
+
+impl Process {
+    /// One that is there.
+    pub fn now(pid: i32) -> io::Result<Self> {
+        let stat = fs::read(format!("/proc/{pid}/stat"))?;
+        let stat = crate::proc::stat::parse(&stat).map_err(|e| io::Error::other(e.to_string()))?;
+        Ok(Self { pid, start: stat.starttime, boot: boot()? })
+    }
+
+    /// Whether it is there, alive, and nobody's tracee: as a tree that was let go.
+    pub fn is_free(&self) -> bool {
+        let status = fs::read(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let kill = 1 << (libc::SIGKILL - 1);
+        let free = crate::proc::status::parse(&status)
+            .is_ok_and(|status| status.tracer_pid == 0 && (status.sigpnd | status.shdpnd) & kill == 0);
+        free && self.is_there()
+    }
+
+    /// Whether it is there still.
+    pub fn is_there(&self) -> bool {
+        Self::now(self.pid).is_ok_and(|now| now == *self)
+    }
+}
+
+fn boot() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+fn odd(path: &Path) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{} is no journal of crtool, or not whole", path.display()),
+    )
+}
+
+fn read(path: &Path) -> io::Result<Value> {
+    let mut text = String::new();
+    File::open(path)?.take(64 << 10).read_to_string(&mut text)?;
+    serde_json::from_str(&text).map_err(|_| odd(path))
+}
+
+fn text(value: &Value, name: &str) -> Option<String> {
+    value.get(name)?.as_str().map(str::to_owned)
+}
+
+fn process_of(value: &Value) -> Option<Process> {
+    Some(Process {
+        pid: value.get("pid")?.as_i64()?.try_into().ok()?,
+        start: value.get("start")?.as_u64()?,
+        boot: text(value, "boot")?,
+    })
+}
+
+/// Reads such an id.
+pub fn parse_id(id: &str) -> Option<u64> {
+    u64::from_str_radix(id, 16).ok().filter(|_| id.len() == 16)
+}
+
+/// An id as people and names of files have it.
+pub fn shown(id: u64) -> String {
+    format!("{id:016x}")
+}
+
+fn write(path: &Path, value: &Value) -> io::Result<File> {
+    let mut file =
+        ownership::output(path, "journal", Old::Truncated, OwnerCheck::On).map_err(io::Error::other)?;
+    file.write_all(format!("{value}\n").as_bytes())?;
+    file.sync_data()?;
+    Ok(file)
+}
+
+/// What a source has written about a tree that it hands over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Departure {
+    /// Of the snapshot.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// The root of the tree.
+    pub root: Process,
+    /// Host of the cache, if it was reached without a proxy.
+    pub address: Option<String>,
+    /// And its port.
+    pub port: u16,
+    /// The journal that the cache keeps.
+    pub cache: u64,
+}
+
+/// A departure whose end is not known yet. Dropped, the file stays: somebody else has to find out.
+#[derive(Debug)]
+pub struct Open {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Departure {
+    fn path(work_dir: &Path, id: u64) -> PathBuf {
+        work_dir.join(format!("migrate-{}.journal", shown(id)))
+    }
+
+    /// Writes it down.
+    pub fn write(&self, work_dir: &Path) -> io::Result<Open> {
+        let path = Self::path(work_dir, self.id);
+        let value = json!({
+            "id": shown(self.id), "name": self.name, "pid": self.root.pid, "start": self.root.start,
+            "boot": self.root.boot, "address": self.address, "port": self.port, "cache": shown(self.cache),
+        });
+        let file = write(&path, &value)?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| io::Error::from(e))?;
+        Ok(Open { path, _lock: lock })
+    }
+
+    /// All that stand in a work dir, and what of them cannot be read.
+    pub fn all(work_dir: &Path) -> io::Result<(Vec<Self>, Vec<io::Error>)> {
+        let (mut all, mut broken) = (Vec::new(), Vec::new());
+        for entry in fs::read_dir(work_dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let id = name.strip_prefix("migrate-").and_then(|name| name.strip_suffix(".journal"));
+            let Some(id) = id.and_then(parse_id) else { continue };
+            match Self::read(work_dir, id) {
+                Ok(departure) => all.push(departure),
+                Err(error) => broken.push(error),
+            }
+        }
+        all.sort_by_key(|departure| departure.id);
+        Ok((all, broken))
+    }
+
+    /// One of them.
+    pub fn read(work_dir: &Path, id: u64) -> io::Result<Self> {
+        let path = Self::path(work_dir, id);
+        let value = read(&path)?;
+        let parsed = || {
+            Some(Self {
+                id: parse_id(&text(&value, "id")?)?,
+                name: text(&value, "name")?,
+                root: process_of(&value)?,
+                address: text(&value, "address"),
+                port: value.get("port")?.as_u64()?.try_into().ok()?,
+                cache: parse_id(&text(&value, "cache")?)?,
+            })
+        };
+        parsed().filter(|departure| departure.id == id).ok_or_else(|| odd(&path))
+    }
+
+    /// Takes it over, if whoever wrote it is dead. `None`: that crtool lives, and looks for [`Word`]s.
+    pub fn take_over(&self, work_dir: &Path) -> io::Result<Option<Open>> {
+        let path = Self::path(work_dir, self.id);
+        let file = File::open(&path)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(Open { path, _lock: lock })),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, e)) => Err(e.into()),
+        }
+    }
+}
+
+/// What an operator says to a crtool that waits for the end of a hand-over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// The tree does not run at the destination: it shall go on here.
+    Thaw,
+    /// It runs there: it shall end here.
+    Kill,
+}
+
+impl Word {
+    fn path(self, work_dir: &Path, id: u64) -> PathBuf {
+        let ending = match self {
+            Self::Thaw => "thaw",
+            Self::Kill => "kill",
+        };
+        work_dir.join(format!("migrate-{}.{ending}", shown(id)))
+    }
+
+    /// Says it.
+    pub fn say(self, work_dir: &Path, id: u64) -> io::Result<()> {
+        ownership::replace(&self.path(work_dir, id), "word of the operator", b"", OwnerCheck::On)
+            .map_err(io::Error::other)
+    }
+
+    /// One that has been said, once.
+    pub fn heard(work_dir: &Path, id: u64) -> Option<Self> {
+        [Self::Thaw, Self::Kill].into_iter().find(|word| fs::remove_file(word.path(work_dir, id)).is_ok())
+    }
+}
+
+impl Open {
+    /// The end is known.
+    pub fn close(self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!("{} cannot be removed: {error}", self.path.display());
+        }
+    }
+}
+
+/// How far a tree came at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reached {
+    /// A restore was told to let it go.
+    Going,
+    /// It ran.
+    Running,
+    /// It did not.
+    Fell,
+}
+
+/// The journal of a cache.
+#[derive(Debug)]
+pub struct Journal {
+    work_dir: PathBuf,
+    /// See [`Self::identity`].
+    identity: u64,
+}
+
+impl Journal {
+    /// That of this work dir; begun if there is none.
+    pub fn open(work_dir: &Path) -> io::Result<Self> {
+        let path = work_dir.join("handover.id");
+        let known = fs::read_to_string(&path).ok().and_then(|id| parse_id(id.trim()));
+        let identity = match known {
+            Some(identity) => identity,
+            None => {
+                let identity = draw();
+                ownership::replace(&path, "journal", shown(identity).as_bytes(), OwnerCheck::On)
+                    .map_err(io::Error::other)?;
+                identity
+            }
+        };
+        let journal = Self { work_dir: work_dir.to_owned(), identity };
+        journal.trim();
+        Ok(journal)
+    }
+
+    /// Which journal this is: it is another one where the records of an earlier cache are not.
+    pub fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    fn path(work_dir: &Path, id: u64) -> PathBuf {
+        work_dir.join(format!("handover-{}.journal", shown(id)))
+    }
+
+    fn trim(&self) {
+        let Ok(entries) = fs::read_dir(&self.work_dir) else { return };
+        let ours = |name: &str| name.starts_with("handover-") && name.ends_with(".journal");
+        let mut all: Vec<_> = entries
+            .flatten()
+            .filter(|entry| ours(&entry.file_name().to_string_lossy()))
+            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+            .collect();
+        all.sort();
+        for (_, path) in all.iter().take(all.len().saturating_sub(HISTORY)) {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    /// Writes down how far a tree has come.
+    pub fn note(&self, id: u64, reached: Reached, pid: i32) -> io::Result<()> {
+        note(&self.work_dir, id, reached, pid)
+    }
+
+    /// What stands there about a tree: how far it came, as which process.
+    pub fn look_up(&self, id: u64) -> Option<(Reached, Process)> {
+        let value = read(&Self::path(&self.work_dir, id)).ok()?;
+        let reached = match text(&value, "state")?.as_str() {
+            "going" => Reached::Going,
+            "running" => Reached::Running,
+            "fell" => Reached::Fell,
+            _ => return None,
+        };
+        Some((reached, process_of(&value)?))
+    }
+}
+
+/// Writes down how far a tree has come at the destination. For a cache, and for a restore whose cache is gone.
+pub fn note(work_dir: &Path, id: u64, reached: Reached, pid: i32) -> io::Result<()> {
+    let state = match reached {
+        Reached::Going => "going",
+        Reached::Running => "running",
+        Reached::Fell => "fell",
+    };
+    // One that is gone has no start.
+    let process = Process::now(pid).unwrap_or(Process { pid, start: 0, boot: boot()? });
+    let value = json!({
+        "id": shown(id), "state": state, "pid": process.pid, "start": process.start, "boot": process.boot,
+    });
+    ownership::replace(
+        &Journal::path(work_dir, id),
+        "journal",
+        format!("{value}\n").as_bytes(),
+        OwnerCheck::On,
+    )
+    .map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn departures() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let departure = Departure {
+            id: 77,
+            name: "a \"b\"\n".into(),
+            root: Process::now(own).unwrap(),
+            address: Some("::1".into()),
+            port: 9996,
+            cache: u64::MAX,
+        };
+        let open = departure.write(dir.path()).unwrap();
+        assert!(departure.root.is_there());
+        assert_eq!(Departure::read(dir.path(), 77).unwrap(), departure);
+        fs::write(dir.path().join("migrate-000000000000000a.journal"), "{").unwrap();
+        let (all, broken) = Departure::all(dir.path()).unwrap();
+        assert_eq!((all.as_slice(), broken.len()), (&[departure.clone()][..], 1));
+        // While it is held by somebody, nobody else has it.
+        assert!(departure.take_over(dir.path()).unwrap().is_none());
+        drop(open);
+        departure.take_over(dir.path()).unwrap().unwrap().close();
+        assert!(departure.take_over(dir.path()).is_err());
+    }
+
+    #[test]
+    fn words_are_heard_once() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Word::heard(dir.path(), 5), None);
+        Word::Kill.say(dir.path(), 5).unwrap();
+        assert_eq!(Word::heard(dir.path(), 6), None);
+        assert_eq!(Word::heard(dir.path(), 5), Some(Word::Kill));
+        assert_eq!(Word::heard(dir.path(), 5), None);
+    }
+
+    #[test]
+    fn the_journal_of_a_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        assert_eq!(journal.look_up(1), None);
+        let own = i32::try_from(std::process::id()).unwrap();
+        for reached in [Reached::Going, Reached::Running, Reached::Fell] {
+            journal.note(1, reached, own).unwrap();
+            let (found, process) = journal.look_up(1).unwrap();
+            assert_eq!(found, reached);
+            assert!(process.is_there());
+        }
+        assert_eq!(Journal::open(dir.path()).unwrap().identity(), journal.identity());
+    }
+}
