@@ -122,8 +122,9 @@ impl HandOver for Migration<'_> {
 
     fn armed(&self) -> anyhow::Result<()> {
         let until = self.settings.max_pause.zip(self.frozen.get()).map(|(limit, since)| since + limit);
-        let armed = self.store.armed(until).context("the tree was not restored at the destination")?;
-        interrupt::check()?;
+        let armed = self.store.armed(until).context("the tree was not restored at the destination");
+        let armed = armed.and_then(|armed| Ok(interrupt::check().map(|()| armed)?));
+        let armed = armed.inspect_err(|_| self.state.set(self.state.get().after(Heard::GivenUp)))?;
         tracing::info!("the tree is complete at the destination, root {}", armed.pid);
         // Before the tree is stopped for good: whoever finds it stopped finds this too.
         let open = self.departure()?.write(&self.remote.work_dir).context("journal of the hand-over")?;
@@ -165,9 +166,11 @@ impl HandOver for Migration<'_> {
                 }
             };
             let heard = heard.or_else(|| {
-                why = "the operator has said that it does not run there".to_owned();
                 Word::heard(work_dir, id).map(|word| match word {
-                    Word::Thaw => Heard::Thaw,
+                    Word::Thaw => {
+                        why = "the operator has said so".to_owned();
+                        Heard::Thaw
+                    }
                     Word::Kill => Heard::Kill,
                 })
             });

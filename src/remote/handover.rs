@@ -93,18 +93,6 @@ pub struct Next {
 }
 
 impl Held {
-    /// One that begins to arrive.
-    pub fn new(run_first: bool) -> Self {
-        Self {
-            state: State::Receiving,
-            run_first,
-            taken: false,
-            linked: true,
-            confirmed: false,
-            started: false,
-        }
-    }
-
     /// Whether something can still become of it.
     pub fn is_live(&self) -> bool {
         !matches!(self.state, State::Restored | State::Failed | State::Dropped | State::Unknown)
@@ -209,14 +197,11 @@ pub enum Heard {
     Armed,
     /// It runs.
     Restored,
-    /// It does not, and is not going to.
+    /// It does not, and is not going to: that was said, or nothing will come of it there, or a cache that keeps the same journal
+    /// has never let it run.
     Fell,
-    /// Nothing will come of it there.
-    Failed,
     /// The connection is gone, or the time is up, or the user has had enough.
     GivenUp,
-    /// A cache that keeps the same journal has never let it run, and has forgotten it: it cannot let it run any more.
-    NeverThere,
     /// The operator says that it runs there.
     Kill,
     /// The operator says that it does not.
@@ -230,9 +215,9 @@ impl Source {
     pub fn after(self, heard: Heard) -> Self {
         match (self, heard) {
             (Self::Sending, Heard::Armed) => Self::Going,
-            (Self::Sending, Heard::Failed | Heard::Fell | Heard::GivenUp | Heard::NeverThere) => Self::Back,
+            (Self::Sending, Heard::Fell | Heard::GivenUp) => Self::Back,
             (Self::Going, Heard::Restored | Heard::Kill) => Self::Over,
-            (Self::Going, Heard::Fell | Heard::Failed | Heard::NeverThere | Heard::Thaw) => Self::Back,
+            (Self::Going, Heard::Fell | Heard::Thaw) => Self::Back,
             _ => self,
         }
     }

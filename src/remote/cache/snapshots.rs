@@ -569,7 +569,7 @@ impl Snapshots {
         };
         let Some((id, state)) = found else {
             if let Some(resume::Verdict::Go(_)) = resume.verdict
-                && let Some(answer) = self.from_journal(resume)
+                && let Some(answer) = self.of_journal(resume)
             {
                 let frame = match answer {
                     Ok(restored) => wire::frame(Kind::Restored, owner.stream, 0, &restored),
@@ -620,7 +620,7 @@ impl Snapshots {
     }
 
     /// What an earlier cache has written down of a tree that its source waits for, if that says it all.
-    fn from_journal(&self, resume: &pb::Resume) -> Option<Result<pb::Restored, pb::Fell>> {
+    fn of_journal(&self, resume: &pb::Resume) -> Option<Result<pb::Restored, pb::Fell>> {
         let journal = self.journal.as_ref()?;
         let fell = |text: &str| Some(Err(pb::Fell { text: text.to_owned() }));
         let ran = |pid: i32| {

@@ -74,6 +74,11 @@ const FELL: Sent = 8;
 const FAILED: Sent = 16;
 const NEVER: Sent = 32;
 
+fn arriving(run_first: bool) -> Held {
+    let state = State::Receiving;
+    Held { state, run_first, taken: false, linked: true, confirmed: false, started: false }
+}
+
 impl World {
     fn new(run_first: bool) -> Self {
         Self {
@@ -81,7 +86,7 @@ impl World {
             source: Some(Source::Sending),
             prepared: false,
             here: Here::Frozen,
-            held: Some(Held::new(run_first)),
+            held: Some(arriving(run_first)),
             cache: true,
             journal: Journal::Nothing,
             there: There::Nobody,
@@ -149,8 +154,8 @@ impl World {
                 (ARMED, Heard::Armed),
                 (RESTORED, Heard::Restored),
                 (FELL, Heard::Fell),
-                (FAILED, Heard::Failed),
-                (NEVER, Heard::NeverThere),
+                (FAILED, Heard::Fell),
+                (NEVER, Heard::Fell),
             ] {
                 if self.run_first && self.to_source & bit != 0 {
                     all.push(self.hears(heard));
@@ -167,7 +172,7 @@ impl World {
                     all.push(Self { source: Some(Source::Over), to_cache: self.to_cache | CONFIRM, ..dead });
                 }
                 if self.to_source & FAILED != 0 {
-                    all.push(self.hears(Heard::Failed));
+                    all.push(self.hears(Heard::Fell));
                 }
             }
             all.push(self.hears(Heard::GivenUp));
