@@ -13,7 +13,7 @@ use crate::{
     settings::Leave,
     sys::{Errno, own, pid::HostPid, ptrace, task, wait},
     task::robust_list::{self, SharedBytes},
-    tracee::{KillGuard, Thread, TraceError, procfs},
+    tracee::{Decision, KillGuard, Stage, Thread, TraceError, procfs},
 };
 
 /// How long to wait for killed tasks to be reaped by their parents.
@@ -29,11 +29,12 @@ const SAFE: Incomplete = Incomplete("the images are complete");
 pub(super) fn decide(
     tree: Tree,
     leave: Leave,
+    decision: &Decision,
     words: Vec<SharedBytes>,
     told: &dyn Fn(bool) -> Result<()>,
 ) -> Result<()> {
     match leave {
-        Leave::Killed => kill(tree, words, told),
+        Leave::Killed => kill(tree, decision, words, told),
         Leave::Running => {
             told(true)?;
             let_go(tree, None)
@@ -53,12 +54,17 @@ pub(super) fn decide(
 
 /// Hands the tree over: it runs there before it ends here. An error before [`HandOver::go`], or the word that it does not
 /// run there, lets it go on here.
-pub(super) fn hand_over(tree: Tree, words: Vec<SharedBytes>, to: &dyn HandOver) -> Result<()> {
+pub(super) fn hand_over(
+    tree: Tree,
+    decision: &Decision,
+    words: Vec<SharedBytes>,
+    to: &dyn HandOver,
+) -> Result<()> {
     to.armed()?;
     // From here on the end of crtool leaves the tree stopped, so that it does not run in two places.
     let begun = stop_for_good(&tree).and_then(|()| to.go());
     match begun {
-        Ok(Fate::There) => kill(tree, words, &|_| Ok(())),
+        Ok(Fate::There) => kill(tree, decision, words, &|_| Ok(())),
         Ok(Fate::Here(why)) => {
             let_go_on(tree)?;
             Err(anyhow!(why))
@@ -167,17 +173,23 @@ fn end_of(tid: HostPid, deadline: Instant) -> Option<wait::Status> {
 }
 
 /// Kills everybody, the root first: when it is dead or about to die, so is the whole tree.
-fn kill(tree: Tree, mut words: Vec<SharedBytes>, told: &dyn Fn(bool) -> Result<()>) -> Result<()> {
+fn kill(
+    tree: Tree,
+    decision: &Decision,
+    mut words: Vec<SharedBytes>,
+    told: &dyn Fn(bool) -> Result<()>,
+) -> Result<()> {
     let alive = || tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_)));
-    // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
     let pids: Vec<HostPid> = alive().map(|p| p.pid).collect();
-    let mut kill_guard = match KillGuard::arm(&pids) {
+    let kill_guard = match KillGuard::arm(&pids, decision) {
         Ok(kill_guard) => Some(kill_guard),
         Err(error) => {
             tracing::warn!("if crtool is killed now, a part of the tree runs on: {:#}", anyhow!(error));
             None
         }
     };
+    // The point of no return. Killed before, crtool leaves all of the tree running, after it nothing.
+    decision.advance(Stage::Begun).context("decide that the tree is killed")?;
     // One thread of each process first, which is enough for all of them.
     let leaders = alive().flat_map(|p| p.threads.first());
     for tid in leaders.chain(alive().flat_map(|p| p.threads.iter().skip(1))).map(Thread::tid) {
@@ -202,13 +214,15 @@ fn kill(tree: Tree, mut words: Vec<SharedBytes>, told: &dyn Fn(bool) -> Result<(
             }
         }
     }
+    let killed = match failed {
+        Some(error) => Err(error),
+        None => decision.advance(Stage::Killed).context("say that the tree is killed"),
+    };
     // Before somebody else may have these pids.
-    if let Some(kill_guard) = &mut kill_guard {
-        kill_guard.disarm();
+    if let Some(kill_guard) = kill_guard {
+        kill_guard.dismiss();
     }
-    if let Some(error) = failed {
-        return Err(error.context(SAFE));
-    }
+    killed.context(SAFE)?;
     if !words.is_empty() {
         // Whoever is told may go on with these files.
         reap(tree);

@@ -34,7 +34,8 @@ use crate::{
     mem::MemoryDump,
     settings::{DumpSettings, Leave},
     stats::DumpStats,
-    sys::{pid::HostPid, pidfd, ticker::Ticker},
+    sys::{pid::HostPid, ticker::Ticker},
+    tracee::Decision,
     tracee::{TraceError, procfs},
 };
 
@@ -152,9 +153,8 @@ pub fn dump_to(
     tree.verify().context("the tree changed while it was frozen")?;
     deadline.check()?;
     images::inventory(store, &mut collected.ids)?;
-    if let Some(root) = tree.processes.first() {
-        store.guard(pidfd::open(root.pid.get(), 0).context("pidfd of the root")?.as_fd())?;
-    }
+    let decision = Decision::new().context("file of what is decided about the tree")?;
+    store.guard(decision.as_fd())?;
     // How long a disk takes to write all of it out cannot be seen from here, and a cache has a limit of its own.
     deadline.next(Limit::Idle(None));
     store.commit()?;
@@ -167,7 +167,7 @@ pub fn dump_to(
     let words = std::mem::take(&mut collected.words);
     if let Some(to) = hand_over {
         // Until it is known to run there, nothing is final.
-        finish::hand_over(tree, words, to)?;
+        finish::hand_over(tree, &decision, words, to)?;
         deadline.finish();
         collected.files.commit();
         stats.frozen_time = frozen.elapsed();
@@ -179,7 +179,7 @@ pub fn dump_to(
     deadline.finish();
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
-    finish::decide(tree, settings.leave, words, &|survives| Ok(store.confirm(survives)?))?;
+    finish::decide(tree, settings.leave, &decision, words, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
         stats.frozen_time = frozen.elapsed();

@@ -128,9 +128,9 @@ pub trait Store: Send + Sync {
     /// Raised when a writer was dropped before its image was complete.
     fn unfinished(&self) -> Arc<AtomicBool>;
 
-    /// Before [`Self::commit`]: the root of the tree, as a pidfd. Whether it lives tells what was decided, should
-    /// this process die before it can say so.
-    fn guard(&self, _root: BorrowedFd<'_>) -> Result<(), ImageError> {
+    /// Before [`Self::commit`]: the file in which is written what is decided about the tree. It tells, should this
+    /// process die before it can say so.
+    fn guard(&self, _decision: BorrowedFd<'_>) -> Result<(), ImageError> {
         Ok(())
     }
 
@@ -184,8 +184,13 @@ pub struct Part {
 /// How far a restore has come.
 #[derive(Debug, Clone, Copy)]
 pub enum Outcome<'a> {
-    /// Everything is ready; the tree, whose root this pidfd stands for, is about to run.
-    Starting(BorrowedFd<'a>),
+    /// Everything is ready; the tree is about to run.
+    Starting {
+        /// A pidfd of its root.
+        root: BorrowedFd<'a>,
+        /// The file in which is written what is decided about it.
+        decision: BorrowedFd<'a>,
+    },
     /// It runs, under this pid.
     Running(i32),
 }

@@ -11,6 +11,7 @@
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
 //! - [`poll`]: waiting for many descriptors at once.
+//! - `witness`: what became of a tree whose dump or restore is gone.
 //!
 //! The rules: end of stream is never success; a snapshot can be restored only after the source has said that
 //! the tree is gone there; whoever dies, the tree runs on one side at most, and its images are kept while it
@@ -29,6 +30,7 @@ pub mod poll;
 pub mod proxy;
 pub mod ring;
 pub mod wire;
+mod witness;
 
 /// Messages of `proto/remote.proto`.
 #[allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant, clippy::enum_variant_names)]

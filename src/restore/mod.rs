@@ -62,7 +62,7 @@ use crate::{
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{Errno, pid::NsPid, pidfd, ticker},
-    tracee::List,
+    tracee::{Decision, List},
 };
 
 /// How long a dead task may take to be reaped by its parent: init on some machines needs a second.
@@ -167,16 +167,17 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
     action::run(scripts, Action::PreResume, Some(root))?;
     deadline::check()?;
     let running = pidfd::open(root.as_raw(), 0).context("pidfd of the root")?;
+    let decision = Decision::new().context("file of what is decided about the tree")?;
     {
         // The source of what comes from a cache may have the last word, which takes as long as it takes.
         let _waiting = deadline::pause();
-        store.report(Outcome::Starting(running.as_fd()))?;
+        store.report(Outcome::Starting { root: running.as_fd(), decision: decision.as_fd() })?;
     }
     let mut job = job::terminal(&images, settings, &mut tree.files)?;
     if let Some(job) = &mut job {
         job.hand_over()?;
     }
-    tree.commit()?;
+    tree.commit(&decision)?;
     deadline.finish();
     crate::sys::own::set_out_of_memory_status(Exit::Incomplete.status());
     let let_go = tree.let_go(settings.leave_stopped);

@@ -12,24 +12,24 @@ use crate::{
         ptrace,
     },
     task::PendingStop,
-    tracee::KillGuard,
+    tracee::{Decision, KillGuard, Stage},
 };
 
 impl Construction<'_> {
     /// The last thing that can fail. Killed before its end, crtool leaves nothing of the tree; killed after it, or with
     /// whatever else goes wrong then, all of it.
-    pub(super) fn commit(&mut self) -> Result<()> {
+    pub(super) fn commit(&mut self, decision: &Decision) -> Result<()> {
         let pids: Vec<HostPid> = self.alive().map(|t| on_host(t.pid)).collect();
-        let kill_guard = KillGuard::arm(&pids);
+        let kill_guard = KillGuard::arm(&pids, decision);
+        // Who has no EXITKILL any more would run from the death of crtool on, until the kill_guard ends it.
+        decision.advance(Stage::Begun).context("begin to release the tree")?;
         for tid in self.alive().flat_map(|t| &t.tids) {
             ptrace::set_options(on_host(*tid), 0).with_context(|| format!("release of thread {tid}"))?;
         }
+        deadline::settle(RUNS, || decision.advance(Stage::LetGo)).context("release the tree")?;
         match kill_guard {
-            Ok(mut kill_guard) => deadline::settle(RUNS, || kill_guard.disarm()),
-            Err(error) => {
-                tracing::debug!("{:#}", anyhow!(error));
-                deadline::settle(RUNS, || ());
-            }
+            Ok(kill_guard) => kill_guard.dismiss(),
+            Err(error) => tracing::debug!("{:#}", anyhow!(error)),
         }
         self.puppets.release();
         Ok(())

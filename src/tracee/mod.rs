@@ -45,6 +45,7 @@
 
 mod addr;
 mod area;
+mod decision;
 mod gadget;
 mod inject;
 mod kill_guard;
@@ -60,6 +61,7 @@ pub(crate) mod vdso;
 pub use addr::RemoteAddr;
 pub use area::{Area, Failure, Placed, Results};
 pub(crate) use area::{CODE_LEN, KnownNames, Memory, code_page};
+pub(crate) use decision::{Decision, Stage};
 pub use gadget::GadgetCache;
 use gadget::Gadgets;
 pub use inject::{Injection, Thread};

@@ -234,6 +234,12 @@ pub fn settle(
                 site.arrived()?;
                 return Ok(Outcome::Moved);
             }
+            Some(State::InDoubt) if snapshot.is_some_and(|s| s.text.contains("while it let the tree go")) => {
+                // Whoever had been let go was killed at once, and may have counted before.
+                site.leaves(to)?;
+                site.run(to, &["image-cache", "drop", name])?.succeeded()?;
+                return gone_with_cache(site);
+            }
             Some(State::InDoubt) if plan.way == Way::Direct || site.pid_of(from, PROXY).is_none() => {
                 // Nobody is left who could tell the cache.
                 let word = if site.runs_on(from)? { "drop" } else { "release" };

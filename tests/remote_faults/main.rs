@@ -19,6 +19,7 @@ mod forwarder;
 #[path = "../live/hosts.rs"]
 mod hosts;
 mod kills;
+mod once;
 #[path = "../real/reaper.rs"]
 mod reaper;
 mod roles;
@@ -66,6 +67,8 @@ const TRIALS: &[(&str, Run)] = &[
     ("dump_at_every_step", steps::dump),
     ("dump_at_every_step_direct", steps::dump_direct),
     ("restore_at_every_step", steps::restore),
+    ("let_go_once", once::ends),
+    ("let_go_once_without_root", once::root_leaves),
     ("killed_at_every_kind_of_frame", steps::kinds),
     ("cut_at_every_kind_of_frame", cuts::kinds),
     ("cut_at_random_frames", cuts::random),

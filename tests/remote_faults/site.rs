@@ -281,14 +281,21 @@ impl Site {
 
     /// Starts the tree with so many MiB that change, and so many that do not.
     pub fn start_tree_with(&mut self, changing: usize, ballast: usize) -> Result<(), String> {
+        self.start_role(target::ROOT, changing, ballast)?;
+        self.works()
+    }
+
+    /// Starts a tree, and waits until it is ready.
+    pub fn start_role(&mut self, role: &str, changing: usize, ballast: usize) -> Result<(), String> {
         let exe = env::current_exe().map_err(|e| e.to_string())?;
         let dir = self.dir.clone();
-        for name in target::JOURNALS.iter().chain(&[target::CHECKS, "ready", "end"]) {
+        let others = [target::CHECKS, target::GO, target::LINES, "ready", "end"];
+        for name in target::JOURNALS.iter().chain(&others) {
             let _ = fs::remove_file(dir.join(name));
         }
         self.journals = Journals::new(&dir);
         let set = |command: &mut Command| {
-            command.env(target::ROLE, target::ROOT).env(target::DIR, &dir);
+            command.env(target::ROLE, role).env(target::DIR, &dir);
             command.env(target::CHANGING, changing.to_string()).env(target::BALLAST, ballast.to_string());
         };
         // Its output is nowhere: a file of ours would be the same on both hosts, and need not be.
@@ -310,8 +317,12 @@ impl Site {
         let members = members(self.inits[self.at as usize]);
         let root = members.iter().find(|m| m.pid == pid).ok_or("the tree is not on its host")?;
         self.root = root.inner;
-        self.pids_after(self.at, 20000)?;
-        self.works()
+        self.pids_after(self.at, 20000)
+    }
+
+    /// There is no tree any more.
+    pub fn forget_tree(&mut self) {
+        self.root = 0;
     }
 
     /// What starts on a host from now on has pids above `last`.
@@ -511,7 +522,7 @@ impl Site {
         for host in [Host::Left, Host::Right] {
             for entry in fs::read_dir(self.work_there(host)).map_err(|e| e.to_string())?.flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                if !name.ends_with(".log") && !name.starts_with("stats-") {
+                if !name.ends_with(".log") && !name.starts_with("stats-") && name != "handover.id" {
                     return Err(format!("left in the work dir of host {}: {name}", host.name()));
                 }
             }

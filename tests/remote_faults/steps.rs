@@ -44,6 +44,8 @@ pub struct Steps {
     at: usize,
     /// The tool itself is killed; else somebody whom the stepper does not see.
     own: bool,
+    /// After so many beginnings and ends of sendmsg(2) every call is a step; else those of [`CALLS`].
+    all_after: Option<usize>,
     /// Seen by both hosts.
     dir: PathBuf,
 }
@@ -55,20 +57,30 @@ const DONE: &str = "steps.done";
 /// How many steps there were, and whether somebody was killed.
 const TOLD: &str = "steps.told";
 
+/// The numbers of the calls that were steps.
+const MADE: &str = "steps.made";
+
 impl Steps {
+    /// Kills the tool itself, at one of all calls after so many beginnings and ends of sendmsg(2).
+    pub fn after_sends(sends: usize, at: usize, dir: &Path) -> Self {
+        Self { all_after: Some(sends), ..Self::new(at, true, dir) }
+    }
+
     fn new(at: usize, own: bool, dir: &Path) -> Self {
         for name in [THERE, DONE, TOLD] {
             let _ = fs::remove_file(dir.join(name));
         }
-        Self { at, own, dir: dir.to_owned() }
+        Self { at, own, all_after: None, dir: dir.to_owned() }
     }
 
     pub fn order(&self, command: &mut Command) {
-        command.env(STEPPER, format!("{} {} {}", self.at, u8::from(self.own), self.dir.display()));
+        let (own, all) =
+            (u8::from(self.own), self.all_after.map_or(String::from("-"), |sends| sends.to_string()));
+        command.env(STEPPER, format!("{} {own} {all} {}", self.at, self.dir.display()));
     }
 
     /// Waits for the end of the tool, and kills somebody else when it is there.
-    fn end(&self, tool: &Tool, victim: Option<i32>) -> Result<Ended, String> {
+    pub fn end(&self, tool: &Tool, victim: Option<i32>) -> Result<Ended, String> {
         let begin = Instant::now();
         while begin.elapsed() < LIMIT {
             if let Some(ended) = tool.end_within(Duration::from_millis(1)) {
@@ -82,8 +94,14 @@ impl Steps {
         tool.end()
     }
 
+    /// The numbers of the calls that were steps, of a tool that was not killed.
+    pub fn made(&self) -> Result<Vec<i64>, String> {
+        let text = fs::read_to_string(self.dir.join(MADE)).map_err(|e| format!("calls: {e}"))?;
+        Ok(text.split_whitespace().filter_map(|word| word.parse().ok()).collect())
+    }
+
     /// How many steps there were, and whether somebody was killed.
-    fn told(&self) -> Result<(usize, bool), String> {
+    pub fn told(&self) -> Result<(usize, bool), String> {
         let text =
             fs::read_to_string(self.dir.join(TOLD)).map_err(|e| format!("what the stepper tells: {e}"))?;
         let mut words = text.split(' ');
@@ -94,9 +112,10 @@ impl Steps {
 
 /// The stepper: runs the command of its arguments, and ends as that does.
 pub fn main(order: &str) -> ExitCode {
-    let mut words = order.splitn(3, ' ');
+    let mut words = order.splitn(4, ' ');
     let at: usize = words.next().and_then(|word| word.parse().ok()).expect(STEPPER);
     let own = words.next() == Some("1");
+    let all_after: Option<usize> = words.next().and_then(|word| word.parse().ok());
     let dir = Path::new(words.next().expect(STEPPER));
     let mut args = env::args_os().skip(1);
     let mut command = Command::new(args.next().expect("a tool"));
@@ -104,16 +123,26 @@ pub fn main(order: &str) -> ExitCode {
     let call = format!("/proc/{}/syscall", tool.pid());
     let tell = |steps: usize, what: &str| fs::write(dir.join(TOLD), format!("{steps} {what}")).expect("tell");
     let (mut steps, mut what) = (0, "not");
+    let mut sends = 0;
+    let mut calls = String::new();
     loop {
         if let Some(status) = tool.step() {
             tell(steps, what);
+            fs::write(dir.join(MADE), calls).expect("tell");
             return ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX));
         }
         let text = fs::read_to_string(&call).unwrap_or_default();
         let number = text.split(' ').next().and_then(|word| word.parse().ok());
-        if !number.is_some_and(|number: i64| CALLS.contains(&number)) {
+        let Some(number): Option<i64> = number else { continue };
+        sends += usize::from(number == libc::SYS_sendmsg);
+        let counts = match all_after {
+            None => CALLS.contains(&number),
+            Some(after) => sends > after,
+        };
+        if !counts {
             continue;
         }
+        calls += &format!("{number} ");
         steps += 1;
         if steps != at {
             continue;

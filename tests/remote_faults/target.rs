@@ -21,10 +21,17 @@ use std::{
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Role in the environment: [`ROOT`] or [`CHILD`].
+/// Role in the environment: [`ROOT`] or [`CHILD`], or a tree that does its work once.
 pub const ROLE: &str = "REMOTE_TARGET";
 pub const ROOT: &str = "root";
 pub const CHILD: &str = "child";
+/// Writes one line to [`LINES`] as soon as there is [`GO`], and ends.
+pub const ONCE: &str = "once";
+/// Its root ends as soon as there is [`GO`]; a child writes the line, and goes on.
+pub const LEAVES: &str = "leaves";
+const STAYS: &str = "stays";
+pub const GO: &str = "go";
+pub const LINES: &str = "lines";
 /// Where its files are.
 pub const DIR: &str = "REMOTE_TARGET_DIR";
 /// MiB of memory that it changes all the time.
@@ -77,8 +84,32 @@ pub fn main(role: &str) -> ExitCode {
     let dir = PathBuf::from(env::var_os(DIR).expect("a directory"));
     match role {
         CHILD => child(&dir),
+        ONCE | LEAVES | STAYS => once(&dir, role),
         _ => root(&dir),
     }
+}
+
+/// A tree whose work must be done once, wherever.
+fn once(dir: &Path, role: &str) -> ExitCode {
+    nix::unistd::setsid().expect("new session");
+    let _child = (role == LEAVES).then(|| {
+        let mut command = Command::new(env::current_exe().expect("own path"));
+        command.env(ROLE, STAYS).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().expect("start the child")
+    });
+    if role != LEAVES {
+        File::create(dir.join("ready")).expect("say that it is ready");
+    }
+    while !dir.join(GO).exists() {
+        thread::sleep(Duration::from_micros(300));
+    }
+    if role != LEAVES {
+        journal(dir, LINES).write_all(b"done\n").expect("write the line");
+    }
+    if role == STAYS {
+        thread::sleep(Duration::from_secs(3600));
+    }
+    ExitCode::SUCCESS
 }
 
 /// What the harness has open is not for the tree.

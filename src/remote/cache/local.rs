@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,6 +15,7 @@ use super::super::local::{self, Packet};
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::poll::Interest;
+use super::super::witness::{Verdict, Witness, has_ended, pid_of};
 use super::super::{Failure, name};
 use super::snapshot::{Found, Reader};
 use super::snapshots::Snapshots;
@@ -23,8 +24,14 @@ use super::snapshots::Snapshots;
 const PAGE: usize = 64 << 10;
 /// Requests taken from one client before others have their turn.
 const TURN: usize = 64;
-/// How long a root that lives on is watched after its restore has died: it may have been told to die too.
-const LAST_LOOK: Duration = Duration::from_secs(2);
+/// The tree that a restore is about to let go.
+#[derive(Debug)]
+struct Starting {
+    root: OwnedFd,
+    /// Of the root; -1 if it cannot be told.
+    pid: i32,
+    witness: Witness,
+}
 
 /// A request that waits for its answer.
 #[derive(Debug)]
@@ -53,7 +60,7 @@ pub(super) struct Client {
     /// The process itself, to see its end.
     process: Option<OwnedFd>,
     taken: Option<u64>,
-    root: Option<OwnedFd>,
+    starting: Option<Starting>,
     pending: Option<Pending>,
     out: VecDeque<(pb::LocalReply, Option<OwnedFd>)>,
     /// It asked for something once.
@@ -94,7 +101,7 @@ impl Client {
             socket,
             process,
             taken: None,
-            root: None,
+            starting: None,
             pending: None,
             out: VecDeque::new(),
             spoke: false,
@@ -221,13 +228,15 @@ impl Client {
             Some(What::Starting(_)) => self.starting(fds),
             Some(What::Ran(ran)) => match self.taken.take() {
                 Some(id) => {
-                    self.root = None;
+                    self.starting = None;
                     snapshots.ran(id, ran.pid);
                     done()
                 }
                 None => Err(wrong("nothing was being restored")),
             },
             Some(What::GiveUp(abort)) => {
+                // It has ended the tree itself.
+                self.starting = None;
                 self.release(snapshots, &abort.reason);
                 done()
             }
@@ -277,9 +286,15 @@ impl Client {
         }
     }
 
-    fn starting(&mut self, mut fds: Vec<OwnedFd>) -> Answer {
-        let root = fds.pop().filter(|fd| pid_of(fd.as_fd()).is_some());
-        self.root = Some(root.ok_or_else(|| wrong("a pidfd of the root has to come with it"))?);
+    fn starting(&mut self, fds: Vec<OwnedFd>) -> Answer {
+        let Ok([root, decision]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Err(wrong("a pidfd of the root and what is decided about the tree have to come with it"));
+        };
+        let pid = pid_of(root.as_fd()).map_err(|e| wrong(&format!("descriptor of the root: {e}")))?;
+        let process = self.process.as_ref().and_then(|process| process.try_clone().ok());
+        let witness =
+            Witness::new(process, decision).map_err(|e| wrong(&format!("no witness of the restore: {e}")))?;
+        self.starting = Some(Starting { root, pid, witness });
         self.pending = Some(Pending::Starting);
         Ok(None)
     }
@@ -338,7 +353,7 @@ impl Client {
                     Ok(None)
                 }
                 Err(failure) => {
-                    self.root = None;
+                    self.starting = None;
                     Err(failure)
                 }
             },
@@ -348,7 +363,7 @@ impl Client {
     }
 
     fn asks_to_start(&self, snapshots: &mut Snapshots) -> Result<bool, Failure> {
-        let pid = self.root.as_ref().and_then(|root| pid_of(root.as_fd())).unwrap_or(0);
+        let pid = self.starting.as_ref().map_or(0, |starting| starting.pid);
         snapshots.starting(self.own(snapshots)?, pid)
     }
 
@@ -411,12 +426,10 @@ impl Client {
     /// Gives back what it has.
     fn release(&mut self, snapshots: &mut Snapshots, why: &str) {
         let Some(id) = self.taken.take() else { return };
-        let starting = snapshots.get(id).is_some_and(|s| s.state == State::Starting);
-        match self.root.take() {
-            Some(root) if starting => {
+        match self.starting.take() {
+            Some(starting) if snapshots.get(id).is_some_and(|s| s.state == State::Starting) => {
                 snapshots.orphan(id);
-                let process = self.process.as_ref().and_then(|fd| fd.try_clone().ok());
-                self.watches.push(Watch::new(id, root, process, why));
+                self.watches.push(Watch { id, starting, why: why.to_owned() });
             }
             _ => snapshots.let_go(id, why),
         }
@@ -435,76 +448,32 @@ fn chain_ends(generation: u32) -> Failure {
     Failure::new(FailCode::FailNotFound, format!("the snapshot has no parent number {generation}"))
 }
 
-/// The process that a pidfd stands for; `None` if it is no pidfd or the process has been reaped.
-fn pid_of(fd: BorrowedFd<'_>) -> Option<i32> {
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
-    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
-}
-
-fn is_dead(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-}
-
-/// Whether a SIGKILL waits for it.
-fn is_dying(pid: i32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
-    let mut masks = status.lines().filter_map(|line| {
-        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
-        u64::from_str_radix(mask.trim(), 16).ok()
-    });
-    masks.any(|mask| mask & (1 << (libc::SIGKILL - 1)) != 0)
-}
-
-/// A tree whose restore went away between "starting" and "ran". Once the restore is dead, its tree either dies
-/// with it within moments or runs.
+/// The tree of a restore that went away between "starting" and "ran".
 #[derive(Debug)]
 pub(super) struct Watch {
     id: u64,
-    pid: i32,
-    root: OwnedFd,
-    restore: Option<OwnedFd>,
-    until: Option<Instant>,
+    starting: Starting,
     why: String,
 }
 
 impl Watch {
-    fn new(id: u64, root: OwnedFd, restore: Option<OwnedFd>, why: &str) -> Self {
-        let pid = pid_of(root.as_fd()).unwrap_or(-1);
-        Self { id, pid, root, restore, until: None, why: why.to_owned() }
+    /// What to watch for its end: the restore, and the root.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.starting.witness.fd(), self.starting.root.as_fd()]
     }
 
-    /// What to watch for its end.
-    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.root.as_fd()).chain(self.restore.iter().map(AsFd::as_fd))
-    }
-
-    /// When to look again at the latest.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        self.until
-    }
-
-    /// Looks; true when it is known what became of the tree.
-    pub(super) fn look(&mut self, snapshots: &mut Snapshots, now: Instant) -> bool {
-        if is_dead(&self.root) {
-            snapshots.let_go(self.id, &format!("{}; the tree is gone", self.why));
-            return true;
+    /// Looks; true when all is done that can be.
+    pub(super) fn look(&self, snapshots: &mut Snapshots) -> bool {
+        match self.starting.witness.look() {
+            Verdict::Open => return false,
+            Verdict::LetGo => snapshots.ran(self.id, self.starting.pid),
+            // It dies with its restore, which takes as long as it takes; whoever restores it needs its pids.
+            Verdict::Untouched if !has_ended(self.starting.root.as_fd()) => return false,
+            Verdict::Untouched => {
+                snapshots.let_go(self.id, &format!("{}; nobody of the tree has run", self.why));
+            }
+            Verdict::Between | Verdict::Killed => snapshots.vanished(self.id, &self.why),
         }
-        if self.restore.as_ref().is_some_and(is_dead) {
-            self.restore = None;
-        }
-        if self.restore.is_some() {
-            return false;
-        }
-        let until = *self.until.get_or_insert(now + LAST_LOOK);
-        if now < until {
-            return false;
-        }
-        if is_dying(self.pid) {
-            self.until = Some(now + LAST_LOOK / 10);
-            return false;
-        }
-        snapshots.ran(self.id, self.pid);
         true
     }
 }

@@ -234,8 +234,7 @@ impl Cache {
             [line.ending, Some(silent), busy.then_some(line.heard), look]
         });
         let clients = self.clients.values().map(Client::deadline);
-        let watches = self.watches.values().map(Watch::deadline);
-        lines.chain(clients).chain(watches).chain([self.abandon_at]).flatten().min()
+        lines.chain(clients).chain([self.abandon_at]).flatten().min()
     }
 
     /// Reads a connection.
@@ -306,7 +305,7 @@ impl Cache {
         for token in over {
             self.lines.remove(&token);
         }
-        self.settle_clients(now);
+        self.settle_clients();
     }
 
     /// Lets those try again who wait for something that may have come, as long as that changes anything.
@@ -321,7 +320,7 @@ impl Cache {
                 }
             }
             let snapshots = &mut self.snapshots;
-            self.watches.retain(|_, watch| !watch.look(snapshots, now));
+            self.watches.retain(|_, watch| !watch.look(snapshots));
             if changed {
                 for line in self.lines.values_mut().filter(|line| line.held.is_some()) {
                     line.take_rest(&mut self.snapshots, now);
@@ -333,7 +332,7 @@ impl Cache {
         }
     }
 
-    fn settle_clients(&mut self, now: Instant) {
+    fn settle_clients(&mut self) {
         let mut watches = Vec::new();
         for (token, client) in &mut self.clients {
             watches.extend(client.take_watches());
@@ -343,8 +342,8 @@ impl Cache {
             }
         }
         self.clients.retain(|_, client| !client.is_gone());
-        for mut watch in watches {
-            if watch.look(&mut self.snapshots, now) {
+        for watch in watches {
+            if watch.look(&mut self.snapshots) {
                 continue;
             }
             let token = self.token();

@@ -255,6 +255,7 @@ impl Snapshots {
             }
             let advice = match old.state {
                 State::Ready => "restore it, drop it (image-cache drop), or use another name (-D)",
+                State::InDoubt if old.started => "see whether its tree has run here (image-cache status)",
                 State::InDoubt => {
                     "see whether its tree runs at the source: if so image-cache drop, if not image-cache release"
                 }
@@ -940,12 +941,18 @@ impl Snapshots {
         }
     }
 
-    /// The restore is gone, and nobody knows whether its tree runs. For whoever looks at the tree (`local`).
-    #[allow(dead_code)]
+    /// The restore was killed while it let the tree go, and some of that may have run. Kept, and given to nobody before
+    /// somebody has looked.
     pub(super) fn vanished(&mut self, id: u64, why: &str) {
-        if self.happen(id, Event::Vanished, why).is_some_and(|held| held.state == State::InDoubt) {
-            self.warn_of_doubt(id);
+        let text = format!("{} while it let the tree go, some of which may have run", label(why));
+        if self.happen(id, Event::Vanished, &text).is_none_or(|held| held.state != State::InDoubt) {
+            return;
         }
+        if self.snapshots.get(&id).is_some_and(|s| s.freed) {
+            let text = format!("{text}; bytes had been freed as they were read (--free-as-read)");
+            return self.end(id, State::Failed, Failure::new(FailCode::FailInDoubt, text));
+        }
+        self.warn_of_doubt(id);
     }
 
     // ---- What an operator says.
@@ -996,7 +1003,7 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Its source is known to be gone.
+    /// What was in doubt is known: it runs nowhere.
     pub(super) fn release(&mut self, name: &str) -> Result<(), Failure> {
         let (id, snapshot) = self.asked(name)?;
         match snapshot.state {
@@ -1021,9 +1028,16 @@ impl Snapshots {
 /// Why a snapshot in doubt is not to be had, and what to do.
 fn in_doubt(snapshot: &Snapshot) -> Failure {
     let pb::SnapshotBegin { name, pid, comm, host, .. } = &snapshot.begin;
+    let question = if snapshot.started {
+        format!(
+            "See whether task {pid} ({comm}) or another one of its tree runs on this host, or has left traces of having run"
+        )
+    } else {
+        format!("See whether task {pid} ({comm}) runs at {host}")
+    };
     let text = format!(
-        "snapshot {name} is in doubt: {}. See whether task {pid} ({comm}) runs at {host}: if it does, \
-         image-cache drop {name}; if not, image-cache release {name}",
+        "snapshot {name} is in doubt: {}. {question}: if it does, image-cache drop {name}; if not, \
+         image-cache release {name}",
         snapshot.text
     );
     Failure::new(FailCode::FailInDoubt, text)

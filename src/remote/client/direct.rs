@@ -566,7 +566,7 @@ impl Link for Direct {
         self.shared.wait(self.net.timeout * 3, "confirm the snapshot", |heard| heard.prepared)
     }
 
-    fn guard(&self, _root: BorrowedFd<'_>) -> Result<(), Failure> {
+    fn guard(&self, _decision: BorrowedFd<'_>) -> Result<(), Failure> {
         // Nobody of ours outlives this process.
         Ok(())
     }

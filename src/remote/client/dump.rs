@@ -201,8 +201,8 @@ impl Store for RemoteDump {
         self.unfinished.clone()
     }
 
-    fn guard(&self, root: BorrowedFd<'_>) -> Result<(), ImageError> {
-        self.outgoing.link().guard(root).map_err(self.failed("commit"))
+    fn guard(&self, decision: BorrowedFd<'_>) -> Result<(), ImageError> {
+        self.outgoing.link().guard(decision).map_err(self.failed("commit"))
     }
 
     fn recheck(&self) -> Result<(), ImageError> {

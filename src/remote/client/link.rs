@@ -50,8 +50,8 @@ pub(super) trait Link: Send + Sync + Debug {
     /// Waits for the answer to a commit.
     fn prepared(&self) -> Result<pb::Prepared, Failure>;
 
-    /// Shows the root of the tree to whoever outlives this process.
-    fn guard(&self, root: BorrowedFd<'_>) -> Result<(), Failure>;
+    /// Shows what is decided about the tree to whoever outlives this process.
+    fn guard(&self, decision: BorrowedFd<'_>) -> Result<(), Failure>;
 
     /// Some time after `prepared`: whether the cache still has it, as far as can be known.
     fn recheck(&self) -> Result<(), Failure>;

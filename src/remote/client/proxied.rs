@@ -213,9 +213,9 @@ impl Link for Proxied {
         }
     }
 
-    fn guard(&self, root: BorrowedFd<'_>) -> Result<(), Failure> {
+    fn guard(&self, decision: BorrowedFd<'_>) -> Result<(), Failure> {
         let until = Instant::now() + self.patience;
-        self.packets.send(local_request::What::Guard(pb::Empty {}), &[root], until)
+        self.packets.send(local_request::What::Guard(pb::Empty {}), &[decision], until)
     }
 
     fn recheck(&self) -> Result<(), Failure> {

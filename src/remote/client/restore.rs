@@ -290,11 +290,11 @@ impl Store for RemoteSnapshot {
         let packets = self.session.packets();
         match outcome {
             // The source has the tree still, and says when it may run; without the cache it never does.
-            Outcome::Starting(root) if self.session.run_first.is_some() => {
-                packets.tell(local_request::What::Starting(pb::Empty {}), &[root], ARRIVAL).map_err(failed)
-            }
-            Outcome::Starting(root) => {
-                match packets.tell(local_request::What::Starting(pb::Empty {}), &[root], PATIENCE) {
+            Outcome::Starting { root, decision } if self.session.run_first.is_some() => packets
+                .tell(local_request::What::Starting(pb::Empty {}), &[root, decision], ARRIVAL)
+                .map_err(failed),
+            Outcome::Starting { root, decision } => {
+                match packets.tell(local_request::What::Starting(pb::Empty {}), &[root, decision], PATIENCE) {
                     // With the cache the images are gone. Nobody else can restore them, and not to go on would be
                     // the end of the tree.
                     Err(failure) if failure.code == FailCode::FailLost && packets.has_ended(PATIENCE) => {

@@ -60,9 +60,9 @@ impl Client {
         self.socket.as_fd()
     }
 
-    /// The process; once.
-    pub(super) fn take_pidfd(&mut self) -> Option<OwnedFd> {
-        self.pidfd.take()
+    /// The process.
+    pub(super) fn process(&self) -> Option<OwnedFd> {
+        self.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok())
     }
 
     /// Whether packets wait for room.

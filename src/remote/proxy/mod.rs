@@ -16,7 +16,7 @@
 //!
 //! - [`pipe`]: frames out of the pipe of a dump. [`outbox`]: into the connection. [`inbox`]: what comes from it.
 //! - [`link`]: the connection itself. [`client`]: a process at the local socket.
-//! - [`snapshot`]: what is known of one. [`guard`]: whether the tree of a dump that vanished is gone.
+//! - [`snapshot`]: what is known of one.
 //! - [`relay`]: the one thread that does all of it.
 //!
 //! Payloads are relayed as they are: neither their checksums nor their order is looked at, nothing is
@@ -26,7 +26,6 @@
 //! was put before. After `Prepared` a dump hears of nothing but `Restored`.
 
 mod client;
-mod guard;
 pub mod inbox;
 mod link;
 mod outbox;

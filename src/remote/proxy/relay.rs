@@ -10,7 +10,6 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use super::client::{Client, shorten};
-use super::guard::{LOOK, Root, Verdict, Watch};
 use super::inbox::Heard;
 use super::link::{CLOSED, Dial, Link, News};
 use super::outbox::Pumped;
@@ -23,6 +22,7 @@ use crate::remote::pb::snapshot_info::State;
 use crate::remote::poll::{Event, Interest, Poll};
 use crate::remote::ring::Ring;
 use crate::remote::wire::{self, FEATURE_LZ4, Kind, MAX_DATA};
+use crate::remote::witness::{Verdict, Witness};
 use crate::remote::{Failure, draw, name, pb, pb::FailCode};
 
 /// Snapshots on their way at once; each may hold a frame of [`MAX_DATA`] in memory.
@@ -45,6 +45,11 @@ const FRAMES: usize = 256;
 const REQUESTS: usize = 16;
 /// Longest comm and host, in bytes.
 const MAX_SHORT: usize = 255;
+
+/// How often is looked what became of a tree whose dump is gone.
+const LOOK: Duration = Duration::from_millis(50);
+/// Whoever finishes the work of a dump that was killed takes no longer.
+const FINISHED: Duration = Duration::from_secs(10);
 
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
@@ -421,13 +426,13 @@ impl<D: Dial> Relay<D> {
             let text = format!("bad frame: {:?} after the list of images", header.kind);
             return self.fail(id, &Failure::new(FailCode::FailProtocol, text));
         }
-        if header.kind == Kind::Commit && s.root.is_none() {
+        if header.kind == Kind::Commit && s.witness.is_none() {
             // It was sent before the frame, but by another way.
             if let Some(dump) = s.dump {
                 self.hear_client(dump, now);
             }
-            if self.snapshots.get(&id).is_some_and(|s| s.phase == Phase::Sending && s.root.is_none()) {
-                let text = "the dump has not shown the root of its tree before the list of images";
+            if self.snapshots.get(&id).is_some_and(|s| s.phase == Phase::Sending && s.witness.is_none()) {
+                let text = "the dump has not shown what it decides about its tree before the list of images";
                 return self.fail(id, &Failure::new(FailCode::FailProtocol, text));
             }
         }
@@ -522,7 +527,7 @@ impl<D: Dial> Relay<D> {
         let target = self.link.target();
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         let before = std::mem::replace(&mut s.phase, Phase::Settled);
-        (s.root, s.watch) = (None, None);
+        (s.witness, s.watch) = (None, None);
         s.word = Some(word.clone());
         let Some(stream) = s.stream else {
             if before == Phase::Waiting {
@@ -935,17 +940,18 @@ impl<D: Dial> Relay<D> {
         match packet.message.what {
             Some(Request::Open(begin)) => self.open(id, begin, now),
             Some(Request::Guard(_)) => {
-                let Some(s) = own.and_then(|own| self.snapshots.get_mut(&own)) else {
-                    return odd("a root of a tree, and no snapshot of it");
+                let s = own.and_then(|own| self.snapshots.get_mut(&own));
+                let (Some(s), Some(client)) = (s, self.clients.get(&id)) else {
+                    return odd("what is decided about a tree, and no snapshot of it");
                 };
-                let Some(pidfd) = packet.fds.into_iter().next() else {
-                    return odd("a root of a tree without a descriptor of it");
+                let Some(decision) = packet.fds.into_iter().next() else {
+                    return odd("what is decided about a tree, without a descriptor of it");
                 };
-                let root = Root::new(pidfd).map_err(|e| {
-                    Failure::new(FailCode::FailProtocol, format!("descriptor of the root of the tree: {e}"))
+                let witness = Witness::new(client.process(), decision).map_err(|e| {
+                    Failure::new(FailCode::FailProtocol, format!("no witness of the dump: {e}"))
                 })?;
                 if s.phase <= Phase::Sending {
-                    s.root = Some(root);
+                    s.witness = Some(witness);
                 }
                 Ok(())
             }
@@ -1132,7 +1138,7 @@ impl<D: Dial> Relay<D> {
 
     /// The process is gone, or is not wanted any more.
     fn drop_client(&mut self, id: u64, now: Instant) {
-        let Some(mut client) = self.clients.remove(&id) else { return };
+        let Some(client) = self.clients.remove(&id) else { return };
         let _ = self.poll.remove(client.fd());
         let Some(own) = client.snapshot else { return };
         let Some(s) = self.snapshots.get_mut(&own) else { return };
@@ -1145,7 +1151,7 @@ impl<D: Dial> Relay<D> {
             }
             Phase::Committed | Phase::Prepared => {
                 tracing::warn!("{}: the dump (pid {}) ended without a last word", s.name(), s.dump_pid);
-                s.watch = Some(Watch::new(client.take_pidfd()));
+                s.watch = Some(now);
                 s.next_look = now;
             }
             Phase::Settled | Phase::Over => {}
@@ -1156,26 +1162,28 @@ impl<D: Dial> Relay<D> {
     fn look(&mut self, id: u64, now: Instant) {
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         s.next_look = now + LOOK;
-        let (Some(watch), Some(root)) = (&mut s.watch, &s.root) else { return };
+        let (Some(since), Some(witness)) = (s.watch, &s.witness) else { return };
         let (name, pid) = (s.begin.name.clone(), s.begin.pid);
-        match watch.look(root, now) {
+        match witness.look() {
             Verdict::Open => {}
-            Verdict::Unknown(why) => {
-                let text = format!("cannot see whether process {pid} runs: {why}");
-                if s.text() != text {
+            Verdict::Between | Verdict::LetGo => {
+                let text = format!(
+                    "the dump was killed while it killed the tree, and that was not finished: kill what is left of \
+                     process {pid} and its children"
+                );
+                if s.text() != text && now.saturating_duration_since(since) >= FINISHED {
                     tracing::error!("{name}: {text}");
-                    let state = s.state();
-                    s.show(state, text);
+                    s.show(State::InDoubt, text);
                 }
             }
-            Verdict::Alive => {
+            Verdict::Untouched => {
                 let reason = format!("the dump (pid {}) was killed; the tree runs on", s.dump_pid);
                 tracing::error!("{name}: {reason}");
                 self.settle(id, Word::Abort { reason }, now);
             }
             // Without the cache's word that it has it all there is nothing to confirm yet, unless that word is lost.
-            Verdict::Gone if s.phase == Phase::Committed && s.stream.is_some() => {}
-            Verdict::Gone => {
+            Verdict::Killed if s.phase == Phase::Committed && s.stream.is_some() => {}
+            Verdict::Killed => {
                 tracing::warn!("{name}: the tree is gone, so the snapshot may be restored");
                 self.settle(id, Word::Confirm { survives: false }, now);
             }

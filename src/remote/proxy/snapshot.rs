@@ -6,15 +6,15 @@
 //! ```
 //!
 //! Up to `Prepared` nothing has happened to the tree: whatever goes wrong, the dump is told and the snapshot is
-//! over. From then on it is the dump's word that counts, or the verdict of [`guard`](super::guard), and the proxy
+//! over. From then on it is the dump's word that counts, or the verdict of its [`Witness`], and the proxy
 //! owes that word to the cache until the cache has it: over a new connection if need be (`Resume`).
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::guard::{Root, Watch};
 use super::pipe::Pipe;
 use crate::remote::pb;
 use crate::remote::pb::snapshot_info::State;
+use crate::remote::witness::Witness;
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,9 +65,10 @@ pub(super) struct Snapshot {
     /// Pid of that, for messages.
     pub(super) dump_pid: i32,
     pub(super) pipe: Option<Pipe>,
-    pub(super) root: Option<Root>,
-    /// The dump has gone without a word.
-    pub(super) watch: Option<Watch>,
+    /// Of what the dump does to its tree.
+    pub(super) witness: Option<Witness>,
+    /// Since when the dump is gone without a word.
+    pub(super) watch: Option<Instant>,
     pub(super) next_look: Instant,
     /// Since when a frame is there in part.
     pub(super) partial: Option<Instant>,
@@ -101,7 +102,7 @@ impl Snapshot {
             dump: Some(dump),
             dump_pid,
             pipe: None,
-            root: None,
+            witness: None,
             watch: None,
             next_look: now,
             partial: None,
@@ -162,7 +163,7 @@ impl Snapshot {
     pub(super) fn end(&mut self) {
         self.phase = Phase::Over;
         (self.stream, self.dump) = (None, None);
-        (self.root, self.watch, self.partial) = (None, None, None);
+        (self.witness, self.watch, self.partial) = (None, None, None);
     }
 
     /// The cache must still be told the last word.

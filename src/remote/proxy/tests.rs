@@ -28,6 +28,7 @@ use crate::remote::pb::{self, FailCode};
 use crate::remote::wire::{self, HEADER, Header, Kind, MAGIC, MAX_DATA};
 use crate::remote::{crc, local};
 use crate::sys;
+use crate::tracee::{Decision, Stage};
 
 /// Nothing here takes that long unless it is broken.
 const LONG: Duration = Duration::from_secs(40);
@@ -320,9 +321,10 @@ impl Dump {
         self.pipe.as_mut().unwrap().write_all(bytes).unwrap();
     }
 
-    fn guard(&self, pid: u32) {
-        let root = sys::pidfd::open(pid.cast_signed(), 0).unwrap();
-        self.send(Request::Guard(pb::Empty {}), &[root.as_fd()]);
+    fn guard(&self) -> Decision {
+        let decision = Decision::new().unwrap();
+        self.send(Request::Guard(pb::Empty {}), &[decision.as_fd()]);
+        decision
     }
 
     fn commit(&mut self) {
@@ -367,11 +369,11 @@ fn image(number: u32, name: &str, parts: &[Vec<u8>]) -> Vec<u8> {
 }
 
 /// Takes a snapshot to the point where the dump has the last word.
-fn prepared(proxy: &Proxy, cache: &mut Cache, name: &str, root: u32) -> (Dump, u32) {
+fn prepared(proxy: &Proxy, cache: &mut Cache, name: &str) -> (Dump, u32) {
     let mut dump = proxy.dump(name);
     dump.opened();
     let (stream, _) = cache.begun();
-    dump.guard(root);
+    dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
     cache.say(Kind::Prepared, stream, &pb::Prepared { bytes: 0 });
@@ -389,7 +391,7 @@ fn the_whole_way() {
     assert_eq!((begun.name.as_str(), begun.host.as_str()), ("a", "here"));
     assert!(stream != 0 && begun.id != 0 && begun.created != 0);
     dump.write(&image(1, "x.img", &[vec![1; 5], vec![2; 100_000]]));
-    dump.guard(std::process::id());
+    dump.guard();
     dump.commit();
     let kinds: Vec<_> = (0..5).map(|_| cache.frame().0).map(|h| (h.kind, h.stream, h.image, h.len)).collect();
     let expected =
@@ -493,7 +495,7 @@ fn a_connection_lost_with_the_answer() {
     let mut dump = proxy.dump("a");
     dump.opened();
     let id = cache.begun().1.id;
-    dump.guard(std::process::id());
+    dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
     drop(cache);
@@ -523,7 +525,7 @@ fn a_last_word_is_brought_over_a_new_connection() {
     // The word comes while there is no connection.
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
-    let (dump, _) = prepared(&proxy, &mut cache, "a", std::process::id());
+    let (dump, _) = prepared(&proxy, &mut cache, "a");
     drop(cache);
     proxy.until("a", State::InDoubt);
     dump.confirm();
@@ -550,7 +552,7 @@ fn a_last_word_is_brought_over_a_new_connection() {
 fn a_confirm_that_was_not_answered_is_sent_again() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
-    let (dump, _) = prepared(&proxy, &mut cache, "a", std::process::id());
+    let (dump, _) = prepared(&proxy, &mut cache, "a");
     dump.confirm();
     drop(dump);
     while cache.raw().0.kind != Kind::Confirm {}
@@ -608,7 +610,7 @@ fn a_given_connection_is_the_only_one() {
     for lost in [false, true] {
         let proxy = Proxy::with(LONG, LONG, true);
         let mut cache = proxy.cache();
-        let (dump, stream) = prepared(&proxy, &mut cache, "a", std::process::id());
+        let (dump, stream) = prepared(&proxy, &mut cache, "a");
         if !lost {
             dump.confirm();
             cache.expect::<pb::Confirm>(Kind::Confirm);
@@ -674,7 +676,7 @@ fn a_dump_that_gives_up_is_aborted() {
     assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).1.reason, "why not");
     assert_eq!(proxy.until("a", State::Failed).text, "why not");
     // Also when the cache has it all.
-    let (dump, stream) = prepared(&proxy, &mut cache, "b", std::process::id());
+    let (dump, stream) = prepared(&proxy, &mut cache, "b");
     dump.send(abort(), &[]);
     assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).0, stream);
     assert_eq!(proxy.until("b", State::Failed).text, "why not");
@@ -736,36 +738,20 @@ fn as_another_process() {
     let _ = nix::unistd::read(stdin.as_fd(), &mut [0]);
 }
 
-/// The root of a tree.
-struct Root(Child);
-
-impl Root {
-    fn new() -> Self {
-        Self(Command::new("sleep").arg("1000").spawn().unwrap())
-    }
-}
-
-impl Drop for Root {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A dump of another process, with all of its frames sent and, if `told`, the cache's word.
-fn another(proxy: &Proxy, cache: &mut Cache, name: &str, root: &Root, told: bool) -> (Other, Dump, u32) {
+fn another(proxy: &Proxy, cache: &mut Cache, name: &str, told: bool) -> (Other, Dump, Decision, u32) {
     let (other, mut dump) = Other::connect(&proxy.path());
     dump.send(Request::Open(begin(name)), &[]);
     dump.opened();
     let (stream, _) = cache.begun();
-    dump.guard(root.0.id());
+    let decision = dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
     if told {
         cache.say(Kind::Prepared, stream, &pb::Prepared { bytes: 0 });
         dump.prepared();
     }
-    (other, dump, stream)
+    (other, dump, decision, stream)
 }
 
 #[test]
@@ -773,8 +759,7 @@ fn a_dump_killed_before_it_killed_the_tree() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     for told in [false, true] {
-        let root = Root::new();
-        let (other, dump, stream) = another(&proxy, &mut cache, "a", &root, told);
+        let (other, dump, _decision, stream) = another(&proxy, &mut cache, "a", told);
         let pid = other.child.id();
         drop(dump);
         other.kill();
@@ -803,15 +788,16 @@ fn a_dump_killed_after_it_killed_the_tree() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     for dump_first in [false, true] {
-        let root = Root::new();
-        let (other, dump, stream) = another(&proxy, &mut cache, "a", &root, true);
+        let (other, dump, decision, stream) = another(&proxy, &mut cache, "a", true);
+        decision.advance(Stage::Begun).unwrap();
         if dump_first {
-            // As PTRACE_O_EXITKILL would do it: the socket closes, the dump ends, the root ends.
+            // Its kill_guard finishes the work.
             drop(dump);
             other.kill();
-            drop(root);
+            std::thread::sleep(Duration::from_millis(100));
+            decision.advance(Stage::Killed).unwrap();
         } else {
-            drop(root);
+            decision.advance(Stage::Killed).unwrap();
             drop(dump);
             other.kill();
         }
@@ -826,9 +812,9 @@ fn a_dump_killed_after_it_killed_the_tree() {
 fn a_tree_that_is_gone_before_the_cache_has_all() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
-    let root = Root::new();
-    let (other, dump, stream) = another(&proxy, &mut cache, "a", &root, false);
-    drop((root, dump));
+    let (other, dump, decision, stream) = another(&proxy, &mut cache, "a", false);
+    decision.advance(Stage::Killed).unwrap();
+    drop(dump);
     other.kill();
     // Nothing can be confirmed before there is something.
     proxy.until("a", State::Receiving);
@@ -837,21 +823,26 @@ fn a_tree_that_is_gone_before_the_cache_has_all() {
     proxy.until("a", State::Ready);
 }
 
+/// As long as the dump lives it may still kill the tree, and as long as nobody says that all are killed some may run: no
+/// word goes out before, however long that takes.
 #[test]
-fn a_dump_that_closed_its_socket_is_waited_for() {
+fn no_word_before_it_is_certain() {
     // No Ping comes between.
     let proxy = Proxy::start(90 * LONG);
     let mut cache = proxy.cache();
-    let root = Root::new();
-    let (other, dump, stream) = another(&proxy, &mut cache, "a", &root, true);
+    let (other, dump, decision, stream) = another(&proxy, &mut cache, "a", true);
+    let mut silent = || {
+        cache.socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        assert!(cache.socket.read_exact(&mut [0; HEADER]).is_err());
+    };
     drop(dump);
-    // Its end may still kill the tree: no word goes out before, however long that takes.
-    cache.socket.set_read_timeout(Some(Duration::from_millis(2500))).unwrap();
-    let mut head = [0; HEADER];
-    assert!(cache.socket.read_exact(&mut head).is_err());
-    cache.socket.set_read_timeout(Some(LONG)).unwrap();
-    drop(root);
+    silent();
+    decision.advance(Stage::Begun).unwrap();
+    silent();
     other.kill();
+    silent();
+    decision.advance(Stage::Killed).unwrap();
+    cache.socket.set_read_timeout(Some(LONG)).unwrap();
     assert_eq!(cache.expect::<pb::Confirm>(Kind::Confirm).0, stream);
 }
 
@@ -860,16 +851,16 @@ fn a_dump_killed_while_the_connection_is_lost() {
     for gone in [false, true] {
         let proxy = Proxy::start(LONG);
         let mut cache = proxy.cache();
-        let root = Root::new();
-        let (other, dump, _) = another(&proxy, &mut cache, "a", &root, true);
+        let (other, dump, decision, _) = another(&proxy, &mut cache, "a", true);
         drop(cache);
         proxy.until("a", State::InDoubt);
-        let root = (!gone).then_some(root);
+        if gone {
+            decision.advance(Stage::Killed).unwrap();
+        }
         drop(dump);
         other.kill();
         let mut cache = proxy.cache();
         let (stream, resume) = cache.expect::<pb::Resume>(Kind::Resume);
-        drop(root);
         if gone {
             assert!(matches!(resume.verdict, Some(pb::resume::Verdict::Confirm(_))));
             cache.say(Kind::Prepared, stream, &pb::Prepared { bytes: 0 });
@@ -929,7 +920,7 @@ fn dumps_that_break_the_rules() {
         (of_another, "bad frame: ImageBegin for stream 1 from a dump"),
         (
             wire::frame(Kind::Commit, 0, 0, &pb::Commit::default()),
-            "the dump has not shown the root of its tree before the list of images",
+            "the dump has not shown what it decides about its tree before the list of images",
         ),
     ] {
         let mut dump = proxy.dump("a");
@@ -953,7 +944,7 @@ fn dumps_that_break_the_rules() {
     let mut dump = proxy.dump("a");
     dump.opened();
     cache.begun();
-    dump.guard(std::process::id());
+    dump.guard();
     dump.commit();
     dump.write(&wire::bare(Kind::Zero, 0, 1, 1));
     assert_eq!(dump.failed().text, "bad frame: Zero after the list of images");
@@ -991,7 +982,7 @@ fn requests_out_of_turn() {
     cache.begun();
     let null = std::fs::File::open("/dev/null").unwrap();
     dump.send(Request::Guard(pb::Empty {}), &[null.as_fd()]);
-    assert!(dump.failed().text.contains("it is no pidfd"));
+    assert!(dump.failed().text.contains("it holds no decision"));
     dump.send(Request::Open(begin("b")), &[]);
     assert_eq!(dump.failed().text, "one connection is for one snapshot");
     dump.confirm();
@@ -1152,7 +1143,7 @@ fn a_list_longer_than_a_frame() {
         let mut dump = proxy.dump("a");
         dump.opened();
         let (stream, _) = cache.begun();
-        dump.guard(std::process::id());
+        dump.guard();
         let part = bytes[..cut.unwrap_or(bytes.len())].to_vec();
         let writer = std::thread::spawn(move || {
             dump.write(&part);
@@ -1200,7 +1191,7 @@ fn a_list_that_stops_in_the_middle() {
     let mut dump = proxy.dump("a");
     dump.opened();
     let (stream, _) = cache.begun();
-    dump.guard(std::process::id());
+    dump.guard();
     dump.write(&bytes[..100_000]);
     assert_eq!(dump.failed().text, "the dump stopped in the middle of the list of images");
     let (header, payload) = cache.frame();
@@ -1237,7 +1228,7 @@ proptest! {
             let mut dump = proxy.dump("a");
             dump.opened();
             let (stream, _) = cache.begun();
-            dump.guard(std::process::id());
+            dump.guard();
             let bytes = [bytes, wire::frame(Kind::Commit, 0, 0, &pb::Commit::default())].concat();
             sent.insert(stream, bytes.clone());
             opened.push((dump, bytes, cuts));
@@ -1296,7 +1287,7 @@ fn a_long_list_comes_in_parts() {
 fn told_to_end_it_settles_what_it_can() {
     let proxy = Proxy::with(LONG, LONG, false);
     let mut cache = proxy.cache();
-    let (last, stream) = prepared(&proxy, &mut cache, "last", std::process::id());
+    let (last, stream) = prepared(&proxy, &mut cache, "last");
     let mut dump = proxy.dump("a");
     dump.opened();
     let (early, _) = cache.begun();

@@ -257,42 +257,130 @@ fn a_restore_that_ends_early_gives_the_snapshot_back() {
     bench.no_frame(&mut peer);
 }
 
+/// A restore of another process than this one, which has said that it lets its tree go.
+fn another(bench: &mut Bench, root: &Root) -> (Root, Command, Decision) {
+    let process = Root::new();
+    let restore = bench.command_of(process.pid());
+    assert!(matches!(bench.ask(&restore, get("a")).0, local_reply::What::Snapshot(_)));
+    let decision = starting(bench, &restore, root);
+    (process, restore, decision)
+}
+
+/// It is known what became of the tree only when its restore can do no more, and never by how the root looks.
 #[test]
-fn a_restore_that_dies_as_it_lets_the_tree_go() {
+fn a_restore_that_dies_before_it_lets_the_tree_go() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
-    // The restore is this process, and lives; the tree dies.
     bench.bring(&mut peer, small(1, "a"));
-    let restore = bench.take("a");
     let mut root = Root::new();
-    starting(&mut bench, &restore, &root);
+    let (mut process, restore, _decision) = another(&mut bench, &root);
     drop(restore);
     bench.run();
     let other = bench.command();
     assert_eq!(code(&bench.refused(&other, get("a"))), FailCode::FailBusy);
+    process.kill();
+    // The root takes its time to die, as a large one does.
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(bench.state("a"), State::Starting);
     root.kill();
-    bench.wait_state("a", State::Ready);
+    let info = bench.wait_state("a", State::Ready);
+    assert!(info.text.contains("nobody of the tree has run"), "{}", info.text);
+    bench.no_frame(&mut peer);
+}
 
-    // It gives up, and so does the tree.
-    let restore = bench.take("a");
-    let mut root = Root::new();
-    starting(&mut bench, &restore, &root);
+#[test]
+fn a_restore_that_gives_up_has_ended_the_tree() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.bring(&mut peer, small(1, "a"));
+    let root = Root::new();
+    let (_process, restore, decision) = another(&mut bench, &root);
+    decision.advance(Stage::Begun).unwrap();
     bench.done(&restore, give_up());
-    root.kill();
-    bench.wait_state("a", State::Ready);
+    assert_eq!(bench.state("a"), State::Ready);
+}
 
-    // The restore is dead and the tree lives on.
+/// What has run must not run again, whether it still runs, has ended by itself or was killed since.
+#[test]
+fn a_restore_that_dies_after_it_let_the_tree_go() {
+    for end in [None, Some(0), Some(libc::SIGKILL)] {
+        let mut bench = Bench::new();
+        let mut peer = bench.source();
+        bench.bring(&mut peer, small(1, "a"));
+        let mut root = Root::of(if end == Some(0) { "true" } else { "exec sleep 1000" });
+        let pid = root.pid();
+        let (mut process, restore, decision) = another(&mut bench, &root);
+        decision.advance(Stage::LetGo).unwrap();
+        match end {
+            Some(0) => drop(root.0.wait().unwrap()),
+            Some(_) => root.kill(),
+            None => {}
+        }
+        process.kill();
+        drop(restore);
+        let info = bench.wait_state("a", State::Restored);
+        assert!(info.restored_pid == pid || end == Some(0), "{info:?}");
+        assert!(bench.restored(&mut peer, 1).ok);
+    }
+}
+
+#[test]
+fn a_restore_that_dies_while_it_lets_the_tree_go() {
+    for killed in [false, true] {
+        let mut bench = Bench::new();
+        let mut peer = bench.source();
+        let begin = pb::SnapshotBegin { id: 9, ..begin("a") };
+        bench.bring(&mut peer, Script::from(1, &begin).image("inventory.img", b"inventory"));
+        let mut root = Root::new();
+        let (mut process, restore, decision) = another(&mut bench, &root);
+        decision.advance(Stage::Begun).unwrap();
+        process.kill();
+        if killed {
+            decision.advance(Stage::Killed).unwrap();
+            root.kill();
+        }
+        drop(restore);
+        let info = bench.wait_state("a", State::InDoubt);
+        assert!(info.text.contains("some of which may have run") && info.resident > 0, "{info:?}");
+        // Nobody gets it, the list says what to look at, and the source knows nothing about it.
+        let other = bench.command();
+        let refused = bench.refused(&other, get("a"));
+        assert_eq!(code(&refused), FailCode::FailInDoubt);
+        assert!(refused.text.contains("runs on this host") && refused.text.contains("image-cache release a"));
+        bench.send(&mut peer, &resume(2, "a", 9, yes()));
+        bench.prepared(&mut peer, 2);
+        assert_eq!(bench.state("a"), State::InDoubt);
+        if killed {
+            bench.done(&other, release("a"));
+            let again = bench.take("a");
+            assert_eq!(bench.read(&again, "inventory.img"), b"inventory");
+        } else {
+            bench.done(&other, drop_it("a", false));
+            assert_eq!(bench.info("a").resident, 0);
+        }
+    }
+}
+
+#[test]
+fn a_doubt_about_what_was_freed_as_it_was_read() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    bench.bring(&mut peer, Script::new(1, "a").image("pages-1.img", &noise(1 << 20, 1)));
+    let root = Root::new();
     let mut process = Root::new();
     let restore = bench.command_of(process.pid());
     assert!(matches!(bench.ask(&restore, get("a")).0, local_reply::What::Snapshot(_)));
-    let root = Root::new();
-    starting(&mut bench, &restore, &root);
+    let consume = pb::ReadImage { name: "pages-1.img".to_owned(), consume: true, ..Default::default() };
+    assert!(matches!(
+        bench.ask(&restore, local_request::What::ReadImage(consume)).0,
+        local_reply::What::Image(_)
+    ));
+    let decision = starting(&mut bench, &restore, &root);
+    decision.advance(Stage::Begun).unwrap();
     process.kill();
     drop(restore);
-    let info = bench.wait_state("a", State::Restored);
-    assert_eq!(info.restored_pid, root.pid());
-    let told = bench.restored(&mut peer, 1);
-    assert_eq!((told.ok, told.pid), (true, root.pid()));
+    let info = bench.wait_state("a", State::Failed);
+    assert!(info.text.contains("may have run") && info.text.contains("--free-as-read"), "{}", info.text);
 }
 
 #[test]
@@ -302,7 +390,7 @@ fn the_last_words_of_a_restore_count() {
     bench.bring(&mut peer, small(1, "a"));
     let restore = bench.take("a");
     let root = Root::new();
-    restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+    let _decision = say_starting(&restore, &root);
     restore.say(ran(root.pid()));
     drop(restore);
     bench.wait_state("a", State::Restored);
@@ -310,17 +398,24 @@ fn the_last_words_of_a_restore_count() {
 }
 
 #[test]
-fn a_restore_must_show_its_root() {
+fn a_restore_must_show_its_root_and_what_it_decides() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
     bench.bring(&mut peer, small(1, "a"));
     let restore = bench.take("a");
-    let refused = bench.refused(&restore, local_request::What::Starting(pb::Empty {}));
-    assert_eq!(code(&refused), FailCode::FailProtocol);
-    let (no_pidfd, _) = seqpacket();
-    restore.say_with(local_request::What::Starting(pb::Empty {}), &[&no_pidfd]);
-    assert!(matches!(bench.answer(&restore).0, local_reply::What::Failed(_)));
+    let root = Root::new();
+    let decision = || Decision::new().unwrap().as_fd().try_clone_to_owned().unwrap();
+    let (neither, _) = seqpacket();
+    let wrong: [&[&OwnedFd]; 4] =
+        [&[], &[&root.pidfd()], &[&neither, &decision()], &[&root.pidfd(), &neither]];
+    for fds in wrong {
+        restore.say_with(local_request::What::Starting(pb::Empty {}), fds);
+        let local_reply::What::Failed(failed) = bench.answer(&restore).0 else { panic!("taken") };
+        assert_eq!(failed.code(), FailCode::FailProtocol);
+    }
     assert_eq!(bench.state("a"), State::Restoring);
+    let decision = starting(&mut bench, &restore, &root);
+    decision.advance(Stage::LetGo).unwrap();
 }
 
 fn resume(stream: u32, name: &str, id: u64, verdict: pb::resume::Verdict) -> Vec<u8> {
@@ -402,7 +497,7 @@ fn the_source_takes_back_what_does_not_run_yet() {
         assert_eq!(bench.state("a"), State::Failed);
         if let Some(restore) = restore {
             let root = Root::new();
-            restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+            say_starting(&restore, &root);
             let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
             assert_eq!(failed.code(), FailCode::FailAborted);
         }
@@ -426,7 +521,7 @@ mod run_first {
         bench.prepare(peer, run_first(1, name));
         let restore = bench.take(name);
         let root = Root::new();
-        restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+        say_starting(&restore, &root);
         let armed: pb::Armed = bench.message(peer, Kind::Armed, 1);
         assert_eq!(armed.pid, root.pid());
         bench.no_answer(&restore);

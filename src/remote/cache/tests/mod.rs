@@ -25,6 +25,7 @@ use crate::remote::pb::snapshot_info::State;
 use crate::remote::pb::{self, FailCode, local_reply, local_request};
 use crate::remote::wire::{self, HEADER, Header, Kind, MAGIC, Sum};
 use crate::remote::{Failure, crc, local};
+use crate::tracee::{Decision, Stage};
 
 /// Longer than any test may wait for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -506,8 +507,12 @@ struct Root(std::process::Child);
 
 impl Root {
     fn new() -> Self {
-        let mut command = std::process::Command::new("sleep");
-        Self(command.arg("1000").stdin(std::process::Stdio::null()).spawn().unwrap())
+        Self::of("exec sleep 1000")
+    }
+
+    fn of(script: &str) -> Self {
+        let mut command = std::process::Command::new("sh");
+        Self(command.args(["-c", script]).stdin(std::process::Stdio::null()).spawn().unwrap())
     }
 
     fn pid(&self) -> i32 {
@@ -531,9 +536,18 @@ impl Drop for Root {
     }
 }
 
-fn starting(bench: &mut Bench, command: &Command, root: &Root) {
-    command.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+/// The restore is about to let its tree go; what it decides about it.
+fn starting(bench: &mut Bench, command: &Command, root: &Root) -> Decision {
+    let decision = say_starting(command, root);
     assert_eq!(bench.answer(command).0, local_reply::What::Done(pb::Empty {}));
+    decision
+}
+
+fn say_starting(command: &Command, root: &Root) -> Decision {
+    let decision = Decision::new().unwrap();
+    let fds = [&root.pidfd(), &decision.as_fd().try_clone_to_owned().unwrap()];
+    command.say_with(local_request::What::Starting(pb::Empty {}), &fds);
+    decision
 }
 
 /// What a failure's code is, for assertions that show the text.

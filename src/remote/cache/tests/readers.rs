@@ -195,7 +195,7 @@ fn read_while_it_arrives() {
     assert_eq!(failed.code(), FailCode::FailNotFound);
     // The tree must not run before the source has confirmed.
     let root = Root::new();
-    restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+    let _decision = say_starting(&restore, &root);
     bench.no_answer(&restore);
     assert_eq!(bench.state("s"), State::Prepared);
     bench.send(&mut peer, &confirm(1));
@@ -316,7 +316,7 @@ fn an_early_reader_hears_of_the_end() {
             assert_eq!(code(&bench.refused(&restore, read("b.img", 0))), FailCode::FailAborted);
         }
         let root = Root::new();
-        restore.say_with(local_request::What::Starting(pb::Empty {}), &[&root.pidfd()]);
+        let _decision = say_starting(&restore, &root);
         assert!(matches!(bench.answer(&restore).0, local_reply::What::Failed(_)));
     }
     // It leaves early: the snapshot goes on.
