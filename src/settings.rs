@@ -210,6 +210,8 @@ pub struct CacheSettings {
     pub max_memory: Option<u64>,
     /// Starts a restore with these options for whatever `migrate` sends.
     pub restore: Option<Vec<OsString>>,
+    /// Most of those that one source may have; a part of the former if `None`.
+    pub max_per_source: Option<u64>,
     /// How it starts.
     pub daemon: DaemonSettings,
 }

@@ -37,8 +37,10 @@ What comes with `crtool migrate`:
       --restore            restore it here. Words after `--` are further options of that restore: image-cache --restore --
                            --action-script /etc/crtool/address.sh
 Limits:
-      --max-memory SIZE    most memory for images, with K, M or G. What does not fit waits for --timeout that something
-                           becomes free, and is refused then; its tree runs on at the source. [default: no limit]
+      --max-memory SIZE    most memory for images, with K, M or G. What does not fit is refused, if it can be before its
+                           tree stands still; in any case that runs on at the source. [default: no limit]
+      --max-per-source SIZE
+                           most of that for one source, so that others can still send [default: three quarters]
       --timeout SECONDS    longest silence of another host [default: 10]
 How it runs:
   -d, --daemon             in the background; returns when it listens, with status 1 if it cannot

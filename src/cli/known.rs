@@ -285,6 +285,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     optional("wait-restored", For(&[Dump])),
     switch("free-as-read", For(&[Restore])),
     value("max-memory", For(&[ImageCache])),
+    value("max-per-source", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
     switch("allow-symlinks", For(&[Restore])),
     switch("host-clocks", For(&[Restore])),

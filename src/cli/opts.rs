@@ -137,6 +137,9 @@ pub(crate) struct Opts {
     /// image-cache: most memory for images, with K, M or G [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
     pub(crate) max_memory: Option<u64>,
+    /// image-cache: most of that for one source [default: three quarters]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
+    pub(crate) max_per_source: Option<u64>,
     /// image-cache drop: also a snapshot that is the only one to have its tree
     #[arg(long, help_heading = "Migration")]
     pub(crate) force: bool,

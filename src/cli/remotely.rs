@@ -251,20 +251,25 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     if !opts.restore
         && let Some(request) = request(&opts)?
     {
-        typed.needless(&["address", "ps-socket", "max-memory", "restore-detached"], "image-cache itself")?;
+        let own = ["address", "ps-socket", "max-memory", "max-per-source", "restore-detached"];
+        typed.needless(&own, "image-cache itself")?;
         typed.needless(&CONNECTION, "image-cache itself")?;
         return Ok(Task::AskCache(request, work_dir));
     }
     typed.needless(&["force"], "image-cache drop")?;
     typed.needless(&["compress"], "image-proxy and dump --remote --address")?;
-    if opts.max_memory == Some(0) {
-        return Err(UsageError::Needs("image-cache", "more than 0 bytes with --max-memory"));
+    if opts.max_memory == Some(0) || opts.max_per_source == Some(0) {
+        return Err(UsageError::Needs(
+            "image-cache",
+            "more than 0 bytes with --max-memory and --max-per-source",
+        ));
     }
     let net = net(&opts, typed, "image-cache")?;
     let daemon = daemon(&opts);
-    let max_memory = opts.max_memory;
+    let (max_memory, max_per_source) = (opts.max_memory, opts.max_per_source);
     let restore = opts.restore.then_some(opts.words);
-    Ok(Task::Cache(Box::new(CacheSettings { net, work_dir, max_memory, restore, daemon })))
+    let settings = CacheSettings { net, work_dir, max_memory, max_per_source, restore, daemon };
+    Ok(Task::Cache(Box::new(settings)))
 }
 
 fn request(opts: &Opts) -> Result<Option<CacheRequest>, UsageError> {

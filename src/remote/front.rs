@@ -474,6 +474,7 @@ mod tests {
             work_dir: dir.to_owned(),
             max_memory: None,
             restore: None,
+            max_per_source: None,
             daemon: DaemonSettings::default(),
         }
     }

@@ -18,8 +18,6 @@ pub(super) enum Take {
     Parts,
     /// Throw it away.
     Skip,
-    /// Leave it there: the caller comes again later, and is then asked again.
-    Later,
 }
 
 /// What came.
@@ -29,8 +27,6 @@ pub(super) enum Item<'a> {
     Frame(Header, Cow<'a, [u8]>),
     /// Bytes of one taken as [`Take::Parts`]. At least once for each frame; only the last part may be empty.
     Part(Header, &'a [u8], Last),
-    /// One that is left for later.
-    Later,
 }
 
 /// Whether a part is the last of its frame.
@@ -69,9 +65,9 @@ impl Decoder {
         self.have == 0 && self.body.is_none()
     }
 
-    /// The header that was left for later.
-    pub(super) fn head(&self) -> Result<Header, Failure> {
-        Header::decode(&self.head)
+    /// Bytes of memory that a frame takes which has not come whole.
+    pub(super) fn gathered(&self) -> usize {
+        self.body.as_ref().map_or(0, |body| body.gathered.capacity())
     }
 
     /// The next thing in `input`, which moves on; `None` when all of it is taken. An error is final: where the
@@ -93,9 +89,6 @@ impl Decoder {
                 }
                 let header = Header::decode(&self.head)?;
                 let take = judge(&header)?;
-                if take == Take::Later {
-                    return Ok(Some(Item::Later));
-                }
                 self.have = 0;
                 let left = header.len as usize;
                 self.body = Some(Body { header, take, left, gathered: Vec::new() });
@@ -118,7 +111,7 @@ impl Decoder {
                     let whole = || Item::Frame(header, Cow::Owned(std::mem::take(&mut body.gathered)));
                     done.then(whole)
                 }
-                Take::Skip | Take::Later => None,
+                Take::Skip => None,
             };
             if done {
                 self.body = None;
@@ -161,7 +154,6 @@ mod tests {
                             found.push((header.kind, std::mem::take(&mut part)));
                         }
                     }
-                    Item::Later => panic!("not asked for"),
                 }
             }
             assert!(input.is_empty());
@@ -201,22 +193,6 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_for_later_comes_later() {
-        let (bytes, expected) = stream();
-        let mut decoder = Decoder::default();
-        let mut input = &bytes[..];
-        for _ in 0..3 {
-            let item = decoder.next(&mut input, |_| Ok(Take::Later)).unwrap();
-            assert_eq!(item, Some(Item::Later));
-            assert!(!decoder.is_between());
-        }
-        let item = decoder.next(&mut input, |_| Ok(Take::Whole)).unwrap();
-        let Some(Item::Frame(header, payload)) = item else { panic!("{item:?}") };
-        assert_eq!((header.kind, payload.into_owned()), expected[0]);
-        assert!(decoder.is_between());
-    }
-
-    #[test]
     fn a_length_costs_nothing_before_its_bytes_come() {
         let mut decoder = Decoder::default();
         let header = Header {
@@ -230,7 +206,7 @@ mod tests {
         };
         let mut input = &header.encode()[..];
         assert_eq!(decoder.next(&mut input, |_| Ok(Take::Whole)), Ok(None));
-        assert_eq!(decoder.body.as_ref().unwrap().gathered.capacity(), 0);
+        assert_eq!(decoder.gathered(), 0);
     }
 
     proptest! {

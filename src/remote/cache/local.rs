@@ -300,14 +300,15 @@ impl Client {
     }
 
     fn status(&mut self, snapshots: &Snapshots, daemon: &str) {
-        let mut page = pb::Snapshots { daemon: daemon.to_owned(), ..pb::Snapshots::default() };
+        let empty = || pb::Snapshots { daemon: daemon.to_owned(), ..pb::Snapshots::default() };
+        let mut page = empty();
         let mut room = PAGE;
         for snapshot in snapshots.all() {
             let info = snapshot.info();
             let len = prost::Message::encoded_len(&info) + 8;
             if len > room && !page.snapshots.is_empty() {
                 page.more = true;
-                let full = std::mem::take(&mut page);
+                let full = std::mem::replace(&mut page, empty());
                 self.push(answer(local_reply::What::Snapshots(full)));
                 room = PAGE;
             }

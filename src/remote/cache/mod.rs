@@ -6,11 +6,13 @@
 //! - [`local`]: commands of this host.
 //! - [`restorer`]: restores that it starts by itself.
 //! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
+//! - [`ledger`]: what each source takes, and may take.
 //! - [`snapshot`], [`memory`]: the images of one, and the bytes of one image.
 //!
 //! Nothing is ever written to a disk. What is not here: how sockets come to be, and how the daemon starts.
 
 mod decode;
+mod ledger;
 mod local;
 mod memory;
 mod restorer;
@@ -19,9 +21,11 @@ mod serve;
 mod snapshot;
 mod snapshots;
 mod source;
+mod table;
 #[cfg(test)]
 mod tests;
 
+pub use ledger::Limits;
 pub use memory::prepare;
 pub use run::run;
 pub use serve::Cache;
@@ -32,31 +36,24 @@ pub use serve::Cache;
 #[cfg(any(test, feature = "internals"))]
 pub fn swallow(bytes: &[u8], cuts: &[u8]) -> u64 {
     use super::pb::snapshot_info::State;
-    let mut snapshots = snapshots::Snapshots::new(Some(16 << 20));
-    let mut source = source::Source::new(1, std::time::Duration::from_secs(1));
+    let second = std::time::Duration::from_secs(1);
+    let mut snapshots = snapshots::Snapshots::new(Limits::new(Some(16 << 20), None, 1 << 20), second);
+    let mut source = source::Source::new(1, "somewhere".into(), second);
     let mut cuts = cuts.iter().cycle();
     let mut left = bytes;
     while !left.is_empty() && !source.is_over() {
         let len = cuts.next().map_or(left.len(), |cut| usize::from(*cut) + 1).min(left.len());
-        let (mut piece, rest) = left.split_at_checked(len).unwrap_or((left, &[]));
+        let (piece, rest) = left.split_at_checked(len).unwrap_or((left, &[]));
         left = rest;
-        while !piece.is_empty() {
-            match source.feed(&mut snapshots, &mut piece) {
-                Ok(source::Fed::All) => break,
-                // Nobody will make room.
-                Ok(source::Fed::Held(id)) => snapshots.fail(id, snapshots.does_not_fit(id)),
-                Err(failure) => {
-                    source.refuse(&mut snapshots, &failure);
-                    break;
-                }
-            }
+        if let Err(failure) = source.feed(&mut snapshots, piece) {
+            source.refuse(&mut snapshots, &failure);
         }
     }
     snapshots.lost(1, "the end");
     let kept = |state| matches!(state, State::Ready | State::InDoubt);
-    let needed: u64 = snapshots.all().filter(|s| kept(s.state)).map(snapshot::Snapshot::charged).sum();
+    let needed: u64 = snapshots.all().filter(|s| kept(s.state)).map(snapshot::Snapshot::reserved).sum();
     // Parents of those are in them too: one that is not, is not live and has images.
     let parents: u64 =
-        snapshots.all().filter(|s| !kept(s.state) && s.children > 0).map(snapshot::Snapshot::charged).sum();
+        snapshots.all().filter(|s| !kept(s.state) && s.children > 0).map(snapshot::Snapshot::reserved).sum();
     snapshots.used() - needed - parents
 }

@@ -3,11 +3,13 @@
 use std::io;
 use std::os::fd::AsFd as _;
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::super::front::Front;
 use super::super::journal::Journal;
 use super::super::{Failure, pb::FailCode};
-use super::Cache;
 use super::restorer::Restorer;
+use super::{Cache, Limits};
 use crate::settings::CacheSettings;
 use crate::sys;
 
@@ -26,12 +28,13 @@ fn internal(e: io::Error) -> Failure {
 /// Serves until it is told to end, or with `--ps-socket` until that connection and all snapshots have ended. Fails
 /// if that connection was lost while a snapshot was on its way.
 pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
-    raise_limit();
+    let descriptors = raise_limit();
+    let limits = Limits::new(settings.max_memory, settings.max_per_source, descriptors);
     let place = match front.addresses() {
         Some(addresses) => format!("listening on {addresses}"),
         None => "with one connection that was given to it".to_owned(),
     };
-    let mut cache = Cache::new(settings.max_memory, settings.net.timeout, place).map_err(internal)?;
+    let mut cache = Cache::new(limits, settings.net.timeout, place).map_err(internal)?;
     cache.watch(front.signals(), SIGNALS).map_err(internal)?;
     cache.watch(front.local(), LOCAL).map_err(internal)?;
     for (token, fd) in (NETWORK..).zip(front.listeners()) {
@@ -100,9 +103,10 @@ fn refused(added: io::Result<()>) {
     }
 }
 
-/// Each image of some size takes a descriptor.
-fn raise_limit() {
+/// Each snapshot and each connection takes descriptors; how many there may be.
+fn raise_limit() -> u64 {
     if let Err(e) = sys::own::raise_open_files() {
         tracing::warn!("the limit of open files stays as it is: {e}");
     }
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft)
 }

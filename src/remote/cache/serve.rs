@@ -1,7 +1,7 @@
 //! The one thread: sockets to the parts that know what they mean, and time.
 //!
-//! Nothing here blocks. A connection is read until it has nothing more or has had its turn; one whose snapshot
-//! waits for memory is not read at all, and is told by Pings that it is not forgotten.
+//! Nothing here blocks. A connection is read until it has nothing more or has had its turn. None is ever made to wait: what
+//! does not fit is refused when it begins, or fails by itself, so that no stream stands in the way of another.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,27 +12,23 @@ use super::super::journal::Journal;
 use super::super::net::Stream;
 use super::super::pb::FailCode;
 use super::super::poll::{Interest, Poll};
-use super::super::wire::{self, Kind};
 use super::super::{Failure, local, pb};
+use super::ledger::{Lack, Limits, What};
 use super::local::{Client, Watch};
 use super::restorer::Wanted;
 use super::snapshots::Snapshots;
-use super::source::{Fed, Source};
+use super::source::Source;
 
 /// Bytes taken from a connection at once: what fits into a cache of the CPU beside what else it needs.
 const BUFFER: usize = 512 << 10;
 /// How often one connection is read before others have their turn.
 const TURN: usize = 8;
-/// Most bytes of answers that a connection leaves unread.
-const MAX_OUT: usize = 1 << 20;
-/// Most connections that have not said who they are.
-const MAX_STRANGERS: usize = 64;
+/// So many times the time-out may a snapshot that arrives stand still.
+const LEASE: u32 = 6;
 /// Most commands that have asked for nothing.
 const MAX_SILENT: usize = 256;
 /// Most commands at once.
 const MAX_CLIENTS: usize = 4096;
-/// How often to look whether a restore has made room.
-const LOOK: Duration = Duration::from_millis(50);
 /// How long the reason of a refusal may take to arrive.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -42,11 +38,10 @@ struct Line {
     stream: Stream,
     source: Source,
     watched: Interest,
-    /// Bytes that came and are not taken yet.
-    rest: Vec<u8>,
-    held: Option<Held>,
+    /// What it takes, as it was counted.
+    buffered: u64,
+    spoke: bool,
     heard: Instant,
-    said: Instant,
     /// It was refused; read until then for the sake of the reason.
     ending: Option<Instant>,
     said_last: bool,
@@ -55,18 +50,14 @@ struct Line {
     torn: bool,
 }
 
-/// Why a connection is not read.
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    snapshot: u64,
-    since: Instant,
-}
-
 /// The cache.
 #[derive(Debug)]
 pub struct Cache {
     poll: Poll,
     snapshots: Snapshots,
+    most_strangers: usize,
+    /// When the next snapshot has stood still for too long.
+    due: Option<Instant>,
     seen: u64,
     lines: BTreeMap<u64, Line>,
     clients: BTreeMap<u64, Client>,
@@ -84,10 +75,12 @@ pub struct Cache {
 
 impl Cache {
     /// One without any socket. `timeout` is the longest silence of a source.
-    pub fn new(max_memory: Option<u64>, timeout: Duration, place: String) -> io::Result<Self> {
+    pub fn new(limits: Limits, timeout: Duration, place: String) -> io::Result<Self> {
         Ok(Self {
             poll: Poll::new()?,
-            snapshots: Snapshots::new(max_memory),
+            snapshots: Snapshots::new(limits, timeout * LEASE),
+            most_strangers: limits.strangers(),
+            due: None,
             seen: 0,
             lines: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -105,6 +98,12 @@ impl Cache {
     /// Connections from sources.
     pub fn lines(&self) -> usize {
         self.lines.len()
+    }
+
+    /// Bytes of frames that have not come whole, and of answers that are not read.
+    #[cfg(test)]
+    pub(super) fn buffered(&mut self) -> u64 {
+        self.snapshots.ledger().used(What::Buffers)
     }
 
     /// Whether snapshots wait or arrive.
@@ -132,26 +131,22 @@ impl Cache {
 
     /// A source has connected.
     pub fn add_source(&mut self, stream: Stream) -> io::Result<()> {
-        let strangers: Vec<u64> =
-            self.lines.iter().filter(|(_, line)| !line.source.is_known()).map(|(token, _)| *token).collect();
-        if strangers.len() >= MAX_STRANGERS
-            && let Some(oldest) = strangers.first()
-        {
-            self.lines.remove(oldest);
+        if let Some(stranger) = self.least_welcome() {
+            self.lines.remove(&stranger);
         }
         let token = self.token();
         let watched = Interest::READ.and(stream.interest());
         self.poll.add(stream.fd(), token, watched)?;
         tracing::debug!("connection from {}", stream.peer());
         let now = Instant::now();
+        let source = Source::new(token, stream.origin().into(), self.timeout);
         let line = Line {
             stream,
-            source: Source::new(token, self.timeout),
+            source,
             watched,
-            rest: Vec::new(),
-            held: None,
+            buffered: 0,
+            spoke: false,
             heard: now,
-            said: now,
             ending: None,
             said_last: false,
             ended: false,
@@ -159,6 +154,24 @@ impl Cache {
         };
         self.lines.insert(token, line);
         Ok(())
+    }
+
+    /// Who has to go when one more comes that has not said who it is: of the origin with most of those first one that has
+    /// said nothing at all, then the oldest. So whoever opens many keeps out nobody else, and if they come from where
+    /// others come from too, none of those who speak.
+    fn least_welcome(&self) -> Option<u64> {
+        let mut strangers: BTreeMap<&str, Vec<(bool, u64)>> = BTreeMap::new();
+        let mut count = 0;
+        for (token, line) in self.lines.iter().filter(|(_, line)| !line.source.is_known()) {
+            count += 1;
+            let spoke = line.spoke || line.stream.has_begun();
+            strangers.entry(line.source.origin()).or_default().push((spoke, *token));
+        }
+        if count < self.most_strangers {
+            return None;
+        }
+        let most = strangers.into_values().max_by_key(Vec::len)?;
+        most.into_iter().min().map(|(_, token)| token)
     }
 
     /// A command has connected: process `pid`, of a user who may enter; `process` is a pidfd of it.
@@ -182,12 +195,16 @@ impl Cache {
         Ok(())
     }
 
-    fn describe(&self) -> String {
+    fn describe(&mut self) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let mut text = format!("image-cache, pid {}, {}", std::process::id(), self.place);
         text += &format!("; {} connections; {} MiB in use", self.lines.len(), mib(self.snapshots.used()));
         if let Some(max) = self.snapshots.max() {
             text += &format!(" of {} (--max-memory)", mib(max));
+        }
+        let buffers = self.snapshots.ledger().used(What::Buffers);
+        if buffers >= 1 << 20 {
+            text += &format!("; {} MiB of frames that have not come whole", mib(buffers));
         }
         text
     }
@@ -225,41 +242,25 @@ impl Cache {
     /// When something has to be done though nothing happens.
     fn deadline(&self) -> Option<Instant> {
         let lines = self.lines.values().flat_map(|line| {
-            let busy = line.stream.pending() && line.held.is_none();
-            let silent = match line.held {
-                None => line.heard + line.source.silence(),
-                Some(held) => (held.since + self.timeout).min(line.said + self.timeout / 3),
-            };
-            let look = (line.held.is_some() && self.snapshots.is_consumed()).then(|| Instant::now() + LOOK);
-            [line.ending, Some(silent), busy.then_some(line.heard), look]
+            let silent = line.heard + line.source.silence();
+            [line.ending, Some(silent), line.stream.pending().then_some(line.heard)]
         });
         let clients = self.clients.values().map(Client::deadline);
-        lines.chain(clients).chain([self.abandon_at]).flatten().min()
+        lines.chain(clients).chain([self.abandon_at, self.due]).flatten().min()
     }
 
     /// Reads a connection.
     fn read(&mut self, token: u64, now: Instant) {
         let Some(line) = self.lines.get_mut(&token) else { return };
-        if let Some(held) = line.held.take() {
-            // Not asked to be told of bytes: the other side is gone, and the snapshot can never be complete.
-            let text = "the connection was lost while it waited for memory";
-            self.snapshots.fail(held.snapshot, Failure::new(FailCode::FailLost, text));
-            line.take_rest(&mut self.snapshots, now);
-        }
         for _ in 0..TURN {
-            if line.held.is_some() {
-                break;
-            }
             match line.stream.read(&mut self.buffer) {
                 Ok(0) => {
                     line.end(&mut self.snapshots, "it was closed there");
                     break;
                 }
                 Ok(count) => {
-                    line.heard = now;
-                    let mut input = self.buffer.get(..count).unwrap_or_default();
-                    line.feed(&mut self.snapshots, &mut input, now);
-                    line.rest.extend_from_slice(input);
+                    (line.heard, line.spoke) = (now, true);
+                    line.feed(&mut self.snapshots, self.buffer.get(..count).unwrap_or_default(), now);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
@@ -277,12 +278,10 @@ impl Cache {
     /// What follows from what has happened: answers, time-outs, ends.
     fn settle(&mut self, now: Instant) {
         for (token, line) in &mut self.lines {
-            line.look_at_time(*token, &mut self.snapshots, now, self.timeout);
+            line.look_at_time(*token, &mut self.snapshots, now);
         }
         self.abandon_at = self.snapshots.abandon(now, self.timeout * 3);
-        if self.lines.values().any(|line| line.held.is_some()) {
-            self.snapshots.measure();
-        }
+        self.due = self.snapshots.expire(now);
         self.retry(now);
         for (owner, letter) in self.snapshots.take_letters() {
             if let Some(line) = self.lines.get_mut(&owner.source) {
@@ -291,7 +290,7 @@ impl Cache {
         }
         let mut over = Vec::new();
         for (token, line) in &mut self.lines {
-            line.write(&mut self.snapshots, now);
+            line.write();
             if line.ended {
                 self.torn |= line.torn;
                 over.push(*token);
@@ -321,11 +320,6 @@ impl Cache {
             }
             let snapshots = &mut self.snapshots;
             self.watches.retain(|_, watch| !watch.look(snapshots));
-            if changed {
-                for line in self.lines.values_mut().filter(|line| line.held.is_some()) {
-                    line.take_rest(&mut self.snapshots, now);
-                }
-            }
             if self.snapshots.changes() == self.seen {
                 return;
             }
@@ -383,56 +377,38 @@ impl Cache {
 
 impl Line {
     fn interest(&self) -> Interest {
-        let read = Interest { read: self.held.is_none(), ..Interest::NONE };
+        let read = Interest::READ;
         let write = Interest { write: !self.source.has_said_all(), ..Interest::NONE };
         read.and(write).and(self.stream.interest())
     }
 
-    /// Hands bytes on; what is left in `input` has to wait.
-    fn feed(&mut self, snapshots: &mut Snapshots, input: &mut &[u8], now: Instant) {
-        match self.source.feed(snapshots, input) {
-            Ok(Fed::All) => *input = &[],
-            Ok(Fed::Held(snapshot)) => {
-                if let Some(s) = snapshots.get(snapshot) {
-                    tracing::warn!("snapshot {} waits for memory", s.begin.name);
-                }
-                self.held = Some(Held { snapshot, since: now });
-            }
-            Err(failure) => {
-                tracing::warn!("connection from {} is given up: {failure}", self.stream.peer());
-                *input = &[];
-                self.torn |= self.source.is_busy(snapshots);
-                self.source.refuse(snapshots, &failure);
-                self.ending = Some(now + LAST_WORD);
-            }
+    /// Hands bytes on.
+    fn feed(&mut self, snapshots: &mut Snapshots, input: &[u8], now: Instant) {
+        if !self.source.is_known() {
+            self.count(snapshots, 0);
+            self.source.set_origin(self.stream.origin().into());
         }
+        let fed = self.source.feed(snapshots, input);
+        let taken = self.source.buffered() + self.stream.buffered();
+        let room =
+            snapshots.ledger().room(self.source.origin(), What::Buffers, taken.saturating_sub(self.buffered));
+        let full = |lack: Lack| Failure::new(FailCode::FailMemory, format!("there is no room: {lack}"));
+        if let Err(failure) = fed.and(room.map_err(full)) {
+            tracing::warn!("connection from {} is given up: {failure}", self.stream.peer());
+            self.torn |= self.source.is_busy(snapshots);
+            self.source.refuse(snapshots, &failure);
+            self.ending = Some(now + LAST_WORD);
+        }
+        self.count(snapshots, self.source.buffered() + self.stream.buffered());
     }
 
-    /// Tries again with what had to wait.
-    fn take_rest(&mut self, snapshots: &mut Snapshots, now: Instant) {
-        let since = self.held.take().map(|held| held.since);
-        let rest = std::mem::take(&mut self.rest);
-        let mut input = &rest[..];
-        self.feed(snapshots, &mut input, now);
-        self.rest = input.to_vec();
-        match (&mut self.held, since) {
-            // Still the same wait.
-            (Some(held), Some(since)) => held.since = since,
-            _ => self.heard = now,
-        }
+    /// What it takes now.
+    fn count(&mut self, snapshots: &mut Snapshots, taken: u64) {
+        snapshots.ledger().change(self.source.origin(), What::Buffers, self.buffered, taken);
+        self.buffered = taken;
     }
 
-    fn look_at_time(&mut self, token: u64, snapshots: &mut Snapshots, now: Instant, timeout: Duration) {
-        if let Some(held) = self.held {
-            if now >= held.since + timeout {
-                let failure = snapshots.does_not_fit(held.snapshot);
-                snapshots.fail(held.snapshot, failure);
-                self.take_rest(snapshots, now);
-            } else if now >= self.said + timeout / 3 {
-                self.source.out().extend(wire::bare(Kind::Ping, 0, 0, 0));
-            }
-            return;
-        }
+    fn look_at_time(&mut self, token: u64, snapshots: &mut Snapshots, now: Instant) {
         if self.ending.is_some_and(|until| now >= until) {
             self.end(snapshots, "it was given up here, and was not closed there");
         } else if now >= self.heard + self.source.silence() {
@@ -454,26 +430,22 @@ impl Line {
             tracing::debug!("the connection to {host} ({peer}) has ended: {why}");
         }
         snapshots.lost(self.source.id(), why);
+        self.count(snapshots, 0);
+        self.source.leave(snapshots);
         self.ended = true;
     }
 
     /// Sends what waits.
-    fn write(&mut self, snapshots: &mut Snapshots, now: Instant) {
+    fn write(&mut self) {
         if self.ended {
             return;
         }
-        match push(&mut self.stream, self.source.out()) {
-            Ok(0) => {}
-            Ok(_) => self.said = now,
-            Err(e) => {
-                // What came before the end is still to be read; the end itself is seen there.
-                tracing::debug!("nothing can be sent to {}: {e}", self.stream.peer());
-                self.source.out().clear();
-            }
+        if let Err(e) = push(&mut self.stream, self.source.out()) {
+            // What came before the end is still to be read; the end itself is seen there.
+            tracing::debug!("nothing can be sent to {}: {e}", self.stream.peer());
+            self.source.out().clear();
         }
-        if self.source.out().len() > MAX_OUT {
-            self.end(snapshots, "it does not read what it is told");
-        } else if self.ending.is_some() && self.source.out().is_empty() && !self.said_last {
+        if self.ending.is_some() && self.source.out().is_empty() && !self.said_last {
             self.said_last = true;
             // The reason has gone out; the other side closes when it has read it.
             let _ = self.stream.end();
@@ -481,8 +453,8 @@ impl Line {
     }
 }
 
-/// Sends as much as is taken now; how much that was.
-fn push(stream: &mut Stream, out: &mut Vec<u8>) -> io::Result<usize> {
+/// Sends as much as is taken now.
+fn push(stream: &mut Stream, out: &mut Vec<u8>) -> io::Result<()> {
     let mut sent = 0;
     let result = loop {
         let rest = out.get(sent..).unwrap_or_default();
@@ -495,8 +467,12 @@ fn push(stream: &mut Stream, out: &mut Vec<u8>) -> io::Result<usize> {
         }
     };
     out.drain(..sent);
+    if out.is_empty() {
+        // An idle connection takes nothing.
+        *out = Vec::new();
+    }
     match result {
         Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
-        _ => Ok(sent),
+        _ => Ok(()),
     }
 }

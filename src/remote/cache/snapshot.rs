@@ -12,10 +12,14 @@ use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, MAX_IMAGES, Sum};
 use super::super::{Failure, name};
+use super::ledger::Origin;
 use super::memory::{Bytes, Readable, Space};
+use super::snapshots::SNAPSHOT_COST;
 
 /// What an image is charged beyond its bytes: names and tables take memory too.
-pub(super) const IMAGE_COST: u64 = 512;
+pub(super) const IMAGE_COST: u64 = 1024;
+/// Without it nothing can be restored.
+const INVENTORY: &str = "inventory.img";
 
 /// An image.
 #[derive(Debug)]
@@ -85,6 +89,11 @@ impl Images {
     /// How many.
     pub(super) fn count(&self) -> usize {
         self.all.len()
+    }
+
+    /// Changes whenever something comes.
+    pub(super) fn progress(&self) -> (u64, usize) {
+        (self.size, self.all.len())
     }
 
     /// How many have begun and not ended.
@@ -200,6 +209,9 @@ impl Images {
         if commit.images.len() != self.all.len() {
             let (came, listed) = (self.all.len(), commit.images.len());
             return short(format!("{came} images have come, {listed} were announced"));
+        }
+        if !self.names.contains_key(INVENTORY) {
+            return short(format!("there is no {INVENTORY} among its images: it is no snapshot of a tree"));
         }
         let mut seen = std::collections::HashSet::new();
         for listed in &commit.images {
@@ -345,6 +357,12 @@ pub(super) struct Snapshot {
     /// A newer one has the name.
     pub(super) replaced: bool,
     pub(super) restored_pid: i32,
+    /// Whose it is: only the same source can replace it.
+    pub(super) origin: Origin,
+    /// When the last byte came.
+    pub(super) moved: Instant,
+    /// Where a copy of it was put.
+    pub(super) saved: String,
 }
 
 impl Snapshot {
@@ -387,6 +405,18 @@ impl Snapshot {
         failure
     }
 
+    /// Bytes of memory that are kept for it, when it takes so many more than now.
+    pub(super) fn reserved_with(&self, more: u64) -> u64 {
+        let promised = self.begin.expected_bytes;
+        let held = |images: &Images| SNAPSHOT_COST.saturating_add(promised.max(images.charged() + more));
+        self.images.as_ref().map_or(0, held)
+    }
+
+    /// Bytes of memory that are kept for it now.
+    pub(super) fn reserved(&self) -> u64 {
+        self.reserved_with(0)
+    }
+
     /// Why it is not to be had.
     pub(super) fn failure(&self) -> Failure {
         Failure::new(self.code, self.text.clone())
@@ -415,6 +445,8 @@ impl Snapshot {
             resident: self.charged(),
             run_first: self.begin.run_first,
             id: self.begin.id,
+            origin: self.origin.to_string(),
+            saved: self.saved.clone(),
         }
     }
 }

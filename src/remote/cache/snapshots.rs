@@ -3,7 +3,7 @@
 //! What becomes of each is decided by the table in [`handover`](super::super::handover); here that is carried out. No sockets are read or
 //! written; what a source has to be told waits in [`Snapshots::take_letters`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::super::handover::{Event, Held, Say};
@@ -12,32 +12,34 @@ use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, resume};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, name};
+use super::ledger::{Lack, Ledger, Limits, Origin, What};
 use super::restorer::Wanted;
 use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
+use super::table::Table;
 
-/// Most records of snapshots that have ended.
-const HISTORY: usize = 1000;
 /// Longest name of a task or host kept, in bytes.
 const LABEL: usize = 256;
+/// What a snapshot takes beside its images.
+pub(super) const SNAPSHOT_COST: u64 = 4096;
 /// How many other names a refusal tells.
 const NAMES: usize = 8;
 
-/// Whether something fits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Room {
-    /// It does.
-    Yes,
-    /// It may, when others have gone.
-    Later,
-}
-
 /// All snapshots.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Snapshots {
-    snapshots: BTreeMap<u64, Snapshot>,
+    snapshots: Table,
     last: u64,
-    max: Option<u64>,
-    used: u64,
+    ledger: Ledger,
+    /// How long one that arrives may stand still.
+    lease: Duration,
+    /// Those that arrive, and some that did.
+    arriving: BTreeSet<u64>,
+    /// Those that have ended and whose images are freed, oldest first.
+    ended: VecDeque<u64>,
+    /// Those whose tree waits here and whose source is gone, and some that were such.
+    alone: BTreeSet<u64>,
+    /// Those whose images may become fewer without a word.
+    consumed: BTreeSet<u64>,
     changes: u64,
     letters: Vec<(Owner, Vec<u8>)>,
     /// Of what sources hand over that end their trees last.
@@ -81,9 +83,22 @@ fn label(text: &str) -> String {
 }
 
 impl Snapshots {
-    /// An empty one that holds at most `max` bytes.
-    pub(super) fn new(max: Option<u64>) -> Self {
-        Self { max, ..Self::default() }
+    /// An empty one. What arrives may stand still for `lease`.
+    pub(super) fn new(limits: Limits, lease: Duration) -> Self {
+        Self {
+            snapshots: Table::default(),
+            last: 0,
+            ledger: Ledger::new(limits),
+            lease,
+            arriving: BTreeSet::new(),
+            ended: VecDeque::new(),
+            alone: BTreeSet::new(),
+            consumed: BTreeSet::new(),
+            changes: 0,
+            letters: Vec::new(),
+            journal: None,
+            restores: None,
+        }
     }
 
     /// From now on what is let go is written down.
@@ -130,14 +145,19 @@ impl Snapshots {
         })
     }
 
-    /// Bytes of memory that all images take.
+    /// What is used of everything that is counted.
+    pub(super) fn ledger(&mut self) -> &mut Ledger {
+        &mut self.ledger
+    }
+
+    /// Bytes of memory that all images take or have been promised.
     pub(super) fn used(&self) -> u64 {
-        self.used
+        self.ledger.used(What::Memory)
     }
 
     /// The limit to that.
     pub(super) fn max(&self) -> Option<u64> {
-        self.max
+        Some(self.ledger.most(What::Memory)).filter(|max| *max != u64::MAX)
     }
 
     /// Changes whenever somebody who waits may have got what they wait for.
@@ -161,8 +181,7 @@ impl Snapshots {
     }
 
     fn live<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (u64, &'a Snapshot)> {
-        let of_name = move |s: &&Snapshot| s.is_live() && s.begin.name == name;
-        self.snapshots.iter().map(|(id, s)| (*id, s)).filter(move |(_, s)| of_name(s))
+        self.snapshots.named(name).filter(|(_, s)| s.is_live())
     }
 
     /// The one a name stands for: what can be restored before what cannot be yet.
@@ -233,25 +252,43 @@ impl Snapshots {
         id: u64,
         work: impl FnOnce(&mut Images) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        let Some(images) = self.snapshots.get_mut(&id).and_then(|s| s.images.as_mut()) else {
-            return Err(Failure::new(FailCode::FailInternal, "the images are gone"));
-        };
-        let before = images.charged();
+        let gone = || Failure::new(FailCode::FailInternal, "the images are gone");
+        let snapshot = self.snapshots.get_mut(&id).ok_or_else(gone)?;
+        let before = snapshot.reserved();
+        let images = snapshot.images.as_mut().ok_or_else(gone)?;
+        let came = images.progress();
         let result = work(images);
-        self.used = (self.used + images.charged()).saturating_sub(before);
+        if images.progress() != came {
+            snapshot.moved = Instant::now();
+        }
+        let after = snapshot.reserved();
+        self.ledger.change(&snapshot.origin, What::Memory, before, after);
         result
     }
 
     // ---- What a source says.
 
     /// A snapshot begins.
-    pub(super) fn begin(&mut self, owner: Owner, mut begin: pb::SnapshotBegin) -> Result<u64, Failure> {
+    pub(super) fn begin(
+        &mut self,
+        owner: Owner,
+        origin: &Origin,
+        mut begin: pb::SnapshotBegin,
+    ) -> Result<u64, Failure> {
         name::check_snapshot(&begin.name)?;
         (begin.comm, begin.host) = (label(&begin.comm), label(&begin.host));
         for (_, old) in self.live(&begin.name) {
             let may_wait = matches!(old.state, State::Ready | State::InDoubt);
             if may_wait && old.survives {
-                continue;
+                if old.origin == *origin {
+                    continue;
+                }
+                let text = format!(
+                    "the cache has a snapshot {} of {}, and only that source can replace it; use another name (-D), or \
+                     have it dropped (image-cache drop)",
+                    begin.name, old.origin
+                );
+                return Err(Failure::new(FailCode::FailExists, text));
             }
             let advice = match old.state {
                 State::Ready => "restore it, drop it (image-cache drop), or use another name (-D)",
@@ -284,6 +321,15 @@ impl Snapshots {
             };
             found.children += 1;
         }
+        if self.max().is_none() {
+            begin.expected_bytes = 0;
+        }
+        if let Err(failure) = self.admit(origin, &begin) {
+            if let Some(found) = parent.and_then(|id| self.snapshots.get_mut(&id)) {
+                found.children -= 1;
+            }
+            return Err(failure);
+        }
         self.last += 1;
         tracing::info!(
             "snapshot {} of task {} ({}) at {} begins to arrive",
@@ -292,6 +338,7 @@ impl Snapshots {
             begin.comm,
             begin.host
         );
+        tracing::debug!("it comes from {origin}, {} bytes are expected", begin.expected_bytes);
         let survives = begin.source_survives;
         let snapshot = Snapshot {
             begin,
@@ -314,6 +361,9 @@ impl Snapshots {
             freed: false,
             replaced: false,
             restored_pid: 0,
+            origin: origin.clone(),
+            moved: Instant::now(),
+            saved: String::new(),
         };
         if let (true, Some(wanted)) = (snapshot.begin.run_first, &mut self.restores) {
             wanted.push(Wanted {
@@ -323,51 +373,87 @@ impl Snapshots {
                 options: snapshot.begin.options.clone(),
             });
         }
+        self.ledger.add(origin, What::Snapshots);
+        self.ledger.change(origin, What::Memory, 0, snapshot.reserved());
         self.snapshots.insert(self.last, snapshot);
+        self.arriving.insert(self.last);
         self.changes += 1;
         Ok(self.last)
     }
 
-    /// Whether so many bytes more fit. An error says that they never will.
-    fn room(&self, id: u64, cost: u64) -> Result<Room, Failure> {
-        let Some(max) = self.max.filter(|max| self.used + cost > *max) else { return Ok(Room::Yes) };
-        let mut needed = Vec::new();
-        let mut next = Some(id);
-        while let Some(id) = next {
-            needed.push(id);
-            next = self.snapshots.get(&id).and_then(|s| s.parent);
-        }
-        let kept: u64 = needed.iter().filter_map(|id| self.snapshots.get(id)).map(Snapshot::charged).sum();
-        let others = self.snapshots.iter().any(|(id, s)| !needed.contains(id) && s.charged() > 0);
-        if others && kept + cost <= max { Ok(Room::Later) } else { Err(self.does_not_fit(id)) }
+    /// Whether there is room for one more, and for all that it announces: before its tree has stood still for long.
+    fn admit(&mut self, origin: &Origin, begin: &pb::SnapshotBegin) -> Result<(), Failure> {
+        let refuse =
+            |code, lack: Lack| Failure::new(code, format!("snapshot {} is not taken: {lack}", begin.name));
+        let room = self.ledger.room(origin, What::Snapshots, 1);
+        room.map_err(|lack| refuse(FailCode::FailBusy, lack))?;
+        let wanted = SNAPSHOT_COST.saturating_add(begin.expected_bytes);
+        self.room_after_a_look(origin, wanted).map_err(|lack| refuse(FailCode::FailMemory, lack))
     }
 
-    /// Why a snapshot is given up at the limit.
-    pub(super) fn does_not_fit(&self, id: u64) -> Failure {
-        let (name, so_far) = match self.snapshots.get(&id) {
-            Some(s) => (&s.begin.name[..], mib(s.charged())),
-            None => ("", 0),
-        };
-        let text = format!(
-            "snapshot {name} does not fit: it has {so_far} MiB so far, the cache holds {} of {} MiB \
-             (--max-memory); restore or drop another snapshot",
-            mib(self.used),
-            mib(self.max.unwrap_or(self.used)),
-        );
-        Failure::new(FailCode::FailMemory, text)
+    /// Whether so many bytes fit; restores that free what they have read do not say how much.
+    fn room_after_a_look(&mut self, origin: &Origin, more: u64) -> Result<(), Lack> {
+        match self.ledger.room(origin, What::Memory, more) {
+            Err(_) if !self.consumed.is_empty() => {
+                self.measure();
+                self.ledger.room(origin, What::Memory, more)
+            }
+            room => room,
+        }
+    }
+
+    /// Whether so many bytes more of a snapshot fit.
+    fn room(&mut self, id: u64, cost: u64) -> Result<(), Failure> {
+        let Some(snapshot) = self.snapshots.get(&id) else { return Ok(()) };
+        let more = snapshot.reserved_with(cost) - snapshot.reserved();
+        if more == 0 {
+            return Ok(());
+        }
+        let origin = snapshot.origin.clone();
+        self.room_after_a_look(&origin, more).map_err(|lack| {
+            let (name, so_far) = match self.snapshots.get(&id) {
+                Some(s) => (&s.begin.name[..], mib(s.charged())),
+                None => ("", 0),
+            };
+            let text = format!("snapshot {name} does not fit: it has {so_far} MiB so far; {lack}");
+            Failure::new(FailCode::FailMemory, text)
+        })
     }
 
     /// Whether one more image fits.
-    pub(super) fn room_for_image(&self, id: u64) -> Result<Room, Failure> {
+    pub(super) fn room_for_image(&mut self, id: u64) -> Result<(), Failure> {
         self.room(id, IMAGE_COST)
     }
 
     /// Whether a frame of bytes or zeros fits.
-    pub(super) fn room_for(&self, id: u64, image: u32, raw: u32, zeros: bool) -> Result<Room, Failure> {
+    pub(super) fn room_for(&mut self, id: u64, image: u32, raw: u32, zeros: bool) -> Result<(), Failure> {
         match self.images(id) {
-            Some(images) => self.room(id, images.cost(image, raw, zeros)?),
-            None => Ok(Room::Yes),
+            Some(images) => {
+                let cost = images.cost(image, raw, zeros)?;
+                self.room(id, cost)
+            }
+            None => Ok(()),
         }
+    }
+
+    /// Gives up what has stood still for too long: it keeps memory from others. When the next one is due.
+    pub(super) fn expire(&mut self, now: Instant) -> Option<Instant> {
+        let mut next = None;
+        for id in self.arriving.clone() {
+            let Some(snapshot) = self.snapshots.get(&id).filter(|s| s.state == State::Receiving) else {
+                self.arriving.remove(&id);
+                continue;
+            };
+            let until = snapshot.moved + self.lease;
+            if now >= until {
+                let lease = self.lease.as_secs_f32();
+                let text = format!("no byte of it came for {lease} s (6 times --timeout of the cache)");
+                self.fail(id, Failure::new(FailCode::FailTimeout, text));
+            } else if next.is_none_or(|next| until < next) {
+                next = Some(until);
+            }
+        }
+        next
     }
 
     /// Images of a snapshot that are still there.
@@ -418,7 +504,11 @@ impl Snapshots {
     /// All images have come: checks that and answers.
     pub(super) fn commit(&mut self, id: u64, commit: &pb::Commit) -> Result<(), Failure> {
         self.on_images(id, |images| images.check(commit))?;
-        let Some(snapshot) = self.snapshots.get(&id) else { return Ok(()) };
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return Ok(()) };
+        // What was promised and did not come is for others.
+        let before = snapshot.reserved();
+        snapshot.begin.expected_bytes = 0;
+        self.ledger.change(&snapshot.origin, What::Memory, before, snapshot.reserved());
         let bytes = snapshot.images.as_ref().map_or(0, Images::size);
         let took = snapshot.began.elapsed().as_secs_f64();
         tracing::info!(
@@ -506,9 +596,11 @@ impl Snapshots {
 
     /// A connection is gone, and `why`.
     pub(super) fn lost(&mut self, source: u64, why: &str) {
-        let theirs = |s: &Snapshot| s.owner.is_some_and(|owner| owner.source == source);
-        let ids: Vec<u64> = self.snapshots.iter().filter(|(_, s)| theirs(s)).map(|(id, _)| *id).collect();
-        for id in ids {
+        for id in self.snapshots.forget_source(source) {
+            let theirs = |s: &&Snapshot| s.owner.is_some_and(|owner| owner.source == source);
+            if self.snapshots.get(&id).filter(theirs).is_none() {
+                continue;
+            }
             self.forget_owner(id);
             let text = format!("the source vanished before it confirmed that its tree is gone: {why}");
             let before = self.snapshots.get(&id).map(|s| s.state);
@@ -523,6 +615,7 @@ impl Snapshots {
                 Some(State::Armed) => {
                     if let Some(snapshot) = self.snapshots.get_mut(&id) {
                         snapshot.alone = Some(Instant::now());
+                        self.alone.insert(id);
                         snapshot.text = format!("the connection to the source is gone: {why}");
                     }
                 }
@@ -546,24 +639,28 @@ impl Snapshots {
     /// Gives up to wait for sources that are gone: their trees, which wait here, are not let go. When the next one is due.
     pub(super) fn abandon(&mut self, now: Instant, patience: Duration) -> Option<Instant> {
         let alone = |s: &Snapshot| s.alone.filter(|_| s.state == State::Armed).map(|since| since + patience);
-        let due: Vec<u64> = self
-            .snapshots
-            .iter()
-            .filter(|(_, s)| alone(s).is_some_and(|until| now >= until))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in due {
-            let text = "the source vanished before it said that the restored tree may run";
-            self.happen(id, Event::Abandoned, text);
-            self.warn_of_doubt(id);
+        let mut next: Option<Instant> = None;
+        for id in self.alone.clone() {
+            match self.snapshots.get(&id).and_then(alone) {
+                Some(until) if now < until => next = Some(next.map_or(until, |next| next.min(until))),
+                Some(_) => {
+                    let text = "the source vanished before it said that the restored tree may run";
+                    self.happen(id, Event::Abandoned, text);
+                    self.warn_of_doubt(id);
+                }
+                None => {
+                    self.alone.remove(&id);
+                }
+            }
         }
-        self.snapshots.values().filter_map(alone).min()
+        next
     }
 
     /// What became of a snapshot whose connection broke; the answer goes to `owner`.
     pub(super) fn resume(&mut self, owner: Owner, resume: &pb::Resume) {
-        let same = |s: &Snapshot| resume.id != 0 && s.begin.id == resume.id && s.begin.name == resume.name;
-        let found = self.snapshots.iter().rev().find(|(_, s)| same(s)).map(|(id, s)| (*id, s.state));
+        let same = |s: &Snapshot| resume.id != 0 && s.begin.name == resume.name;
+        let found =
+            self.snapshots.of_dump(resume.id).rev().find(|(_, s)| same(s)).map(|(id, s)| (id, s.state));
         let refuse = |snapshots: &mut Self, failure: Failure| {
             let failed = pb::Failed::from(failure);
             snapshots.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
@@ -597,6 +694,7 @@ impl Snapshots {
             }
             _ => (snapshot.owner, snapshot.alone) = (Some(owner), None),
         }
+        self.snapshots.brought(owner.source, id);
         match verdict {
             resume::Verdict::Go(_) => return self.go(id),
             resume::Verdict::Abort(abort) => self.abort(id, &abort.reason),
@@ -697,9 +795,14 @@ impl Snapshots {
                 self.enter(id, State::Dropped, "a snapshot that builds on it was restored");
             }
             let Some(snapshot) = self.snapshots.get_mut(&id).filter(|s| s.children == 0) else { return };
+            let reserved = snapshot.reserved();
             if let Some(images) = snapshot.images.take() {
                 (snapshot.size, snapshot.count) = (images.size(), images.count());
-                self.used = self.used.saturating_sub(images.charged());
+                self.ledger.change(&snapshot.origin, What::Memory, reserved, 0);
+                self.ledger.remove(&snapshot.origin, What::Snapshots);
+                self.ledger.add(&snapshot.origin, What::Records);
+                self.ended.push_back(id);
+                self.consumed.remove(&id);
                 self.changes += 1;
             }
             restored |= snapshot.state == State::Restored;
@@ -711,12 +814,17 @@ impl Snapshots {
         }
     }
 
+    /// Forgets the oldest records; of a source that has more than its share, its own.
     fn trim(&mut self) {
-        let over = |s: &Snapshot| !s.is_live() && s.images.is_none();
-        let ended = self.snapshots.values().filter(|s| over(s)).count();
-        for _ in HISTORY..ended {
-            let oldest = self.snapshots.iter().find(|(_, s)| over(s)).map(|(id, _)| *id);
-            oldest.and_then(|id| self.snapshots.remove(&id));
+        while self.ledger.used(What::Records) > self.ledger.most(What::Records) {
+            let of = |id: &u64| self.snapshots.get(id).map(|s| s.origin.clone());
+            let greedy = self.ended.back().and_then(of).filter(|of| self.ledger.is_over(of, What::Records));
+            let at =
+                greedy.and_then(|greedy| self.ended.iter().position(|id| of(id).as_ref() == Some(&greedy)));
+            let Some(oldest) = self.ended.remove(at.unwrap_or(0)) else { return };
+            if let Some(snapshot) = self.snapshots.remove(oldest) {
+                self.ledger.remove(&snapshot.origin, What::Records);
+            }
         }
     }
 
@@ -786,8 +894,8 @@ impl Snapshots {
 
     /// One of that name that has begun after `newest`, and failed before anybody could see it arrive.
     pub(super) fn failed_since(&self, name: &str, newest: u64) -> Option<u64> {
-        let failed = |s: &Snapshot| s.state == State::Failed && s.begin.name == name;
-        let found = self.snapshots.range(newest + 1..).find(|(_, s)| failed(s)).map(|(id, _)| *id);
+        let failed = |(id, s): &(u64, &Snapshot)| *id > newest && s.state == State::Failed;
+        let found = self.snapshots.named(name).find(failed).map(|(id, _)| id);
         found.filter(|_| self.named(name).is_none())
     }
 
@@ -801,7 +909,7 @@ impl Snapshots {
         if !waited.is_zero() {
             text += &format!(" in {} s", waited.as_secs_f64());
         }
-        if let Some(last) = self.snapshots.values().rev().find(|s| s.begin.name == name) {
+        if let Some(last) = self.snapshots.named(name).next_back().map(|(_, s)| s) {
             text += &format!("; the last one of that name: {}", word(last.state));
             if !last.text.is_empty() {
                 text += &format!(" ({})", last.text);
@@ -840,6 +948,9 @@ impl Snapshots {
         if let Some(snapshot) = self.snapshots.get_mut(&id) {
             snapshot.freed |= itself;
         }
+        if itself {
+            self.consumed.insert(id);
+        }
         Ok(Some(found))
     }
 
@@ -848,25 +959,14 @@ impl Snapshots {
         self.on_images(id, |images| images.read_part(name, least))
     }
 
-    /// Whether memory becomes free without a word, as a restore reads.
-    pub(super) fn is_consumed(&self) -> bool {
-        self.snapshots.values().any(|s| s.freed && s.images.is_some())
-    }
-
-    /// Looks how much has become free.
+    /// Looks how much has become free without a word, as restores read.
     pub(super) fn measure(&mut self) {
-        let before = self.used;
-        let consumed = self.snapshots.iter().filter(|(_, s)| s.freed && s.images.is_some());
-        let ids: Vec<u64> = consumed.map(|(id, _)| *id).collect();
-        for id in ids {
+        for id in self.consumed.clone() {
             // It fails only where there are no images.
             let _ = self.on_images(id, |images| {
                 images.measure();
                 Ok(())
             });
-        }
-        if self.used != before {
-            self.changes += 1;
         }
     }
 

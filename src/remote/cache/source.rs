@@ -13,13 +13,16 @@ use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAGIC, MAX_DATA};
 use super::super::{Failure, crc, host};
 use super::decode::{Decoder, Item, Last, Take};
+use super::ledger::{Origin, What};
 use super::snapshot::{Images, Owner};
-use super::snapshots::{Room, Snapshots};
+use super::snapshots::Snapshots;
 
 /// Most snapshots on their way at once on one connection.
 pub(super) const MAX_STREAMS: usize = 64;
 /// Most images that have begun and not ended on one connection.
 pub(super) const MAX_OPEN: usize = 4096;
+/// Most bytes of answers that a connection may leave unread while it asks for more.
+pub(super) const MAX_OUT: usize = 64 << 10;
 /// How many streams that have ended are remembered: what still comes for them is no fault.
 const REMEMBERED: usize = 1024;
 /// Longest time-out of the other side that is respected.
@@ -36,19 +39,11 @@ enum Stage {
     Over,
 }
 
-/// What became of bytes that were fed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fed {
-    /// All taken.
-    All,
-    /// This snapshot needs memory first.
-    Held(u64),
-}
-
 /// The snapshots of a connection by their streams.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Streams {
     source: u64,
+    origin: Origin,
     active: BTreeMap<u32, u64>,
     over: VecDeque<u32>,
 }
@@ -134,12 +129,11 @@ impl Streams {
                 let text = "the list of images is longer than what has come";
                 Err(Failure::new(FailCode::FailProtocol, text))
             }
-            _ => Ok(Room::Yes),
+            _ => Ok(()),
         };
         Ok(match room {
-            Ok(Room::Yes) if header.kind == Kind::Data && header.flags & LZ4 == 0 => Take::Parts,
-            Ok(Room::Yes) => Take::Whole,
-            Ok(Room::Later) => Take::Later,
+            Ok(()) if header.kind == Kind::Data && header.flags & LZ4 == 0 => Take::Parts,
+            Ok(()) => Take::Whole,
             Err(failure) => {
                 self.fail(snapshots, stream, failure);
                 Take::Skip
@@ -160,20 +154,24 @@ pub(super) struct Source {
     timeout: Duration,
     silence: Duration,
     host: String,
+    /// It is among the connections of its origin.
+    counted: bool,
 }
 
 impl Source {
     /// A connection that was accepted just now, as number `id`.
-    pub(super) fn new(id: u64, timeout: Duration) -> Self {
+    pub(super) fn new(id: u64, origin: Origin, timeout: Duration) -> Self {
+        let (active, over) = (BTreeMap::new(), VecDeque::new());
         Self {
             stage: Stage::Magic(0),
             decoder: Decoder::default(),
-            streams: Streams { source: id, ..Streams::default() },
+            streams: Streams { source: id, origin, active, over },
             crc: 0,
             out: Vec::new(),
             timeout,
             silence: timeout,
             host: String::new(),
+            counted: false,
         }
     }
 
@@ -185,6 +183,21 @@ impl Source {
     /// Its number.
     pub(super) fn id(&self) -> u64 {
         self.streams.source
+    }
+
+    /// Who is behind it.
+    pub(super) fn origin(&self) -> &Origin {
+        &self.streams.origin
+    }
+
+    /// The other side has proven who it is.
+    pub(super) fn set_origin(&mut self, origin: Origin) {
+        self.streams.origin = origin;
+    }
+
+    /// Bytes of memory that it takes, beside its snapshots.
+    pub(super) fn buffered(&self) -> u64 {
+        (self.decoder.gathered() + self.out.capacity()) as u64
     }
 
     /// Whether nothing waits to be sent.
@@ -224,9 +237,9 @@ impl Source {
     }
 
     /// Takes bytes that came. An error is final: [`Self::refuse`] tells it to the other side.
-    pub(super) fn feed(&mut self, snapshots: &mut Snapshots, input: &mut &[u8]) -> Result<Fed, Failure> {
+    pub(super) fn feed(&mut self, snapshots: &mut Snapshots, mut input: &[u8]) -> Result<(), Failure> {
         while let Stage::Magic(have) = self.stage {
-            let Some((first, rest)) = input.split_first() else { return Ok(Fed::All) };
+            let Some((first, rest)) = input.split_first() else { return Ok(()) };
             if MAGIC.get(have) != Some(first) {
                 self.stage = Stage::Over;
                 let text = match (have, *first) {
@@ -235,14 +248,13 @@ impl Source {
                 };
                 return Err(Failure::new(FailCode::FailProtocol, text));
             }
-            *input = rest;
+            input = rest;
             let have = have + 1;
             self.stage = if have == MAGIC.len() { Stage::Hello } else { Stage::Magic(have) };
         }
         loop {
             if self.stage == Stage::Over {
-                *input = &[];
-                return Ok(Fed::All);
+                return Ok(());
             }
             let Self { decoder, streams, out, stage, .. } = self;
             let stage = *stage;
@@ -253,13 +265,8 @@ impl Source {
                     Err(Failure::new(FailCode::FailProtocol, format!("{:?} frame before Hello", header.kind)))
                 }
             };
-            match decoder.next(input, judge)? {
-                None => return Ok(Fed::All),
-                Some(Item::Later) => {
-                    // Only frames of images wait.
-                    let Some(id) = self.awaited(snapshots) else { return Ok(Fed::All) };
-                    return Ok(Fed::Held(id));
-                }
+            match decoder.next(&mut input, judge)? {
+                None => return Ok(()),
                 Some(Item::Part(header, bytes, last)) => self.part(snapshots, &header, bytes, last),
                 Some(Item::Frame(header, payload)) if stage == Stage::Hello => {
                     self.hello(snapshots, &header, &payload)?
@@ -269,19 +276,20 @@ impl Source {
         }
     }
 
-    /// The snapshot of the frame that was left for later.
-    fn awaited(&mut self, snapshots: &Snapshots) -> Option<u64> {
-        let stream = self.decoder.head().ok()?.stream;
-        self.streams.receiving(snapshots, stream)
-    }
-
-    fn hello(&mut self, snapshots: &Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    fn hello(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let hello: pb::Hello = wire::message(header, payload)?;
         self.out.extend(MAGIC);
         if hello.version == 0 {
             let text = format!("no common version of the protocol: this cache speaks 1 to {}", wire::VERSION);
             return Err(Failure::new(FailCode::FailVersion, text));
         }
+        let origin = &self.streams.origin;
+        let room = snapshots.ledger().room(origin, What::Connections, 1);
+        room.map_err(|lack| {
+            Failure::new(FailCode::FailBusy, format!("the connection is not taken: {lack}"))
+        })?;
+        snapshots.ledger().add(origin, What::Connections);
+        self.counted = true;
         let answer = pb::Hello {
             version: hello.version.min(wire::VERSION),
             features: FEATURE_LZ4,
@@ -319,6 +327,9 @@ impl Source {
     fn frame(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let stream = header.stream;
         match header.kind {
+            Kind::Ping if self.out.len() > MAX_OUT => {
+                return Err(Failure::new(FailCode::FailProtocol, "it does not read what it is told"));
+            }
             Kind::Ping => self.out.extend(wire::bare(Kind::Pong, 0, 0, 0)),
             Kind::Pong => {}
             Kind::SnapshotBegin | Kind::Resume => {
@@ -367,7 +378,7 @@ impl Source {
             let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
             return Err(Failure::new(FailCode::FailProtocol, text));
         }
-        snapshots.begin(Owner { source: self.streams.source, stream }, begin)
+        snapshots.begin(Owner { source: self.streams.source, stream }, &self.streams.origin, begin)
     }
 
     /// The last word. One that was damaged ends the connection: the source says it again over another, and would not
@@ -408,10 +419,18 @@ impl Source {
         Ok(())
     }
 
+    /// It is gone, and with it what it used.
+    pub(super) fn leave(&mut self, snapshots: &mut Snapshots) {
+        if std::mem::take(&mut self.counted) {
+            snapshots.ledger().remove(&self.streams.origin, What::Connections);
+        }
+    }
+
     /// Says why the connection is given up, to all whose images were on their way.
     pub(super) fn refuse(&mut self, snapshots: &mut Snapshots, failure: &Failure) {
         let silent = matches!(self.stage, Stage::Magic(_)) || self.stage == Stage::Over;
         self.stage = Stage::Over;
+        self.decoder = Decoder::default();
         let streams: Vec<u32> = self.streams.active.keys().copied().collect();
         if streams.is_empty() && !silent {
             self.out.extend(wire::frame(Kind::Failed, 0, 0, &pb::Failed::from(failure.clone())));

@@ -9,7 +9,7 @@ pub mod resolve;
 pub mod tls;
 
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -114,6 +114,8 @@ pub struct Stream {
     fd: OwnedFd,
     /// For messages.
     peer: String,
+    /// The host of the other side.
+    address: String,
     tls: Option<Box<Session>>,
 }
 
@@ -129,7 +131,8 @@ impl Stream {
             let timeout_ms = u32::try_from(timeout.as_millis().saturating_mul(2)).unwrap_or(u32::MAX);
             setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
         }
-        Ok(Self { fd, peer, tls: None })
+        let address = host_of(&fd);
+        Ok(Self { fd, peer, address, tls: None })
     }
 
     /// Speaks TLS from here on, as the side that connected.
@@ -180,6 +183,27 @@ impl Stream {
     /// The other side, for messages: "192.0.2.7:9996".
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// Who the other side is: an address without port.
+    pub fn origin(&self) -> &str {
+        &self.address
+    }
+
+    /// As if it came from there.
+    #[cfg(test)]
+    pub fn from(self, origin: &str) -> Self {
+        Self { address: origin.to_owned(), ..self }
+    }
+
+    /// Bytes of memory that it takes beside what the kernel has.
+    pub fn buffered(&self) -> u64 {
+        self.tls.as_ref().map_or(0, |tls| tls.buffered())
+    }
+
+    /// Whether something has come that [`read`](Self::read) does not give: the beginning of TLS.
+    pub fn has_begun(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.has_begun())
     }
 
     /// What must be watched besides what the user of the stream wants.
@@ -406,6 +430,19 @@ pub(crate) fn peer_of(fd: &OwnedFd) -> String {
     match socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
         Ok(address) => shown(&address),
         Err(_) => "a connection that is gone".to_owned(),
+    }
+}
+
+/// The host at the other end of a socket; of IPv6 its network of 64 bits, all of which one host may use.
+fn host_of(fd: &OwnedFd) -> String {
+    let address = socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()).ok().and_then(|a| std_address(&a));
+    match address.map(|address| address.ip().to_canonical()) {
+        Some(IpAddr::V4(v4)) => v4.to_string(),
+        Some(IpAddr::V6(v6)) => {
+            let network = v6.to_bits() >> 64 << 64;
+            format!("{}/64", std::net::Ipv6Addr::from_bits(network))
+        }
+        None => "a local socket".to_owned(),
     }
 }
 

@@ -250,6 +250,7 @@ pub(super) struct Session {
     /// Decrypted bytes that nobody has read yet.
     unread: usize,
     ending: bool,
+    begun: bool,
 }
 
 impl Session {
@@ -265,12 +266,22 @@ impl Session {
 
     fn new(mut connection: Connection) -> Self {
         connection.set_buffer_limit(Some(HELD));
-        Self { connection, incoming: Vec::new(), at: 0, unread: 0, ending: false }
+        Self { connection, incoming: Vec::new(), at: 0, unread: 0, ending: false, begun: false }
     }
 
     /// What the socket must be watched for so that it gets on.
     pub(super) fn interest(&self) -> Interest {
         Interest { read: self.connection.is_handshaking(), write: self.connection.wants_write(), edge: false }
+    }
+
+    /// Bytes of memory it takes, as far as they are known.
+    pub(super) fn buffered(&self) -> u64 {
+        self.incoming.capacity() as u64
+    }
+
+    /// Whether the other side has said anything.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
     }
 
     pub(super) fn pending(&self) -> bool {
@@ -332,10 +343,15 @@ impl Session {
             self.incoming.resize(if greeting { RECEIVED_FIRST } else { RECEIVED }, 0);
             let came = Socket(socket).read(&mut self.incoming);
             self.incoming.truncate(*came.as_ref().unwrap_or(&0));
+            self.begun |= !self.incoming.is_empty();
             end = match came {
                 Ok(count) => count == 0,
                 Err(error) if greeting && error.kind() == io::ErrorKind::ConnectionReset => true,
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // An idle connection takes nothing.
+                    self.incoming = Vec::new();
+                    return Err(error);
+                }
             };
         }
         self.feed()?;

@@ -179,6 +179,8 @@ impl Snapshot {
     /// For lists.
     pub(super) fn info(&self) -> pb::SnapshotInfo {
         pb::SnapshotInfo {
+            origin: String::new(),
+            saved: String::new(),
             name: self.begin.name.clone(),
             state: self.state.into(),
             pid: self.begin.pid,

@@ -250,9 +250,9 @@ fn as_many_open_images_as_may_be() {
 #[test]
 fn strangers_are_limited_and_time_out() {
     let mut bench = Bench::with(None, Duration::from_millis(500));
-    let mut silent: Vec<Peer> = (0..80).map(|_| bench.stranger()).collect();
+    let mut silent: Vec<Peer> = (0..300).map(|_| bench.stranger()).collect();
     bench.run();
-    assert!(silent.iter_mut().map(Peer::is_closed).filter(|closed| *closed).count() >= 80 - 64);
+    assert!(silent.iter_mut().map(Peer::is_closed).filter(|closed| *closed).count() >= 300 - 256);
     bench.until("all to be gone", |_| silent.iter_mut().all(Peer::is_closed).then_some(()));
     assert_eq!(bench.cache.lines(), 0);
 }

@@ -4,6 +4,7 @@
 mod hostile;
 mod life;
 mod limit;
+mod quota;
 mod readers;
 mod sizes;
 mod whole;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use prost::Message;
 
-use super::Cache;
+use super::{Cache, Limits};
 use crate::image::ImageFile;
 use crate::remote::net::Stream;
 use crate::remote::pb::snapshot_info::State;
@@ -60,7 +61,11 @@ impl Bench {
     }
 
     fn with(max: Option<u64>, timeout: Duration) -> Self {
-        Self { cache: Cache::new(max, timeout, "in a test".to_owned()).unwrap() }
+        Self::limited(Limits::new(max, max, 40_000), timeout)
+    }
+
+    fn limited(limits: Limits, timeout: Duration) -> Self {
+        Self { cache: Cache::new(limits, timeout, "in a test".to_owned()).unwrap() }
     }
 
     /// Lets the cache do what it can do now.
@@ -85,16 +90,25 @@ impl Bench {
 
     /// A connection that has said nothing yet.
     fn stranger(&mut self) -> Peer {
+        self.stranger_at("a local socket")
+    }
+
+    fn stranger_at(&mut self, origin: &str) -> Peer {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let stream = Stream::new(theirs.into(), "a test".to_owned(), LONG).unwrap();
+        let stream = Stream::new(theirs.into(), "a test".to_owned(), LONG).unwrap().from(origin);
         self.cache.add_source(stream).unwrap();
         Peer { socket: ours, came: Vec::new(), greeted: false }
     }
 
     /// A connection that has said Hello.
     fn source(&mut self) -> Peer {
-        let mut peer = self.stranger();
+        self.source_at("a local socket")
+    }
+
+    /// The same from another host.
+    fn source_at(&mut self, origin: &str) -> Peer {
+        let mut peer = self.stranger_at(origin);
         self.send(&mut peer, &hello(1));
         let (header, _) = self.frame(&mut peer);
         assert_eq!(header.kind, Kind::Hello);
@@ -320,6 +334,7 @@ struct Script {
     frames: Vec<u8>,
     images: Vec<pb::commit::Image>,
     last: u32,
+    inventory: bool,
 }
 
 /// A piece of an image.
@@ -349,11 +364,12 @@ impl Script {
 
     fn from(stream: u32, begin: &pb::SnapshotBegin) -> Self {
         let frames = wire::frame(Kind::SnapshotBegin, stream, 0, begin);
-        Self { stream, frames, images: Vec::new(), last: 0 }
+        Self { stream, frames, images: Vec::new(), last: 0, inventory: false }
     }
 
     fn image_begin(&mut self, name: &str) -> u32 {
         self.last += 1;
+        self.inventory |= name == "inventory.img";
         let begin = pb::ImageBegin { name: name.to_owned(), expected_bytes: 0 };
         self.frames.extend(wire::frame(Kind::ImageBegin, self.stream, self.last, &begin));
         self.last
@@ -412,6 +428,13 @@ impl Script {
     }
 
     fn commit(mut self) -> Vec<u8> {
+        if !self.inventory {
+            self = self.image("inventory.img", b"inventory");
+        }
+        self.commit_as_it_is()
+    }
+
+    fn commit_as_it_is(mut self) -> Vec<u8> {
         let commit = pb::Commit { images: self.images };
         self.frames.extend(wire::frame(Kind::Commit, self.stream, 0, &commit));
         self.frames

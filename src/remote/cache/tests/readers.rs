@@ -133,7 +133,7 @@ fn lists_come_in_pages() {
     for name in &names {
         script = script.image(name, name.as_bytes());
     }
-    bench.bring(&mut peer, script);
+    bench.bring(&mut peer, script.image("inventory.img", b"inventory"));
     let restore = bench.take("s");
     let (mut found, mut pages) = (Vec::new(), 0);
     loop {
@@ -149,7 +149,7 @@ fn lists_come_in_pages() {
             break;
         }
     }
-    assert_eq!(found, names);
+    assert_eq!(found[..3000], names);
     assert!(pages > 1);
 }
 

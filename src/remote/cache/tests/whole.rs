@@ -22,7 +22,14 @@ fn start(dir: &Path) -> (UnixStream, JoinHandle<Result<(), Failure>>) {
         timeout: LONG,
     };
     let daemon = DaemonSettings::default();
-    let settings = CacheSettings { net, work_dir: dir.to_owned(), max_memory: None, restore: None, daemon };
+    let settings = CacheSettings {
+        net,
+        work_dir: dir.to_owned(),
+        max_memory: None,
+        max_per_source: None,
+        restore: None,
+        daemon,
+    };
     let front = Front::cache(&settings).unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     (ours, std::thread::spawn(move || run(front, &settings)))
