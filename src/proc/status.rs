@@ -49,6 +49,10 @@ pub struct Status {
     pub vm_size_bytes: Option<u64>,
     pub vm_lck_bytes: Option<u64>,
     pub vm_rss_bytes: Option<u64>,
+    /// Of that anonymous memory.
+    pub rss_anon_bytes: Option<u64>,
+    /// Of that shared memory.
+    pub rss_shmem_bytes: Option<u64>,
     pub vm_swap_bytes: Option<u64>,
     pub core_dumping: Option<bool>,
     /// Whether PR_SET_THP_DISABLE was not used. Linux 5.0.
@@ -227,6 +231,8 @@ pub fn parse(bytes: &[u8]) -> Result<Status, ParseError> {
         vm_size_bytes: l.maybe("VmSize", kib)?,
         vm_lck_bytes: l.maybe("VmLck", kib)?,
         vm_rss_bytes: l.maybe("VmRSS", kib)?,
+        rss_anon_bytes: l.maybe("RssAnon", kib)?,
+        rss_shmem_bytes: l.maybe("RssShmem", kib)?,
         vm_swap_bytes: l.maybe("VmSwap", kib)?,
         core_dumping: l.maybe("CoreDumping", flag)?,
         thp_enabled: l.maybe("THP_enabled", flag)?,

@@ -24,13 +24,13 @@ const NONE: &[&str] = &[];
 const GENERATIONS: usize = 5;
 
 /// A connection to a cache, as a dump or a proxy has it.
-struct Source {
-    stream: TcpStream,
-    streams: u32,
+pub struct Source {
+    pub stream: TcpStream,
+    pub streams: u32,
 }
 
 impl Source {
-    fn connect(cache: &Daemon) -> Self {
+    pub fn connect(cache: &Daemon) -> Self {
         let mut stream = TcpStream::connect(("127.0.0.1", cache.port())).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let hello = pb::Hello { version: wire::VERSION, timeout_ms: 60_000, ..pb::Hello::default() };
@@ -44,7 +44,7 @@ impl Source {
         source
     }
 
-    fn hear(&mut self) -> (Header, Vec<u8>) {
+    pub fn hear(&mut self) -> (Header, Vec<u8>) {
         loop {
             let mut header = [0; HEADER];
             self.stream.read_exact(&mut header).unwrap();
@@ -60,7 +60,7 @@ impl Source {
         }
     }
 
-    fn say<M: prost::Message>(&mut self, kind: Kind, image: u32, message: &M) {
+    pub fn say<M: prost::Message>(&mut self, kind: Kind, image: u32, message: &M) {
         self.stream.write_all(&wire::frame(kind, self.streams, image, message)).unwrap();
     }
 
@@ -147,6 +147,10 @@ fn divided() -> (Site, PathBuf) {
     Site::run(&mut site.crtool("src", &words)).succeeded();
     site.reap();
     let divided = split::split(&images, GENERATIONS, 0xc4a1).unwrap();
+    // Each is a dump of its own.
+    for generation in 1..GENERATIONS {
+        fs::copy(images.join("inventory.img"), older(&images, generation).join("inventory.img")).unwrap();
+    }
     assert!(divided.pages.iter().all(|pages| *pages > 50) && divided.stale > 1000, "{divided:?}");
     (site, images)
 }

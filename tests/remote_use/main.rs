@@ -10,6 +10,7 @@ mod certificates;
 mod chain;
 mod compress;
 mod given;
+mod greedy;
 mod program;
 mod site;
 #[path = "../live/chain.rs"]
@@ -50,6 +51,9 @@ const TRIALS: &[(&str, Run)] = &[
     ("chain_of_snapshots", chain::restored),
     ("chain_whose_parents_stay", chain::parents_stay),
     ("chain_without_a_parent", chain::no_parent),
+    ("two_trees_that_do_not_fit_together", greedy::two_trees),
+    ("frames_that_never_end", greedy::frames_that_never_end),
+    ("images_without_end", greedy::images_without_end),
     ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];
 

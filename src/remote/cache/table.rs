@@ -4,6 +4,7 @@
 //! snapshot still is what is wanted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
 
 use super::snapshot::Snapshot;
 
@@ -18,13 +19,7 @@ pub(super) struct Table {
     sources: HashMap<u64, BTreeSet<u64>>,
 }
 
-fn without<K: std::hash::Hash + Eq, Q: ?Sized + std::hash::Hash + Eq>(
-    index: &mut HashMap<K, BTreeSet<u64>>,
-    key: &Q,
-    id: u64,
-) where
-    K: std::borrow::Borrow<Q>,
-{
+fn without<K: Hash + Eq>(index: &mut HashMap<K, BTreeSet<u64>>, key: &K, id: u64) {
     if let Some(ids) = index.get_mut(key) {
         ids.remove(&id);
         if ids.is_empty() {
@@ -45,7 +40,7 @@ impl Table {
 
     pub(super) fn remove(&mut self, id: u64) -> Option<Snapshot> {
         let snapshot = self.all.remove(&id)?;
-        without(&mut self.names, snapshot.begin.name.as_str(), id);
+        without(&mut self.names, &snapshot.begin.name, id);
         without(&mut self.dumps, &snapshot.begin.id, id);
         if let Some(owner) = snapshot.owner {
             without(&mut self.sources, &owner.source, id);

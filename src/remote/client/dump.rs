@@ -10,11 +10,11 @@ use nix::errno::Errno;
 
 use super::super::{Failure, draw, host, pb};
 use super::direct::Direct;
-use super::image_error;
 use super::link::Fate;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
+use super::{estimate, image_error};
 use crate::image::{BEFORE_PAGES, ImageError, ImageFile, ImageSink, PagesSink, Store};
 use crate::settings::{DumpSettings, Leave, RemoteSettings};
 
@@ -45,7 +45,7 @@ impl RemoteDump {
             comm: String::from_utf8_lossy(comm.trim_ascii_end()).into_owned(),
             host: host(),
             source_survives: dump.leave != Leave::Killed,
-            expected_bytes: 0,
+            expected_bytes: estimate::bytes(pid),
             created: created.as_secs(),
             before_pages: BEFORE_PAGES.to_owned(),
             id: draw(),

@@ -7,6 +7,7 @@
 pub mod control;
 mod direct;
 mod dump;
+mod estimate;
 mod link;
 mod packets;
 mod proxied;
