@@ -742,4 +742,20 @@ mod tests {
         }
         assert!(split(&[], 3, 0).iter().all(Vec::is_empty));
     }
+
+    #[test]
+    fn what_has_come_is_cut_off() {
+        let piece = |start: u64, end, image, offset| Piece { start, end, image, offset };
+        let mut left = vec![piece(0x1000, 0x3000, 0, 0), piece(0x8000, 0xc000, 0, 0x2000)];
+        // Pages of which a part is there are not.
+        assert_eq!(cut_off(&mut left, &[0xfff]), []);
+        assert_eq!(
+            cut_off(&mut left, &[0x4fff]),
+            [piece(0x1000, 0x3000, 0, 0), piece(0x8000, 0xa000, 0, 0x2000)]
+        );
+        assert_eq!(left, [piece(0xa000, 0xc000, 0, 0x4000)]);
+        assert_eq!(cut_off(&mut left, &[0x4fff]), []);
+        assert_eq!(cut_off(&mut left, &[u64::MAX]), [piece(0xa000, 0xc000, 0, 0x4000)]);
+        assert!(left.is_empty());
+    }
 }

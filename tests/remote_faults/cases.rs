@@ -418,8 +418,8 @@ fn receiving(site: &Site, host: Host, name: &str, bytes: u64) -> Result<(), Stri
     }
 }
 
-fn slow(site: &Site, host: Host, rate: &str) -> Result<(), String> {
-    site.shell(host, &format!("tc qdisc add dev eth0 root tbf rate {rate} burst 64kb latency 200ms"))
+pub fn slow(site: &Site, host: Host, rate: &str) -> Result<(), String> {
+    site.shell(host, &format!("tc qdisc replace dev eth0 root tbf rate {rate} burst 64kb latency 200ms"))
 }
 
 /// A transfer may take longer than any time-out, as long as bytes come.

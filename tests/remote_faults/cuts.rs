@@ -45,6 +45,7 @@ impl Road {
         way: Way,
         spot: Spot,
         name: &str,
+        early: bool,
     ) -> Result<(Option<Kind>, Outcome), String> {
         let forwarder = self.at(site.at);
         if spot.frame == Frame::First(Kind::Hello) {
@@ -53,8 +54,9 @@ impl Road {
         }
         forwarder.arm(Some(spot));
         site.daemons(way)?;
+        let waiting = if early { Some(site.begin_restore(name)?) } else { None };
         let dump = site.begin_dump(way, name)?.end()?;
-        let plan = Plan { way, victim: Victim::Nobody, early: false };
+        let plan = Plan { way, victim: Victim::Nobody, early };
         if !matches!(dump.end, End::Exited(0..=2)) {
             return Err(format!("the dump ended with {:?}: {}", dump.end, dump.said));
         }
@@ -62,7 +64,7 @@ impl Road {
             return Err(format!("the dump does not say why it ended with {:?}", dump.end));
         }
         let outcome =
-            settle(site, plan, name, None, dump.end).map_err(|e| format!("{e}\nthe dump: {dump:?}"))?;
+            settle(site, plan, name, waiting, dump.end).map_err(|e| format!("{e}\nthe dump: {dump:?}"))?;
         expect(outcome, dump.end)?;
         let hit = forwarder.hit();
         forwarder.arm(None);
@@ -91,8 +93,9 @@ fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Outcome> {
 }
 
 /// One migration with a fault; whether it has happened.
-fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str) -> Result<bool, String> {
-    let (hit, outcome) = road.migrate(site, way, spot, name).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
+fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str, early: bool) -> Result<bool, String> {
+    let (hit, outcome) =
+        road.migrate(site, way, spot, name, early).map_err(|e| format!("{name}, {spot:?}: {e}"))?;
     match certain(way, spot, hit) {
         Some(must) if must != outcome => {
             Err(format!("{name}, {spot:?}, which was {hit:?}: the tree {outcome:?}"))
@@ -127,7 +130,7 @@ pub fn kinds(site: &mut Site) -> Result<(), String> {
             for fault in CUTS {
                 let name = format!("{way:?} {kind:?} {from_source} {fault:?}");
                 let spot = Spot { from_source, frame: Frame::First(kind), fault };
-                let hit = one(&road, site, way, spot, &name)?;
+                let hit = one(&road, site, way, spot, &name, false)?;
                 hits += usize::from(hit);
                 if always && !hit {
                     return Err(format!("{name}: there was none"));
@@ -156,7 +159,8 @@ pub fn flips(site: &mut Site) -> Result<(), String> {
         for bit in [184, 2, 46] {
             let fault = Fault::Flip { bit, header: true };
             let spot = Spot { from_source: true, frame: Frame::First(Kind::Confirm), fault };
-            let (hit, outcome) = road.migrate(site, way, spot, &format!("{way:?} last word {bit}"))?;
+            let (hit, outcome) =
+                road.migrate(site, way, spot, &format!("{way:?} last word {bit}"), bit == 2)?;
             if (hit, outcome) != (Some(Kind::Confirm), Outcome::Moved) {
                 return Err(format!("{way:?}, bit {bit} of {hit:?}: the tree {outcome:?}"));
             }
@@ -182,7 +186,7 @@ fn at_random(
         let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
         let spot = Spot { from_source: true, frame: Frame::Number(frame), fault };
         let name = format!("random {number}");
-        hits += usize::from(one(&road, site, way, spot, &name)?);
+        hits += usize::from(one(&road, site, way, spot, &name, number % 2 == 1)?);
     }
     println!("{way:?}: {hits} faults in {times} migrations");
     Ok(())
@@ -195,7 +199,7 @@ pub fn split(site: &mut Site) -> Result<(), String> {
         for number in 0..12 {
             let frame = usize::try_from(site.random(road.frames.0 as u64)).unwrap_or(0);
             let spot = Spot { from_source: true, frame: Frame::Number(frame), fault: Fault::Split(3000) };
-            let (_, outcome) = road.migrate(site, way, spot, &format!("split {number}"))?;
+            let (_, outcome) = road.migrate(site, way, spot, &format!("split {number}"), number % 2 == 1)?;
             if outcome != Outcome::Moved {
                 return Err(format!("{spot:?}: a frame in pieces was not taken"));
             }
@@ -213,7 +217,7 @@ pub fn stalls(site: &mut Site) -> Result<(), String> {
     {
         let frame = Frame::Number(road.frames.0 / 2 + number);
         let spot = Spot { from_source: true, frame, fault: Fault::Stall(Duration::from_secs(seconds)) };
-        let (_, became) = road.migrate(site, Way::Proxied, spot, &format!("stall {number}"))?;
+        let (_, became) = road.migrate(site, Way::Proxied, spot, &format!("stall {number}"), false)?;
         if became != outcome {
             return Err(format!("after a pause of {seconds} s the tree {became:?}"));
         }

@@ -9,6 +9,7 @@ use nix::{
 };
 
 use crate::aim::Aim;
+use crate::hosts::Host;
 use crate::reaper::End;
 use crate::site::{CACHE, LIMIT, PROXY, Site, Tool, Way};
 
@@ -172,7 +173,12 @@ fn one(site: &mut Site, plan: Plan, name: &str, moment: Duration) -> Result<(Out
     expect(outcome, ended.end).map(|outcome| (outcome, in_time))
 }
 
-fn kill_daemon(pid: Option<i32>) {
+/// Whether images of a snapshot still come.
+pub fn receiving_on(site: &Site, host: Host, name: &str) -> bool {
+    site.snapshot(host, name).is_some_and(|snapshot| snapshot.state() == State::Receiving)
+}
+
+pub fn kill_daemon(pid: Option<i32>) {
     if let Some(pid) = pid {
         let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }

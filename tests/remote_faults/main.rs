@@ -10,6 +10,7 @@
 
 #![allow(unreachable_pub)] // a test binary exports nothing: `pub` means "for the other modules"
 
+mod ahead;
 #[allow(dead_code)] // here nothing comes too early
 #[path = "../faults/aim.rs"]
 mod aim;
@@ -77,6 +78,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("bytes_one_by_one", cuts::split),
     ("stalled", cuts::stalls),
     ("anyone_killed_while_restore_waits", kills::anyone),
+    ("anyone_killed_while_processes_are_made", ahead::anyone),
 ];
 
 fn main() -> ExitCode {

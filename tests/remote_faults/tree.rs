@@ -82,6 +82,18 @@ pub fn members(init: i32) -> Vec<Member> {
     pids.filter(|&pid| namespace(pid).as_ref() == Some(&home)).filter_map(member).collect()
 }
 
+/// Who has the pid `inner` in the pid namespace of `init`, whatever it is.
+pub fn with_pid(init: i32, inner: &str) -> Option<i32> {
+    let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let home = namespace(init)?;
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()).find(|&pid| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let own = status.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last());
+        own == Some(inner) && namespace(pid).as_ref() == Some(&home)
+    })
+}
+
 fn member(pid: i32) -> Option<Member> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let field = |name: &str| {

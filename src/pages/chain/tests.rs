@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
@@ -292,10 +294,30 @@ fn a_chain_has_an_end() {
     assert_eq!(error(&chain(&more)), "memory:: a chain of more than 256 parent snapshots");
 }
 
-/// A store whose pages go as they are read, but not those of its parents.
-struct Freed(MemStore);
+/// A store whose pages go as they are read, but not those of its parents, or come as they are read.
+struct Moving(MemStore, Option<Arc<Coming>>);
 
-impl Store for Freed {
+/// Brings two pages at a time, behind two of another image.
+#[derive(Debug)]
+struct Coming {
+    pages: MemStore,
+    asked: Mutex<Vec<u64>>,
+}
+
+impl Arrival for Coming {
+    fn part(&self, name: &str, least: u64) -> Result<Part, ImageError> {
+        self.asked.lock().unwrap().push(least);
+        let whole = self.pages.open_raw(name)?.unwrap();
+        let len = least.next_multiple_of(2 * PAGE).min(whole.len());
+        let mut bytes = vec![0; usize::try_from(len).unwrap()];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&bytes, 2 * PAGE).unwrap();
+        Ok(Part { file, start: 2 * PAGE, len, complete: len == whole.len() })
+    }
+}
+
+impl Store for Moving {
     fn create_raw(&self, name: &str) -> Result<Box<dyn ImageSink>, ImageError> {
         self.0.create_raw(name)
     }
@@ -327,17 +349,76 @@ impl Store for Freed {
         self.0.unfinished()
     }
     fn consumed(&self) -> bool {
+        self.1.is_none()
+    }
+    fn has_holes(&self) -> bool {
         true
+    }
+    fn arrival(&self) -> Option<Arc<dyn Arrival>> {
+        self.1.clone().map(|coming| -> Arc<dyn Arrival> { coming })
     }
 }
 
 #[test]
 fn only_the_child_is_consumed() {
-    let store = Freed(chain(&[vec![(0, 2, PARENT), (2, 2, PRESENT)], vec![(0, 9, PRESENT)]]));
+    let store = Moving(chain(&[vec![(0, 2, PARENT), (2, 2, PRESENT)], vec![(0, 9, PRESENT)]]), None);
     let pages = read(&store).unwrap();
     let consumed: Vec<bool> = pages.images().iter().map(|image| image.consumed).collect();
     assert_eq!(consumed, [true, false]);
     // Those that have nothing which is wanted are closed again.
     let store = chain(&[vec![(0, 9, PARENT)], vec![(0, 9, PARENT), (9, 1, PRESENT)], vec![(0, 9, PRESENT)]]);
     assert_eq!(read(&store).unwrap().images().len(), 1);
+}
+
+#[test]
+fn pages_that_arrive_are_waited_for() {
+    let pages = chain(&[vec![(0, 3, PRESENT), (10, 2, PRESENT)]]);
+    let coming = Arc::new(Coming { pages: pages.clone(), asked: Mutex::default() });
+    let asked = || std::mem::take(&mut *coming.asked.lock().unwrap());
+    let arriving = read(&Moving(pages, Some(coming.clone()))).unwrap();
+    assert!(asked().is_empty() && arriving.are_arriving(), "to know which there are takes none of them");
+    let fetch = |page: u64| {
+        let piece = arriving.within(FIRST + page * PAGE, FIRST + (page + 1) * PAGE).next().unwrap();
+        let mut bytes = vec![0; PAGE as usize];
+        arriving.fetch(&[piece], &mut bytes).unwrap();
+        assert_eq!(bytes, content(0, page), "{page}");
+    };
+    fetch(2);
+    assert_eq!(asked(), [3 * PAGE]);
+    // What has come once is not asked for again.
+    (0..3).chain([10]).for_each(fetch);
+    assert_eq!(asked(), [0_u64; 0]);
+    assert!(arriving.are_arriving());
+    arriving.wait().unwrap();
+    assert_eq!(asked(), [5 * PAGE]);
+    assert!(!arriving.are_arriving());
+    // More than there will ever be.
+    let short = Coming { pages: chain(&[vec![(0, 1, PRESENT)]]), asked: Mutex::default() };
+    let long = read(&Moving(chain(&[vec![(0, 3, PRESENT)]]), Some(Arc::new(short)))).unwrap();
+    assert_eq!(long.wait().unwrap_err().to_string(), "read memory:/pages-3.img");
+}
+
+#[test]
+fn holes_are_left_out() {
+    let store = chain(&[vec![(0, 8, PRESENT)]]);
+    let image = store.open_raw("pages-3.img").unwrap().unwrap().into_file();
+    let file = File::options().write(true).open(format!("/proc/self/fd/{}", image.as_raw_fd())).unwrap();
+    file.set_len(2 * PAGE).unwrap();
+    file.set_len(4 * PAGE).unwrap();
+    file.write_all_at(&[1], 4 * PAGE).unwrap();
+    file.set_len(8 * PAGE).unwrap();
+    let left = |store: &dyn Store| {
+        let pages = read(store).unwrap();
+        let mut left = Vec::new();
+        for piece in pages.within(FIRST + PAGE, FIRST + 8 * PAGE) {
+            pages.without_holes(piece, &mut left).unwrap();
+        }
+        left.iter()
+            .map(|piece| ((piece.start - FIRST) / PAGE, piece.len() / PAGE, piece.offset / PAGE))
+            .collect()
+    };
+    let all: Vec<(u64, u64, u64)> = left(&store);
+    assert_eq!(all, [(1, 7, 1)], "of a store whose holes mean nothing");
+    let data: Vec<(u64, u64, u64)> = left(&Moving(store, None));
+    assert_eq!(data, [(1, 1, 1), (4, 1, 4)]);
 }
