@@ -287,6 +287,8 @@ pub struct RemoteSettings {
     pub compress: bool,
     /// Longest silence of a daemon, and longest wait for it to be there.
     pub timeout: Duration,
+    /// Restore: the snapshot of this id and no other; 0 for any of the name.
+    pub snapshot_id: u64,
     /// Restore: how long to wait for the snapshot to begin to arrive.
     pub wait_snapshot: Duration,
     /// Dump: how long to wait for the tree to run at the destination; not at all if `None`.

@@ -287,6 +287,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     value("max-memory", For(&[ImageCache])),
     value("max-per-source", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
+    value("snapshot-id", For(&[Restore])),
     switch("allow-symlinks", For(&[Restore])),
     switch("host-clocks", For(&[Restore])),
     switch("owner-check", ALL).on_by_default(),

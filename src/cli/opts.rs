@@ -134,6 +134,9 @@ pub(crate) struct Opts {
     /// Restore: free memory of the cache while reading; if the restore fails then, the snapshot is lost
     #[arg(long, help_heading = "Migration")]
     pub(crate) free_as_read: bool,
+    /// Restore: the snapshot with this id and no other, without waiting; image-cache --restore says it
+    #[arg(long, value_name = "ID", value_parser = snapshot_id, help_heading = "Migration")]
+    pub(crate) snapshot_id: Option<u64>,
     /// image-cache: most memory for images, with K, M or G [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
     pub(crate) max_memory: Option<u64>,
@@ -293,6 +296,10 @@ pub(crate) struct Wanted(&'static str);
 
 fn seconds(text: &str) -> Result<u32, Wanted> {
     text.parse().map_err(|_| Wanted("a time is a whole number of seconds"))
+}
+
+fn snapshot_id(text: &str) -> Result<u64, Wanted> {
+    crate::remote::journal::parse_id(text).ok_or(Wanted("an id is 16 hexadecimal digits"))
 }
 
 fn fraction(text: &str) -> Result<f64, Wanted> {

@@ -146,7 +146,7 @@ pub(super) fn restore(
     work_dir: &Path,
 ) -> Result<Option<RemoteSettings>, UsageError> {
     if !opts.remote {
-        typed.needless(&["free-as-read"], "--remote")?;
+        typed.needless(&["free-as-read", "snapshot-id"], "--remote")?;
         return Ok(None);
     }
     let mut settings = both(opts, work_dir)?;
@@ -166,6 +166,7 @@ fn both(opts: &Opts, work_dir: &Path) -> Result<RemoteSettings, UsageError> {
         work_dir: work_dir.to_owned(),
         compress: opts.compress == Some(Compress::Lz4),
         timeout: patience(opts),
+        snapshot_id: opts.snapshot_id.unwrap_or(0),
         wait_snapshot: DEFAULT_WAIT_SNAPSHOT,
         wait_restored: None,
         free_as_read: false,

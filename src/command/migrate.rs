@@ -313,20 +313,29 @@ fn settle(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<&'st
         bail!("the crtool that migrates it lives, and asks by itself");
     };
     let way = way(departure, remote);
+    let ask = || {
+        let asked = client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout);
+        asked.context("whether it runs at the destination is not known")
+    };
     if !departure.root.is_there() {
-        bail!(
-            "its root, process {}, is not there any more: see whether it runs at the destination (image-cache list there), and \
-             say crtool migrate kill",
-            departure.root.pid
-        );
+        // Whoever migrated it may have died when all was done but this.
+        if let client::Fate::Fell(why) = ask()? {
+            bail!(
+                "its root, process {}, is not there any more, and it does not run at the destination: {why}; if a snapshot {} \
+                   is in doubt there, image-cache release lets it be restored",
+                departure.root.pid,
+                departure.name
+            );
+        }
+        open.close();
+        return Ok("it runs at the destination, and is gone here");
     }
     if !is_stopped(departure) {
         // Nobody was told to let it run there before all of it was stopped.
         let told = client::take_back(&way, resume(departure, back()));
         return back_here(departure, open, told, "it was not handed over, and runs here");
     }
-    let asked = client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout);
-    match asked.context("whether it runs at the destination is not known")? {
+    match ask()? {
         client::Fate::Runs(_) => {
             signal(departure, libc::SIGKILL)?;
             open.close();

@@ -9,6 +9,8 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::fcntl::{Flock, FlockArg};
@@ -20,6 +22,8 @@ use crate::{
     settings::OwnerCheck,
 };
 
+/// Whoever shares descriptors with a crtool that was killed takes a moment to die.
+const DYING: Duration = Duration::from_secs(1);
 /// Records of a cache that are kept.
 const HISTORY: usize = 1000;
 
@@ -183,11 +187,16 @@ impl Departure {
     /// Takes it over, if whoever wrote it is dead. `None`: that crtool lives, and looks for [`Word`]s.
     pub fn take_over(&self, work_dir: &Path) -> io::Result<Option<Open>> {
         let path = Self::path(work_dir, self.id);
-        let file = File::open(&path)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(Open { path, _lock: lock })),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, e)) => Err(e.into()),
+        let mut file = File::open(&path)?;
+        let begun = Instant::now();
+        loop {
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Some(Open { path, _lock: lock })),
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) if begun.elapsed() > DYING => return Ok(None),
+                Err((back, nix::errno::Errno::EWOULDBLOCK)) => file = back,
+                Err((_, e)) => return Err(e.into()),
+            }
+            thread::sleep(DYING / 50);
         }
     }
 }

@@ -24,6 +24,7 @@ mod once;
 #[path = "../real/reaper.rs"]
 mod reaper;
 mod roles;
+mod run_first;
 mod site;
 mod soak;
 #[path = "../faults/stepper.rs"]
@@ -65,6 +66,13 @@ const TRIALS: &[(&str, Run)] = &[
     ("cache_killed_direct", kills::cache_direct),
     ("restore_killed", kills::restore),
     ("early_restore_killed", kills::early_restore),
+    ("source_of_migrate_killed", run_first::source),
+    ("source_of_migrate_killed_proxied", run_first::source_proxied),
+    ("proxy_of_migrate_killed", run_first::proxy),
+    ("cache_of_migrate_killed", run_first::cache),
+    ("cache_of_migrate_killed_proxied", run_first::cache_proxied),
+    ("restore_of_migrate_killed", run_first::restore),
+    ("migrate_disturbed_at_every_kind_of_frame", run_first::kinds),
     ("dump_at_every_step", steps::dump),
     ("dump_at_every_step_direct", steps::dump_direct),
     ("restore_at_every_step", steps::restore),

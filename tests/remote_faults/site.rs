@@ -53,6 +53,8 @@ pub struct Site {
     pub at: Host,
     /// Ports on each host where sources find the cache of the other one, if somebody stands between.
     pub detour: Option<[u16; 2]>,
+    /// Caches restore what `migrate` sends.
+    pub restores: bool,
     inits: [i32; 2],
     daemons: BTreeMap<(&'static str, &'static str), i32>,
     /// Daemons that could not take their sockets away, and have no successors.
@@ -108,6 +110,7 @@ impl Site {
             reaper: Reaper::start(),
             at: Host::Left,
             detour: None,
+            restores: false,
             inits,
             daemons: BTreeMap::new(),
             killed: BTreeSet::new(),
@@ -234,7 +237,8 @@ impl Site {
     /// The daemons of a migration from where the tree is: the cache first, or the proxy.
     pub fn daemons(&mut self, way: Way) -> Result<(), String> {
         let (from, to) = (self.at, self.at.other());
-        self.daemon(to, CACHE, &["--port", "9996", "--timeout", TIMEOUT])?;
+        let words = ["--port", "9996", "--timeout", TIMEOUT, "--restore"];
+        self.daemon(to, CACHE, if self.restores { &words } else { &words[..4] })?;
         if way == Way::Proxied {
             let (address, port) = self.cache_address();
             self.daemon(from, PROXY, &["--address", &address, "--port", &port, "--timeout", TIMEOUT])?;
@@ -242,7 +246,7 @@ impl Site {
         Ok(())
     }
 
-    fn cache_address(&self) -> (String, String) {
+    pub fn cache_address(&self) -> (String, String) {
         match self.detour {
             Some(ports) => ("127.0.0.1".to_owned(), ports[self.at as usize].to_string()),
             None => (self.at.other().ipv4().to_owned(), "9996".to_owned()),
@@ -522,7 +526,9 @@ impl Site {
         for host in [Host::Left, Host::Right] {
             for entry in fs::read_dir(self.work_there(host)).map_err(|e| e.to_string())?.flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                if !name.ends_with(".log") && !name.starts_with("stats-") && name != "handover.id" {
+                let kept =
+                    name.ends_with(".log") || name.starts_with("stats-") || name.starts_with("handover");
+                if !kept {
                     return Err(format!("left in the work dir of host {}: {name}", host.name()));
                 }
             }
@@ -542,7 +548,7 @@ impl Site {
     pub fn logs(&self) -> String {
         let mut text = String::new();
         for host in [Host::Left, Host::Right] {
-            for name in ["dump", PROXY, CACHE, "restore"] {
+            for name in ["dump", "migrate", PROXY, CACHE, "restore"] {
                 let path = self.work_there(host).join(format!("{name}.log"));
                 let log = String::from_utf8_lossy(&fs::read(&path).unwrap_or_default()).into_owned();
                 let lines: Vec<&str> = log.lines().collect();

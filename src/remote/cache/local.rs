@@ -263,6 +263,12 @@ impl Client {
             }
             return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
         }
+        if get.id != 0
+            && !snapshots.all().any(|s| s.begin.id == get.id && s.begin.name == get.name && s.is_live())
+        {
+            let text = format!("snapshot {} is not here any more", get.name);
+            return Err(Failure::new(FailCode::FailNotFound, text));
+        }
         let until = Instant::now().checked_add(Duration::from_millis(get.wait_ms));
         let newest = snapshots.newest();
         self.pending = Some(Pending::Get { get, until, newest, seen: None, doubt: None });
@@ -376,8 +382,9 @@ impl Client {
         since: Option<Instant>,
         now: Instant,
     ) -> Option<Instant> {
-        let snapshot = id.and_then(|id| snapshots.get(id)).filter(|s| s.state == State::InDoubt);
-        snapshot.and_then(|_| since.or(now.checked_add(self.timeout)))
+        let snapshot = id.and_then(|id| snapshots.get(id)).filter(|s| s.state == State::InDoubt)?;
+        // A source that has not said Go when it vanished lets its tree go on.
+        if snapshot.begin.run_first { Some(now) } else { since.or(now.checked_add(self.timeout)) }
     }
 
     fn whole(&mut self, snapshots: &Snapshots, doubt: Option<Instant>, now: Instant) -> Answer {

@@ -70,9 +70,21 @@ impl Restorer {
         if let Some(odd) = wanted.options.iter().find(|option| !ASKED.contains(&option.as_str())) {
             return Err(failed(format!("the source asks for restore --{odd}, which is not for it to say")));
         }
-        let log = format!("restore-{}.log", journal::shown(wanted.drawn));
+        let drawn = journal::shown(wanted.drawn);
+        let log = format!("restore-{drawn}.log");
         let child = Command::new("/proc/self/exe")
-            .args(["restore", "--remote", "-d", "-D", &wanted.name, "-o", &log, "-W"])
+            .args([
+                "restore",
+                "--remote",
+                "-d",
+                "-D",
+                &wanted.name,
+                "--snapshot-id",
+                &drawn,
+                "-o",
+                &log,
+                "-W",
+            ])
             .arg(&self.work_dir)
             .args(wanted.options.iter().map(|option| format!("--{option}")))
             .args(&self.words)

@@ -144,7 +144,8 @@ impl RemoteSnapshot {
         let wait_ms = u64::try_from(remote.wait_snapshot.as_millis()).unwrap_or(u64::MAX);
         // What is freed as it is read could not be read again if the dump failed.
         let early = early && !remote.free_as_read;
-        let get = local_request::What::Get(pb::Get { name: name.clone(), wait_ms, early });
+        let get =
+            local_request::What::Get(pb::Get { name: name.clone(), id: remote.snapshot_id, wait_ms, early });
         let until = Instant::now() + PATIENCE;
         packets.send(get, &[], until)?;
         let mut fds = [PollFd::new(packets.fd(), PollFlags::POLLIN)];
@@ -233,7 +234,7 @@ impl Store for RemoteSnapshot {
         }
         let _pause = deadline::pause();
         let failed = |failure| image_error("wait for", &self.path, failure);
-        let get = pb::Get { name: self.session.name.clone(), wait_ms: 0, early: false };
+        let get = pb::Get { name: self.session.name.clone(), id: 0, wait_ms: 0, early: false };
         let packets = self.session.packets();
         let (reply, _) = packets.ask(local_request::What::Get(get), &[], ARRIVAL).map_err(failed)?;
         let local_reply::What::Snapshot(info) = reply else { return Err(failed(packets.unexpected(&reply))) };

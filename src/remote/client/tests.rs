@@ -155,6 +155,7 @@ fn connect(port: u16, compress: bool, timeout: Duration) -> Result<RemoteDump, F
         timeout,
         wait_snapshot: timeout,
         wait_restored: None,
+        snapshot_id: 0,
         free_as_read: false,
     };
     RemoteDump::connect(&remote, &DumpSettings::new(Pid::this(), Path::new(".")), false)

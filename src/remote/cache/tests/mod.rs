@@ -478,11 +478,11 @@ fn get(name: &str) -> local_request::What {
 }
 
 fn get_within(name: &str, wait_ms: u64) -> local_request::What {
-    local_request::What::Get(pb::Get { name: name.to_owned(), wait_ms, early: false })
+    local_request::What::Get(pb::Get { name: name.to_owned(), id: 0, wait_ms, early: false })
 }
 
 fn get_early(name: &str) -> local_request::What {
-    local_request::What::Get(pb::Get { name: name.to_owned(), wait_ms: 0, early: true })
+    local_request::What::Get(pb::Get { name: name.to_owned(), id: 0, wait_ms: 0, early: true })
 }
 
 fn read(name: &str, generation: u32) -> local_request::What {

@@ -162,7 +162,7 @@ fn read_while_it_arrives() {
     bench.send(&mut peer, &script.frames);
     script.frames.clear();
     let restore = bench.command();
-    let get = pb::Get { name: "s".to_owned(), wait_ms: 10_000, early: true };
+    let get = pb::Get { name: "s".to_owned(), id: 0, wait_ms: 10_000, early: true };
     restore.say(local_request::What::Get(get));
     bench.no_answer(&restore);
     let mut script = script.image("a.img", b"first");
