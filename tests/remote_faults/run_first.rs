@@ -284,11 +284,19 @@ pub fn kinds(site: &mut Site) -> Result<(), String> {
                     _ => &[Victim::Nobody],
                 };
                 for &victim in victims {
+                    if (victim, kind) == (Victim::Restore, Kind::SnapshotBegin) {
+                        // There is none yet.
+                        continue;
+                    }
                     let name = format!("{way:?} {kind:?} {fault:?} {victim:?}");
                     let spot = Spot { from_source, frame: Frame::First(kind), fault };
                     let forwarder = if site.at == Host::Left { &left } else { &right };
+                    let begun = Instant::now();
                     let (moved, hit) = at_frame(site, forwarder, way, spot, victim, &name)
                         .map_err(|e| format!("{name}: {e}"))?;
+                    if begun.elapsed() > Duration::from_secs(2) {
+                        println!("{name}: {:?}, hit {hit}, moved {moved}", begun.elapsed());
+                    }
                     runs += 1;
                     hits += usize::from(hit);
                     moves += usize::from(moved);

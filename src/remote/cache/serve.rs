@@ -280,7 +280,7 @@ impl Cache {
         for (token, line) in &mut self.lines {
             line.look_at_time(*token, &mut self.snapshots, now);
         }
-        self.abandon_at = self.snapshots.abandon(now, self.timeout * 3);
+        self.abandon_at = self.snapshots.abandon(now, self.timeout);
         self.due = self.snapshots.expire(now);
         self.retry(now);
         for (owner, letter) in self.snapshots.take_letters() {

@@ -22,6 +22,8 @@ use crate::settings::{DumpSettings, Leave, RemoteSettings};
 #[derive(Debug)]
 pub struct RemoteDump {
     id: u64,
+    /// The tree is ended last.
+    run_first: bool,
     outgoing: Arc<Outgoing>,
     /// `remote:NAME`, as messages say it.
     path: PathBuf,
@@ -63,6 +65,7 @@ impl RemoteDump {
         let compress = remote.direct.is_none() || remote.compress;
         Ok(Self {
             id,
+            run_first,
             outgoing: Arc::new(Outgoing::new(link, compress)),
             path,
             unfinished: Arc::default(),
@@ -119,7 +122,9 @@ impl RemoteDump {
 
     /// Says why the dump failed, for those who wait at the cache. To be called before it is dropped.
     pub fn give_up(&self, reason: &str) {
-        if self.complete.load(Ordering::Acquire) || self.settled.swap(true, Ordering::AcqRel) {
+        // What is complete may be the only one, but for a tree that is ended last.
+        let only = self.complete.load(Ordering::Acquire) && !self.run_first;
+        if only || self.settled.swap(true, Ordering::AcqRel) {
             return;
         }
         let reason: Vec<&str> = reason.split_whitespace().collect();
@@ -220,7 +225,7 @@ impl Drop for RemoteDump {
         if self.settled.load(Ordering::Acquire) {
             return;
         }
-        if self.complete.load(Ordering::Acquire) {
+        if self.complete.load(Ordering::Acquire) && !self.run_first {
             // Tasks may have been killed: to have the images thrown away could be the end of the tree. Without a word
             // they are kept; the proxy looks whether the root lives, a cache without one is in doubt.
             let name = self.path.display();

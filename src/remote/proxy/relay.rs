@@ -856,6 +856,13 @@ impl<D: Dial> Relay<D> {
                     }
                     self.over(id, State::Failed, &failure.text);
                 }
+                // Go has not been said: the dump lets its tree go on.
+                Phase::Prepared if s.begin.run_first && s.watch.is_none() => {
+                    if let Some(client) = s.dump.take().and_then(|dump| self.clients.get_mut(&dump)) {
+                        refuse(client, &failure);
+                    }
+                    self.settle(id, Word::Abort { reason: failure.text.clone() }, Instant::now());
+                }
                 // The cache may have it all, and its word of that may be lost.
                 Phase::Committed if s.watch.is_none() => {
                     self.spoilt = true;
