@@ -208,7 +208,7 @@ fn what_cannot_be_had_is_named() {
         assert!(error.contains("address no host.invalid: it does not resolve"), "{error}");
         let all = [&["image-proxy", "--address", "127.0.0.1"][..], detached].concat();
         let error = failure(&mut crtool(Path::new("/proc/self"), &all));
-        assert!(error.contains("socket /proc/self/img-proxy.sock"), "{error}");
+        assert!(error.contains("work dir /proc/self: "), "{error}");
     }
     let error = failure(&mut crtool(dir.path(), &["image-cache", "--ps-socket", "0"]));
     assert!(error.contains("--ps-socket: it is no socket"), "{error}");
@@ -274,6 +274,98 @@ fn other_users_are_sent_away() {
     assert!(error.contains("this daemon is for uid 0 and for root"), "{error}");
     assert!(daemon.log().contains("uid 65534"), "{}", daemon.log());
     daemon.end();
+}
+
+/// Listens at the sockets in the arguments for everybody, and says so; what anybody says to it goes to standard output.
+const STRANGER: &str = r#"
+import os, select, socket, sys
+doors = []
+for path in sys.argv[1:]:
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    door.bind(path)
+    os.chmod(path, 0o777)
+    door.listen(8)
+    doors.append(door)
+print("there", flush=True)
+while True:
+    for door in select.select(doors, [], [])[0]:
+        print("told", door.accept()[0].recv(100), flush=True)
+"#;
+
+/// In a directory in which everybody can make files.
+#[test]
+fn a_stranger_in_the_place_of_a_daemon_is_told_nothing() {
+    use std::io::{BufRead as _, BufReader};
+    if !Uid::effective().is_root() || Command::new("python3").arg("-V").output().is_err() {
+        eprintln!("skipped: it takes python3, and root to be another user");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+    let doors = ["img-proxy.sock", "img-cache.sock"].map(|name| dir.path().join(name));
+    let mut stranger = Command::new("python3");
+    stranger.args(["-c", STRANGER]).args(&doors).current_dir("/").uid(65534).gid(65534);
+    let mut stranger = stranger.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(stranger.stdout.take().unwrap()).lines();
+    assert_eq!(said.next().unwrap().unwrap(), "there");
+    let mut tree = Command::new("setsid").args(["sleep", "1000"]).stdin(Stdio::null()).spawn().unwrap();
+    let pid = tree.id().to_string();
+    // Also with the file made root's, as a stranger may have a link made.
+    for owner in [None, Some(0)] {
+        for path in &doors {
+            std::os::unix::fs::chown(path, owner, None).unwrap();
+        }
+        let ask: [&[&str]; 6] = [
+            &["dump", "-t", &pid, "--remote", "--timeout", "1"],
+            &["restore", "--remote", "--timeout", "1"],
+            &["image-cache", "list"],
+            &["image-cache", "drop", "a", "--force"],
+            &["image-cache", "release", "a"],
+            &["image-proxy", "status"],
+        ];
+        for words in ask {
+            let error = failure(&mut crtool(dir.path(), words));
+            assert!(error.contains("belongs to uid 65534, neither to root nor to uid 0"), "{error}");
+        }
+    }
+    assert!(tree.try_wait().unwrap().is_none());
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    // Connections that end without a word are read as empty.
+    let told: Vec<String> = said.map(Result::unwrap).filter(|line| line != "told b''").collect();
+    assert!(told.is_empty(), "{told:?}");
+    tree.kill().unwrap();
+    tree.wait().unwrap();
+}
+
+#[test]
+fn a_daemon_in_the_background_holds_nothing_of_its_caller() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = dir.path().join("held");
+    let daemon = [env!("CARGO_BIN_EXE_crtool"), "image-proxy", "-d", "--pidfile", "pid", "-o", "log", "-W"];
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "exec 9>\"$0\" && exec \"$@\""]).arg(&held).args(daemon).arg(dir.path());
+    assert!(shell.status().unwrap().success());
+    let pid = fs::read_to_string(dir.path().join("pid")).unwrap();
+    let open = || fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let names: Vec<PathBuf> = open().filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
+    kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGTERM).unwrap();
+    assert!(names.contains(&dir.path().join("log")) && !names.contains(&held), "{names:?}");
+}
+
+/// The name of the cache's host is not known yet, or nobody has said one.
+#[test]
+fn a_proxy_starts_before_its_network() {
+    let dir = tempfile::tempdir().unwrap();
+    for (words, target) in [
+        (&["image-proxy", "--address", "no-such-host.invalid"][..], "no-such-host.invalid:9996"),
+        (&["image-proxy", "--port", "9"], "localhost:9"),
+    ] {
+        let daemon = Daemon::start(dir.path(), words);
+        let status = crtool(dir.path(), &["image-proxy", "status"]).output().unwrap();
+        assert!(text(&status.stdout).contains(target), "{}", text(&status.stdout));
+        daemon.end();
+    }
 }
 
 #[test]

@@ -34,8 +34,8 @@ Who may bring snapshots:
       --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
 Without --tls everybody who reaches the port may: keep others off with --address or a firewall.
 What comes with `crtool migrate`:
-      --restore            restore it here. Words after `--` are further options of that restore: image-cache --restore --
-                           --action-script /etc/crtool/address.sh
+      --restore            restore it here. Words after `--` are further options of that restore:
+                           image-cache --restore -- --action-script /etc/crtool/address.sh
 Limits:
       --max-memory SIZE    most memory for images, with K, M or G. What does not fit is refused, if it can be before its
                            tree stands still; in any case that runs on at the source. [default: no limit]
@@ -71,7 +71,7 @@ pub(super) const IMAGE_PROXY: &str = "\
 Brings the snapshots of `crtool dump --remote` on this host to an image-cache on another, over one connection.
 
 Usage:
-  crtool image-proxy --address HOST [OPTIONS]    run one; -d puts it into the background
+  crtool image-proxy [--address HOST] [OPTIONS]  run one; -d puts it into the background
   crtool image-proxy status [-W DIR]             its connection, its snapshots, and whether they were restored
 
 Moving a tree from host src to host dst:
@@ -83,7 +83,7 @@ Either side may be started first. The tree at the source is killed when the cach
 whatever happens until then, it runs on.
 
 Where the cache is:
-      --address HOST       name or number
+      --address HOST       name or number [default: localhost]
       --port PORT          TCP port [default: 9996]
       --ps-socket FD       use this connected socket instead, and end after it
       --timeout SECONDS    longest silence of the cache, and longest wait of a dump for it to be there [default: 10]

@@ -318,9 +318,6 @@ pub(super) fn proxy(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
         }
         [word, ..] => return Err(surplus(word, "image-proxy and image-proxy status")),
     }
-    if opts.address.is_none() && opts.ps_socket.is_none() {
-        return Err(UsageError::Needs("image-proxy", "--address HOST, the host of image-cache"));
-    }
     let net = net(&opts, typed, "image-proxy")?;
     let compress = opts.compress == Some(Compress::Lz4);
     let daemon = daemon(&opts);
@@ -456,7 +453,6 @@ mod tests {
             ("dump -t 5 --remote --address=", "needs a host after --address"),
             ("dump -t 5 --remote -D a\u{7}b", "-D: snapshot name \"a\\u{7}b\": it has control characters"),
             ("restore --free-as-read", "option --free-as-read only makes sense with --remote"),
-            ("image-proxy", "command image-proxy needs --address HOST"),
             ("image-proxy list", "unexpected word \"list\"; there are image-proxy and image-proxy status"),
             ("image-proxy status x", "unexpected word \"x\""),
             ("image-proxy status --address h", "option --address only makes sense with image-proxy itself"),

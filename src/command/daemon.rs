@@ -6,7 +6,8 @@ use crate::{
     exit::Exit,
     remote::{
         Failure,
-        front::{self, Front, FrontError, Place},
+        daemon::{self, Place},
+        front::{Front, FrontError},
     },
     settings::DaemonSettings,
 };
@@ -18,14 +19,14 @@ pub(super) fn run(
     open: impl FnOnce() -> Result<Front, FrontError>,
     serve: impl FnOnce(Front) -> Result<(), Failure>,
 ) -> anyhow::Result<Exit> {
-    let readiness = match front::background(settings).context(name)? {
+    let readiness = match daemon::background(settings).context(name)? {
         Place::Caller(true) => return Ok(Exit::Success),
         // The daemon itself has said why.
         Place::Caller(false) => return Ok(Exit::Failure),
         Place::Daemon(readiness) => readiness,
     };
-    let mut front = open().context(name)?;
-    readiness.ready(&mut front, settings).context(name)?;
+    let front = open().context(name)?;
+    let _running = readiness.ready(front.work_dir(), settings).context(name)?;
     serve(front).context(name)?;
     tracing::info!("{name}: end");
     Ok(Exit::Success)

@@ -3,6 +3,8 @@
 //! The socket is SOCK_SEQPACKET, so that a packet is a message and nothing can be cut in the middle. Bytes of
 //! images do not come this way: a dump gets the end of a pipe, a restore gets memfds.
 
+pub mod door;
+
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 

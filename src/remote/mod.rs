@@ -20,6 +20,7 @@
 pub mod cache;
 pub mod client;
 pub mod crc;
+pub mod daemon;
 pub mod front;
 pub mod handover;
 pub mod journal;

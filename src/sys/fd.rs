@@ -39,6 +39,21 @@ pub fn give_up(fd: i32) -> Result<()> {
     Ok(())
 }
 
+/// Closes what was open when this program was executed, but for standard input, output and error. What it has opened
+/// itself is close-on-exec, which no descriptor is that outlives execve(2).
+pub fn close_inherited() -> Result<()> {
+    let entries = std::fs::read_dir("/proc/self/fd").map_err(|_| super::Errno::ENOENT)?;
+    let open: Vec<i32> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // SAFETY: no pointers. The descriptor of the list itself is closed by now: an error, and nothing to be done.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } == 0 {
+            // SAFETY: nobody here knows it.
+            unsafe { libc::close(fd) };
+        }
+    }
+    Ok(())
+}
+
 /// Closes all, many at once where their numbers follow each other.
 pub(crate) fn close_all(fds: Vec<OwnedFd>) {
     let mut numbers: Vec<i32> = fds.into_iter().map(IntoRawFd::into_raw_fd).collect();

@@ -303,7 +303,7 @@ pub fn taken(site: &mut Site) -> Result<(), String> {
         "no-such-host.invalid",
     )?;
     one_line(site.run(host, &[CACHE, "--address", "192.0.2.1", "-W", &elsewhere])?, "192.0.2.1")?;
-    one_line(site.run(host, &[PROXY, "-W", &elsewhere])?, "--address")?;
+    one_line(site.run(host, &[PROXY, "--address", "a:9996", "-W", &elsewhere])?, "--port")?;
     let left: Vec<_> = fs::read_dir(&elsewhere).map_err(|e| e.to_string())?.flatten().collect();
     if left.is_empty() { Ok(()) } else { Err(format!("daemons that did not start left {left:?}")) }
 }

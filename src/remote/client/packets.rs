@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::unistd::geteuid;
 
+use super::super::local::door::{self, Refused};
 use super::super::local::{self, Packet};
 use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::{Failure, name};
@@ -32,6 +33,29 @@ fn lost(text: String) -> Failure {
     Failure::new(FailCode::FailLost, text)
 }
 
+fn not_entered(daemon: &str, path: &Path, refused: Refused) -> Failure {
+    let why = match refused {
+        Refused::Call(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {
+            format!("{}; is {daemon} running with this work dir (-W)?", e.desc())
+        }
+        Refused::Call(e @ (Errno::EACCES | Errno::EPERM)) => {
+            format!("{}; it is for the user who started it, and for root", e.desc())
+        }
+        Refused::Call(e) => e.desc().to_owned(),
+        Refused::NoSocket => "it is no socket; choose another work dir (-W)".to_owned(),
+        Refused::Stranger { uid } => {
+            let text = format!(
+                "{daemon} at {} belongs to uid {uid}, neither to root nor to uid {}: it is not trusted; choose a work dir (-W) \
+                 in which others cannot make files",
+                path.display(),
+                geteuid()
+            );
+            return Failure::new(FailCode::FailDenied, text);
+        }
+    };
+    lost(format!("{daemon} at {}: {why}", path.display()))
+}
+
 /// Waits until one of `fds` is ready, a signal comes or `until` has passed; which are ready.
 pub(super) fn wait_for(fds: &mut [PollFd<'_>], until: Instant) -> Result<bool, Failure> {
     loop {
@@ -48,38 +72,27 @@ pub(super) fn wait_for(fds: &mut [PollFd<'_>], until: Instant) -> Result<bool, F
 }
 
 impl Packets {
-    /// Connects to the `daemon` that listens at `path`; one that is not there yet is waited for.
+    /// Connects to the `daemon` that listens at `path`; one that is not there yet is waited for. One of another user is
+    /// refused, unless that is root.
     pub(super) fn connect(daemon: &'static str, path: &Path, patience: Duration) -> Result<Self, Failure> {
-        let failed = |e: Errno| {
-            let hint = match e {
-                Errno::ENOENT | Errno::ECONNREFUSED => {
-                    format!("is {daemon} running with this work dir (-W)?")
-                }
-                Errno::EACCES | Errno::EPERM => "it is for the user who started it, and for root".to_owned(),
-                _ => String::new(),
-            };
-            let hint = if hint.is_empty() { hint } else { format!("; {hint}") };
-            lost(format!("{daemon} at {}: {}{hint}", path.display(), e.desc()))
-        };
-        let address = UnixAddr::new(path).map_err(failed)?;
         let until = Instant::now() + patience;
         let mut told = false;
         loop {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
-            match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
-                Ok(()) => {
+            match door::enter(path) {
+                Ok(socket) => {
                     let process = pidfd::of_peer(socket.as_fd()).ok();
                     return Ok(Self { socket, path: path.to_owned(), daemon, process });
                 }
-                Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN) if Instant::now() < until => {
+                Err(Refused::Call(Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN))
+                    if Instant::now() < until =>
+                {
                     if !std::mem::replace(&mut told, true) {
                         tracing::info!("waiting for {daemon} at {}", path.display());
                     }
                     interrupt::check().map_err(|e| Failure::new(FailCode::FailAborted, e.to_string()))?;
                     std::thread::sleep(LOOK.min(Duration::from_millis(20)));
                 }
-                Err(e) => return Err(failed(e)),
+                Err(refused) => return Err(not_entered(daemon, path, refused)),
             }
         }
     }

@@ -39,16 +39,12 @@ impl Target {
     /// What `settings` say; certificates are read here. Without an address it is this host.
     pub fn new(settings: &NetSettings) -> Result<Self, NetError> {
         let address = settings.address.clone().unwrap_or_else(|| "localhost".to_owned());
+        resolve::check(&address)?;
         let tls = match &settings.tls {
             Some(tls) => Some(TlsClient::new(tls, Some(&address))?),
             None => None,
         };
         Ok(Self { address, port: settings.port, timeout: settings.timeout, tls })
-    }
-
-    /// Makes sure that the name of the host is known; waits for the answer at most the time-out.
-    pub fn check_name(&self) -> Result<(), NetError> {
-        resolve::now(&self.address, self.port, self.timeout).map(drop)
     }
 
     /// For messages: "dst.example:9996".

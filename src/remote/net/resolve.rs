@@ -34,6 +34,21 @@ pub(super) fn bare(name: &str) -> &str {
     name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(name)
 }
 
+/// A name that can never be one of a host. Whether there is such a host is another matter: names of hosts that are there come
+/// late when a network does.
+pub(super) fn check(name: &str) -> Result<(), NetError> {
+    let scoped = name.contains('%');
+    let fits = |c: char| c.is_alphanumeric() || "-._".contains(c);
+    if number(name).is_some() || scoped || !name.is_empty() && name.chars().all(fits) {
+        return Ok(());
+    }
+    let hint = if name.contains([':', '/']) { "; it is a host alone, --port takes the port" } else { "" };
+    Err(NetError::Resolve {
+        name: name.to_owned(),
+        why: format!("it does not resolve: it is no name of a host{hint}"),
+    })
+}
+
 impl Question {
     pub(super) fn ask(name: &str, port: u16) -> io::Result<Self> {
         let (send, answer) = channel();
@@ -69,13 +84,7 @@ impl Question {
             Ok(Err(error)) => {
                 let text = error.to_string();
                 let why = text.strip_prefix("failed to lookup address information: ").unwrap_or(&text);
-                // Names have neither; numbers with a colon are not asked for.
-                let hint = if self.name.contains([':', '/']) {
-                    "; it is a host alone, --port takes the port"
-                } else {
-                    ""
-                };
-                failed(format!("it does not resolve: {why}{hint}"))
+                failed(format!("it does not resolve: {why}"))
             }
             Err(TryRecvError::Empty) => None,
             Err(TryRecvError::Disconnected) => failed("the resolver failed".to_owned()),
@@ -88,6 +97,7 @@ pub fn now(name: &str, port: u16, timeout: Duration) -> Result<Addresses, NetErr
     if let Some(ip) = number(name) {
         return Ok(vec![SocketAddr::new(ip, port)]);
     }
+    check(name)?;
     let failed = |why: String| NetError::Resolve { name: name.to_owned(), why };
     let question = Question::ask(name, port).map_err(|e| failed(e.to_string()))?;
     let until = Instant::now() + timeout;
@@ -135,9 +145,13 @@ mod tests {
 
     #[test]
     fn what_is_no_name_is_named() {
-        for name in ["", "a b", "not a host.invalid", "1.2.3.4.5"] {
+        for name in ["", "a b", "not a host.invalid", "1.2.3.4.5", "a:7", "http://a"] {
             let error = now(name, 7, PATIENCE).unwrap_err().to_string();
             assert!(error.starts_with(&format!("address {name}: it ")) && !error.contains('\n'), "{error}");
+            assert_eq!(check(name).is_err(), name != "1.2.3.4.5", "{name}");
+        }
+        for name in ["::1", "fe80::1%lo", "no-such-host.invalid", "a_b"] {
+            assert!(check(name).is_ok(), "{name}");
         }
     }
 }
