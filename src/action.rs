@@ -20,6 +20,8 @@ use crate::{deadline, sys};
 pub enum Action {
     /// Before anything is frozen.
     PreDump,
+    /// The tree is frozen and is to go on on another host: from now on nobody shall reach it here.
+    NetworkLock,
     /// Images are complete, the tree still frozen.
     PostDump,
     /// Before the first task is made.
@@ -28,6 +30,8 @@ pub enum Action {
     PostRestore,
     /// After `PostRestore`, last moment before the tree runs; must not fail.
     PreResume,
+    /// The tree is about to run after it was on its way to another host: there, or where it was after all.
+    NetworkUnlock,
     /// The tree runs.
     PostResume,
 }
@@ -37,6 +41,8 @@ impl Action {
     pub fn name(self) -> &'static str {
         match self {
             Self::PreDump => "pre-dump",
+            Self::NetworkLock => "network-lock",
+            Self::NetworkUnlock => "network-unlock",
             Self::PostDump => "post-dump",
             Self::PreRestore => "pre-restore",
             Self::PostRestore => "post-restore",

@@ -3,7 +3,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::Path,
     time::{Duration, Instant},
 };
@@ -32,11 +32,44 @@ const ASK: Duration = Duration::from_secs(1);
 /// How often the log says that the end is not known.
 const REMIND: Duration = Duration::from_secs(30);
 
+/// What is going on, for whoever sits in front of it or reads lines of JSON; nothing where nobody does.
+struct Progress {
+    json: bool,
+    shown: bool,
+    begun: Instant,
+}
+
+impl Progress {
+    fn new(json: bool) -> Self {
+        Self { json, shown: json || io::stdout().is_terminal(), begun: Instant::now() }
+    }
+
+    fn say(&self, phase: &str, text: &str, numbers: &[(&str, serde_json::Value)]) {
+        tracing::info!("{text}");
+        if !self.shown {
+            return;
+        }
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let line = if self.json {
+            let mut line = serde_json::json!({ "phase": phase, "seconds": seconds, "text": text });
+            for (name, value) in numbers {
+                line[*name] = value.clone();
+            }
+            line.to_string()
+        } else {
+            format!("{seconds:8.3}  {text}")
+        };
+        // A reader that has seen enough is no failure.
+        let _ = writeln!(io::stdout(), "{line}");
+    }
+}
+
 /// A hand-over, as the dump sees it.
 struct Migration<'a> {
     store: &'a RemoteDump,
     settings: &'a MigrateSettings,
     remote: &'a RemoteSettings,
+    progress: &'a Progress,
     frozen: Cell<Option<Instant>>,
     journal: RefCell<Option<Open>>,
     state: Cell<Source>,
@@ -51,16 +84,25 @@ pub fn run(settings: &MigrateSettings, report: ReportSettings) -> anyhow::Result
     let _watchdog =
         Watchdog::start(format!("migration of pid {pid}"), "the tree runs on").context("watchdog")?;
     let remote = settings.dump.remote.as_ref().context("no destination")?;
-    let (stats, restored) = handed_over(settings, remote)
+    let progress = Progress::new(settings.json);
+    let failed = |error: &anyhow::Error| {
+        if settings.json {
+            progress.say("failed", &format!("{error:#}"), &[]);
+        }
+    };
+    let (stats, restored) = handed_over(settings, remote, &progress)
+        .inspect_err(failed)
         .map_err(explained)
         .with_context(|| format!("migration of pid {pid}"))?;
-    tracing::warn!("it runs at the destination as pid {restored}");
+    let text = format!("it runs at the destination as pid {restored}, and is ended here");
+    progress.say("running", &text, &[("pid", restored.into())]);
     done(&settings.dump, report, &stats)
 }
 
 fn handed_over(
     settings: &MigrateSettings,
     remote: &RemoteSettings,
+    progress: &Progress,
 ) -> anyhow::Result<(crate::stats::DumpStats, i32)> {
     crate::dump::look_at_root(HostPid::new(settings.dump.pid.as_raw()))?;
     let (open, _) = Departure::all(&remote.work_dir).unwrap_or_default();
@@ -78,6 +120,7 @@ fn handed_over(
         store: &store,
         settings,
         remote,
+        progress,
         frozen: Cell::new(None),
         journal: RefCell::new(None),
         state: Cell::new(Source::Sending),
@@ -115,17 +158,19 @@ impl HandOver for Migration<'_> {
     fn freezing(&self) {
         let now = Instant::now();
         self.frozen.set(Some(now));
+        self.progress.say("frozen", "the destination takes it; the tree is being frozen", &[]);
         if let Some(limit) = self.settings.max_pause {
             self.store.limit(now + limit);
         }
     }
 
     fn armed(&self) -> anyhow::Result<()> {
+        self.progress.say("sent", "the destination has all of it", &[]);
         let until = self.settings.max_pause.zip(self.frozen.get()).map(|(limit, since)| since + limit);
         let armed = self.store.armed(until).context("the tree was not restored at the destination");
         let armed = armed.and_then(|armed| Ok(interrupt::check().map(|()| armed)?));
-        let armed = armed.inspect_err(|_| self.state.set(self.state.get().after(Heard::GivenUp)))?;
-        tracing::info!("the tree is complete at the destination, root {}", armed.pid);
+        armed.inspect_err(|_| self.state.set(self.state.get().after(Heard::GivenUp)))?;
+        self.progress.say("armed", "the restored tree is complete at the destination", &[]);
         // Before the tree is stopped for good: whoever finds it stopped finds this too.
         let open = self.departure()?.write(&self.remote.work_dir).context("journal of the hand-over")?;
         self.journal.replace(Some(open));

@@ -120,12 +120,17 @@ pub fn dump_to(
     if let Some(to) = hand_over {
         to.freezing();
     }
+    // Dropped after the tree, which goes on before it can be reached again.
+    let mut lock = NetworkLock { scripts, root, held: false };
     let freezing = Instant::now();
     let tree = ticker.busy(|| Tree::freeze(pid, &check)).context("freeze of the tree")?;
     stats.freezing_time = freezing.elapsed();
     let frozen = Instant::now();
     if tree.processes.first().is_some_and(|root| matches!(root.state, State::Zombie(_))) {
         bail!("task {pid} is dead (a zombie): there is nothing to dump; its parent has not reaped it");
+    }
+    if settings.remote.is_some() {
+        lock.take()?;
     }
 
     collected.form = Form::of_tree(tree.processes.iter().map(|process| process.threads.len()).sum());
@@ -168,6 +173,7 @@ pub fn dump_to(
     if let Some(to) = hand_over {
         // Until it is known to run there, nothing is final.
         finish::hand_over(tree, &decision, words, to)?;
+        lock.held = false;
         deadline.finish();
         collected.files.commit();
         stats.frozen_time = frozen.elapsed();
@@ -179,6 +185,7 @@ pub fn dump_to(
     deadline.finish();
     collected.files.commit();
     stats.frozen_time = frozen.elapsed();
+    lock.held &= settings.leave != Leave::Killed;
     finish::decide(tree, settings.leave, &decision, words, &|survives| Ok(store.confirm(survives)?))?;
     if settings.leave != Leave::Killed {
         // Killed tasks are frozen no more; what takes time is their parents' asking for them.
@@ -188,6 +195,30 @@ pub fn dump_to(
     deadline::unwatch();
     drop(finishing);
     Ok(stats)
+}
+
+/// What scripts do so that nobody reaches a tree that is on its way. Dropped, it is undone.
+struct NetworkLock<'a> {
+    scripts: &'a ActionScripts,
+    root: Option<Pid>,
+    held: bool,
+}
+
+impl NetworkLock<'_> {
+    fn take(&mut self) -> Result<()> {
+        self.held = true;
+        Ok(action::run(self.scripts, Action::NetworkLock, self.root)?)
+    }
+}
+
+impl Drop for NetworkLock<'_> {
+    fn drop(&mut self) {
+        if self.held
+            && let Err(error) = action::run(self.scripts, Action::NetworkUnlock, self.root)
+        {
+            tracing::error!("{:#}", anyhow::Error::from(error));
+        }
+    }
 }
 
 /// Runs the scripts that want to see all images, and looks what has happened in the time they took.

@@ -173,6 +173,12 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
         let _waiting = deadline::pause();
         store.report(Outcome::Starting { root: running.as_fd(), decision: decision.as_fd() })?;
     }
+    // The tree may run now, and nowhere else: it can be reached here from now on.
+    if settings.remote.is_some()
+        && let Err(error) = action::run(scripts, Action::NetworkUnlock, Some(root))
+    {
+        tracing::error!("{:#}", anyhow!(error));
+    }
     let mut job = job::terminal(&images, settings, &mut tree.files)?;
     if let Some(job) = &mut job {
         job.hand_over()?;
