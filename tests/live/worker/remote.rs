@@ -19,7 +19,7 @@ use crate::sys;
 use crate::tool::Tool;
 
 /// Images do not get there: any of it is a failure.
-const WORK_DIR_HOLDS: [&str; 4] = [".log", ".pid", "stats-dump", "stats-restore"];
+const WORK_DIR_HOLDS: [&str; 5] = [".log", ".pid", "stats-dump", "stats-restore", "handover.id"];
 
 const PORT: &str = "9996";
 
