@@ -267,6 +267,26 @@ pub enum CacheRequest {
         /// Also if nobody else has its tree.
         force: bool,
     },
+    /// Put a copy of a snapshot into a directory.
+    Save {
+        /// Which.
+        name: String,
+        /// Where to.
+        dir: PathBuf,
+        /// It is not kept in the cache.
+        drop: bool,
+        /// Of the directory.
+        check: OwnerCheck,
+    },
+    /// Bring the images of a directory into the cache.
+    Load {
+        /// As what.
+        name: String,
+        /// Where from.
+        dir: PathBuf,
+        /// Of the directory and its images.
+        check: OwnerCheck,
+    },
     /// The source of a snapshot in doubt is known to be gone: it may be restored.
     Release {
         /// Which.

@@ -11,6 +11,9 @@ Usage:
   crtool image-cache drop NAME [--force] [-W DIR]
                                                  forget a snapshot and free its memory
   crtool image-cache release NAME [-W DIR]       let a snapshot in doubt be restored
+  crtool image-cache save NAME -D DIR [--drop]   put a copy into a directory, for restore -D DIR; only one
+                                                 of the two may be restored
+  crtool image-cache load NAME -D DIR            bring the images of a directory into the cache
 
 Moving a tree from host src to host dst:
   dst# crtool image-cache -d -W /run/crtool -o cache.log

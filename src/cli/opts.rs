@@ -146,6 +146,9 @@ pub(crate) struct Opts {
     /// image-cache drop: also a snapshot that is the only one to have its tree
     #[arg(long, help_heading = "Migration")]
     pub(crate) force: bool,
+    /// image-cache save: the cache does not keep the snapshot
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) drop: bool,
     /// Encrypt; both sides prove who they are with certificates
     #[arg(long, help_heading = "Migration")]
     pub(crate) tls: bool,

@@ -258,6 +258,8 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
         return Ok(Task::AskCache(request, work_dir));
     }
     typed.needless(&["force"], "image-cache drop")?;
+    typed.needless(&["drop"], "image-cache save")?;
+    typed.needless(&["images-dir"], "image-cache save and load")?;
     typed.needless(&["compress"], "image-proxy and dump --remote --address")?;
     if opts.max_memory == Some(0) || opts.max_per_source == Some(0) {
         return Err(UsageError::Needs(
@@ -275,23 +277,47 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
 
 fn request(opts: &Opts) -> Result<Option<CacheRequest>, UsageError> {
     let [word, rest @ ..] = opts.words.as_slice() else { return Ok(None) };
-    let known = ["list", "status", "drop", "release"];
+    let known = ["list", "status", "drop", "release", "save", "load"];
     let Some(what) = known.into_iter().find(|known| word == known) else {
-        return Err(surplus(word, "image-cache list, status, drop and release"));
+        return Err(surplus(word, "image-cache list, status, drop, release, save and load"));
     };
-    let named = matches!(what, "drop" | "release");
+    let named = !matches!(what, "list" | "status");
     let name = match rest {
         [] if !named => String::new(),
         [name] if named => snapshot(what, name)?,
-        [] if what == "drop" => return Err(UsageError::Needs("image-cache drop", "the name of a snapshot")),
-        [] => return Err(UsageError::Needs("image-cache release", "the name of a snapshot")),
+        [] => {
+            let command = match what {
+                "drop" => "image-cache drop",
+                "save" => "image-cache save",
+                "load" => "image-cache load",
+                _ => "image-cache release",
+            };
+            return Err(UsageError::Needs(command, "the name of a snapshot"));
+        }
         [_, second, ..] if named => return Err(UsageError::Surplus { word: second.clone(), near: None }),
         [first, ..] => return Err(UsageError::Surplus { word: first.clone(), near: None }),
     };
     if opts.force && what != "drop" {
         return Err(UsageError::OnlyWith("force", "image-cache drop"));
     }
+    let check = opts.owner_check();
+    let copies = matches!(what, "save" | "load");
+    let dir = match &opts.images_dir {
+        Some(_) if !copies => return Err(UsageError::OnlyWith("images-dir", "image-cache save and load")),
+        None if what == "save" => {
+            return Err(UsageError::Needs("image-cache save", "-D DIR, where the images are to be"));
+        }
+        None if what == "load" => {
+            return Err(UsageError::Needs("image-cache load", "-D DIR, where the images are"));
+        }
+        dir => dir.clone().unwrap_or_default(),
+    };
+    if opts.drop && what != "save" {
+        return Err(UsageError::OnlyWith("drop", "image-cache save"));
+    }
     Ok(Some(match what {
+        "save" => CacheRequest::Save { name, dir, drop: opts.drop, check },
+        "load" => CacheRequest::Load { name, dir, check },
         "list" => CacheRequest::List,
         "status" => CacheRequest::Status,
         "drop" => CacheRequest::Drop { name, force: opts.force },
@@ -458,12 +484,20 @@ mod tests {
             ("image-proxy status --address h", "option --address only makes sense with image-proxy itself"),
             (
                 "image-cache lst",
-                "unexpected word \"lst\"; there are image-cache list, status, drop and release",
+                "unexpected word \"lst\"; there are image-cache list, status, drop, release, save and load",
             ),
             ("image-cache list x", "unexpected word \"x\""),
             ("image-cache drop", "command image-cache drop needs the name of a snapshot"),
             ("image-cache drop a b", "unexpected word \"b\""),
             ("image-cache release", "command image-cache release needs the name of a snapshot"),
+            ("image-cache save", "command image-cache save needs the name of a snapshot"),
+            ("image-cache save a", "command image-cache save needs -D DIR, where the images are to be"),
+            ("image-cache load a", "command image-cache load needs -D DIR, where the images are"),
+            (
+                "image-cache drop a -D d",
+                "option --images-dir only makes sense with image-cache save and load",
+            ),
+            ("image-cache load a -D d --drop", "option --drop only makes sense with image-cache save"),
             ("image-cache release a --force", "option --force only makes sense with image-cache drop"),
             ("image-cache --force", "option --force only makes sense with image-cache drop"),
             ("image-cache --max-memory 0", "needs more than 0 bytes with --max-memory"),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    daemon,
+    daemon, image_copies,
     snapshots::{Which, table},
 };
 use crate::{
@@ -46,6 +46,14 @@ pub fn ask(request: &CacheRequest, work_dir: &Path) -> anyhow::Result<Exit> {
         }
         CacheRequest::Drop { name, force } => {
             control::drop_snapshot(work_dir, name, *force)?;
+            String::new()
+        }
+        CacheRequest::Save { name, dir, drop, check } => {
+            image_copies::save(work_dir, name, dir, *drop, *check)?;
+            String::new()
+        }
+        CacheRequest::Load { name, dir, check } => {
+            image_copies::load(work_dir, name, dir, *check)?;
             String::new()
         }
         CacheRequest::Release { name } => {

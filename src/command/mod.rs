@@ -6,6 +6,7 @@ pub mod demo;
 pub mod dump;
 pub mod image;
 pub mod image_cache;
+mod image_copies;
 pub mod image_proxy;
 pub mod migrate;
 mod report;

@@ -37,6 +37,10 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
         if note.is_empty() && info.state() == State::Restored && info.restored_pid > 0 {
             note = format!("runs as pid {}", info.restored_pid);
         }
+        if !info.saved.is_empty() && !is_over(info.state()) {
+            let saved = format!("saved in {}: restore only one of the two", plain(&info.saved));
+            note = [note, saved].join("; ").trim_start_matches("; ").to_owned();
+        }
         if !info.parent.is_empty() {
             note = [note, format!("on top of {}", plain(&info.parent))].join("; ");
             note = note.trim_start_matches("; ").to_owned();

@@ -1,5 +1,6 @@
 //! Image files: names, magics, framing, storage.
 
+pub mod copy;
 pub mod descriptors;
 pub mod error;
 pub mod explore;

@@ -118,8 +118,7 @@ pub trait Store: Send + Sync {
         None
     }
 
-    /// Records the snapshot at `target` as the parent. For dumps that build on others, which there are none of yet.
-    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code))]
+    /// Records the snapshot at `target` as the parent. No dump builds on another yet.
     fn link_parent(&self, target: &Path) -> Result<(), ImageError>;
 
     /// The path of image `name` as error messages say it.

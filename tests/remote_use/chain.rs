@@ -65,7 +65,7 @@ impl Source {
     }
 
     /// Brings all images of `dir` as the snapshot `name`, up to the cache's word that it has them.
-    fn bring(&mut self, dir: &Path, name: &str, parent: &str, survives: bool) -> Result<(), pb::Failed> {
+    pub fn bring(&mut self, dir: &Path, name: &str, parent: &str, survives: bool) -> Result<(), pb::Failed> {
         self.streams += 1;
         let begin = pb::SnapshotBegin {
             name: name.to_owned(),
@@ -108,7 +108,7 @@ impl Source {
     }
 
     /// A whole chain: the oldest first, as `g4`, `g3` and so on; the child as `child`.
-    fn bring_all(&mut self, images: &Path, site: &Site) {
+    pub fn bring_all(&mut self, images: &Path, site: &Site) {
         for generation in (1..GENERATIONS).rev() {
             let parent = if generation == GENERATIONS - 1 { String::new() } else { name(generation + 1) };
             self.bring(&older(images, generation), &name(generation), &parent, true).unwrap();
@@ -140,7 +140,7 @@ fn is(site: &Site, name: &str, state: &str) {
 }
 
 /// A tree that was dumped into a directory, and the chain that was made of it.
-fn divided() -> (Site, PathBuf) {
+pub fn divided() -> (Site, PathBuf) {
     let mut site = Site::new(Memory::Noise);
     let images = site.work("images");
     let words = ["dump", "-t", &site.pid.to_string(), "-D", images.to_str().unwrap()];

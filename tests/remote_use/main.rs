@@ -9,6 +9,7 @@
 mod certificates;
 mod chain;
 mod compress;
+mod copies;
 mod given;
 mod greedy;
 mod program;
@@ -54,6 +55,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("two_trees_that_do_not_fit_together", greedy::two_trees),
     ("frames_that_never_end", greedy::frames_that_never_end),
     ("images_without_end", greedy::images_without_end),
+    ("saved", copies::saved),
+    ("saved_dropped_and_loaded", copies::saved_dropped_and_loaded),
+    ("saved_in_doubt", copies::saved_in_doubt),
+    ("saved_and_loaded_with_parents", copies::saved_and_loaded_with_parents),
     ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
 ];
 

@@ -60,6 +60,10 @@ pub(super) struct Client {
     /// The process itself, to see its end.
     process: Option<OwnedFd>,
     taken: Option<u64>,
+    /// What it has is for a copy.
+    saves: bool,
+    /// Connections on which it brings snapshots.
+    loads: Vec<(OwnedFd, String)>,
     starting: Option<Starting>,
     pending: Option<Pending>,
     out: VecDeque<(pb::LocalReply, Option<OwnedFd>)>,
@@ -101,6 +105,8 @@ impl Client {
             socket,
             process,
             taken: None,
+            saves: false,
+            loads: Vec::new(),
             starting: None,
             pending: None,
             out: VecDeque::new(),
@@ -150,6 +156,11 @@ impl Client {
             Some(Pending::Whole { doubt }) => *doubt,
             _ => None,
         }
+    }
+
+    /// Connections that it has brought.
+    pub(super) fn take_loads(&mut self) -> Vec<(OwnedFd, String)> {
+        std::mem::take(&mut self.loads)
     }
 
     /// Trees that have to be watched from now on.
@@ -240,6 +251,15 @@ impl Client {
                 self.release(snapshots, &abort.reason);
                 done()
             }
+            Some(What::Save(save)) => self.save(snapshots, &save.name),
+            Some(What::Saved(saved)) => match self.taken.take().filter(|_| self.saves) {
+                Some(id) => snapshots.saved(id, &saved).and_then(|()| done()),
+                None => Err(wrong("nothing was being saved")),
+            },
+            Some(What::Load(load)) => {
+                self.loads.extend(fds.into_iter().map(|fd| (fd, load.directory.clone())));
+                done()
+            }
             Some(What::Status(_)) => {
                 snapshots.measure();
                 self.status(snapshots, daemon);
@@ -273,6 +293,16 @@ impl Client {
         let newest = snapshots.newest();
         self.pending = Some(Pending::Get { get, until, newest, seen: None, doubt: None });
         Ok(None)
+    }
+
+    fn save(&mut self, snapshots: &mut Snapshots, name: &str) -> Answer {
+        if self.taken.is_some() {
+            return Err(wrong("it has a snapshot already"));
+        }
+        let id = snapshots.take_to_save(name, Reader { client: self.id, pid: self.pid })?;
+        (self.taken, self.saves) = (Some(id), true);
+        let info = snapshots.get(id).map(super::snapshot::Snapshot::info);
+        answer(local_reply::What::Snapshot(info.unwrap_or_default()))
     }
 
     fn list(&self, snapshots: &Snapshots, list: &pb::ListImages) -> Answer {
@@ -434,6 +464,9 @@ impl Client {
     /// Gives back what it has.
     fn release(&mut self, snapshots: &mut Snapshots, why: &str) {
         let Some(id) = self.taken.take() else { return };
+        if self.saves {
+            return snapshots.not_saved(id);
+        }
         match self.starting.take() {
             Some(starting) if snapshots.get(id).is_some_and(|s| s.state == State::Starting) => {
                 snapshots.orphan(id);

@@ -13,7 +13,7 @@ use super::super::net::Stream;
 use super::super::pb::FailCode;
 use super::super::poll::{Interest, Poll};
 use super::super::{Failure, local, pb};
-use super::ledger::{Lack, Limits, What};
+use super::ledger::{HERE, Lack, Limits, What};
 use super::local::{Client, Watch};
 use super::restorer::Wanted;
 use super::snapshots::Snapshots;
@@ -327,15 +327,25 @@ impl Cache {
     }
 
     fn settle_clients(&mut self) {
-        let mut watches = Vec::new();
+        let (mut watches, mut loads) = (Vec::new(), Vec::new());
         for (token, client) in &mut self.clients {
             watches.extend(client.take_watches());
+            loads.extend(client.take_loads());
             let want = client.interest();
             if want != client.watched() && self.poll.modify(client.fd(), *token, want).is_ok() {
                 client.set_watched(want);
             }
         }
         self.clients.retain(|_, client| !client.is_gone());
+        for (fd, directory) in loads {
+            let added = Stream::new(fd, HERE.to_owned(), self.timeout)
+                .and_then(|stream| self.add_source(stream.from(HERE)));
+            match (added, self.lines.last_entry()) {
+                (Ok(()), Some(mut line)) => line.get_mut().source.set_saved(directory),
+                (Err(e), _) => tracing::warn!("a connection of this host cannot be served: {e}"),
+                (Ok(()), None) => {}
+            }
+        }
         for watch in watches {
             if watch.look(&mut self.snapshots) {
                 continue;

@@ -361,6 +361,8 @@ pub(super) struct Snapshot {
     pub(super) origin: Origin,
     /// When the last byte came.
     pub(super) moved: Instant,
+    /// Who makes a copy of it.
+    pub(super) saver: Option<Reader>,
     /// Where a copy of it was put.
     pub(super) saved: String,
 }

@@ -363,6 +363,7 @@ impl Snapshots {
             restored_pid: 0,
             origin: origin.clone(),
             moved: Instant::now(),
+            saver: None,
             saved: String::new(),
         };
         if let (true, Some(wanted)) = (snapshot.begin.run_first, &mut self.restores) {
@@ -845,6 +846,9 @@ impl Snapshots {
         let Some(id) = self.named(name) else { return Ok(None) };
         let waited = seen.replace(id).is_some();
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return Ok(None) };
+        if let Some(saver) = snapshot.saver {
+            return Err(saving(name, saver));
+        }
         if let Some(first) = snapshot.reader {
             let text = format!("snapshot {name} is being restored by another restore, pid {}", first.pid);
             return Err(Failure::new(FailCode::FailBusy, text));
@@ -1063,11 +1067,64 @@ impl Snapshots {
         found.ok_or_else(|| self.not_found(name, Duration::ZERO))
     }
 
+    /// Gives a snapshot that is complete and waits to somebody who makes a copy of it.
+    pub(super) fn take_to_save(&mut self, name: &str, saver: Reader) -> Result<u64, Failure> {
+        let (id, snapshot) = self.asked(name)?;
+        if let Some(saver) = snapshot.saver {
+            return Err(saving(name, saver));
+        }
+        if !matches!(snapshot.state, State::Ready | State::InDoubt) {
+            let text = format!(
+                "snapshot {name} cannot be saved: {}; what is READY or IN_DOUBT can",
+                word(snapshot.state)
+            );
+            return Err(Failure::new(FailCode::FailBusy, text));
+        }
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.saver = Some(saver);
+        }
+        Ok(id)
+    }
+
+    /// The copy is complete, and where. An error: it is not to be used.
+    pub(super) fn saved(&mut self, id: u64, saved: &pb::Saved) -> Result<(), Failure> {
+        self.not_saved(id);
+        let Some(snapshot) = self.snapshots.get_mut(&id) else {
+            return Err(Failure::new(FailCode::FailNotFound, "the snapshot is gone"));
+        };
+        if !snapshot.is_live() {
+            return Err(snapshot.ended());
+        }
+        tracing::info!("snapshot {} was saved in {}", snapshot.begin.name, label(&saved.directory));
+        self.set_saved(id, &saved.directory);
+        if saved.drop {
+            let text = format!("saved in {} and dropped", label(&saved.directory));
+            self.end(id, State::Dropped, Failure::new(FailCode::FailAborted, text));
+        }
+        Ok(())
+    }
+
+    /// There is a copy in a directory.
+    pub(super) fn set_saved(&mut self, id: u64, directory: &str) {
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.saved = label(directory);
+        }
+    }
+
+    /// Nobody copies it any more.
+    pub(super) fn not_saved(&mut self, id: u64) {
+        self.changes += 1;
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.saver = None;
+        }
+    }
+
     /// Frees a snapshot by hand.
     pub(super) fn drop_by_hand(&mut self, name: &str, force: bool) -> Result<(), Failure> {
         let (id, snapshot) = self.asked(name)?;
         let refuse = |code, text: &str| Err(Failure::new(code, format!("snapshot {name} {text}")));
         let pid = snapshot.reader.map_or(0, |reader| reader.pid);
+        let saver = snapshot.saver.map_or(0, |saver| saver.pid);
         match snapshot.state {
             _ if snapshot.children > 0 => {
                 return refuse(
@@ -1087,7 +1144,11 @@ impl Snapshots {
                     "is being handed over by its source just now; ask again, or drop it with --force",
                 );
             }
-            State::Ready if !force && !snapshot.survives => {
+            _ if snapshot.saver.is_some() && !force => {
+                let text = format!("is being saved by pid {saver}; --force drops it all the same");
+                return refuse(FailCode::FailBusy, &text);
+            }
+            State::Ready if !force && !snapshot.survives && snapshot.saved.is_empty() => {
                 return refuse(
                     FailCode::FailExists,
                     "is all there is of its tree, which is gone at the source; --force drops it all the same",
@@ -1123,6 +1184,10 @@ impl Snapshots {
     pub(super) fn has_live(&self) -> bool {
         self.snapshots.values().any(Snapshot::is_live)
     }
+}
+
+fn saving(name: &str, saver: Reader) -> Failure {
+    Failure::new(FailCode::FailBusy, format!("snapshot {name} is being saved by pid {}", saver.pid))
 }
 
 /// Why a snapshot in doubt is not to be had, and what to do.

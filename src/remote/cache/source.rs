@@ -156,6 +156,8 @@ pub(super) struct Source {
     host: String,
     /// It is among the connections of its origin.
     counted: bool,
+    /// Where what it brings lies too.
+    saved: String,
 }
 
 impl Source {
@@ -172,6 +174,7 @@ impl Source {
             silence: timeout,
             host: String::new(),
             counted: false,
+            saved: String::new(),
         }
     }
 
@@ -188,6 +191,11 @@ impl Source {
     /// Who is behind it.
     pub(super) fn origin(&self) -> &Origin {
         &self.streams.origin
+    }
+
+    /// What it brings lies in a directory too.
+    pub(super) fn set_saved(&mut self, directory: String) {
+        self.saved = directory;
     }
 
     /// The other side has proven who it is.
@@ -378,7 +386,10 @@ impl Source {
             let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
             return Err(Failure::new(FailCode::FailProtocol, text));
         }
-        snapshots.begin(Owner { source: self.streams.source, stream }, &self.streams.origin, begin)
+        let owner = Owner { source: self.streams.source, stream };
+        let id = snapshots.begin(owner, &self.streams.origin, begin)?;
+        snapshots.set_saved(id, &self.saved);
+        Ok(id)
     }
 
     /// The last word. One that was damaged ends the connection: the source says it again over another, and would not

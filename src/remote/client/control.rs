@@ -1,9 +1,13 @@
 //! What an operator asks the daemons of this host.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use super::super::pb::{self, local_reply, local_request};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::{CACHE_SOCKET, Failure, PROXY_SOCKET};
 use super::packets::{Packets, checked};
 
@@ -53,6 +57,17 @@ pub fn drop_snapshot(work_dir: &Path, name: &str, force: bool) -> Result<(), Fai
 pub fn release(work_dir: &Path, name: &str) -> Result<(), Failure> {
     let what = local_request::What::Release(pb::Release { name: checked(name)? });
     connect(Daemon::Cache, work_dir)?.tell(what, &[], PATIENCE)
+}
+
+/// A connection to the cache on which images of this host that lie in `directory` are brought, as if over a network.
+pub(super) fn load(work_dir: &Path, directory: &str) -> Result<OwnedFd, Failure> {
+    let failed =
+        |e: Errno| Failure::new(FailCode::FailInternal, format!("connection to the cache: {}", e.desc()));
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(failed)?;
+    let what = local_request::What::Load(pb::Load { directory: directory.to_owned() });
+    connect(Daemon::Cache, work_dir)?.tell(what, &[theirs.as_fd()], PATIENCE)?;
+    Ok(ours)
 }
 
 /// Waits until the proxy hears what became of a snapshot.

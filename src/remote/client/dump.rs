@@ -1,6 +1,6 @@
 //! The store that a remote dump writes into.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, IntoRawFd as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,9 +14,9 @@ use super::link::Fate;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
-use super::{estimate, image_error};
+use super::{control, estimate, image_error};
 use crate::image::{BEFORE_PAGES, ImageError, ImageFile, ImageSink, PagesSink, Store};
-use crate::settings::{DumpSettings, Leave, RemoteSettings};
+use crate::settings::{DEFAULT_REMOTE_TIMEOUT, DumpSettings, Leave, NetSettings, RemoteSettings};
 
 /// A snapshot on its way to a cache. Dropped before [`Store::confirm`] it is forgotten there.
 #[derive(Debug)]
@@ -55,23 +55,43 @@ impl RemoteDump {
             run_first,
             options: if run_first { options(dump) } else { Vec::new() },
         };
-        let path = PathBuf::from(format!("remote:{}", remote.snapshot));
-        let id = begin.id;
+        let (id, name) = (begin.id, begin.name.clone());
         let link: Box<dyn super::link::Link> = match &remote.direct {
             None => Box::new(Proxied::open(&remote.work_dir, begin, remote.timeout)?),
             Some(net) => Box::new(Direct::open(net, begin)?),
         };
         // Through a proxy it is the proxy's matter.
         let compress = remote.direct.is_none() || remote.compress;
-        Ok(Self {
+        Ok(Self::over(id, &name, run_first, Outgoing::new(link, compress)))
+    }
+
+    /// Opens a snapshot for images of this host that lie in `directory`, in the cache of the same host.
+    pub fn load(work_dir: &Path, begin: pb::SnapshotBegin, directory: &str) -> Result<Self, Failure> {
+        let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let begin =
+            pb::SnapshotBegin { name: checked(&begin.name)?, host: host(), id: draw(), created, ..begin };
+        let (id, name) = (begin.id, begin.name.clone());
+        let net = NetSettings {
+            address: None,
+            port: 0,
+            ps_socket: Some(control::load(work_dir, directory)?.into_raw_fd()),
+            tls: None,
+            timeout: DEFAULT_REMOTE_TIMEOUT,
+        };
+        let outgoing = Outgoing::new(Box::new(Direct::open(&net, begin)?), false);
+        Ok(Self::over(id, &name, false, outgoing))
+    }
+
+    fn over(id: u64, name: &str, run_first: bool, outgoing: Outgoing) -> Self {
+        Self {
             id,
             run_first,
-            outgoing: Arc::new(Outgoing::new(link, compress)),
-            path,
+            outgoing: Arc::new(outgoing),
+            path: PathBuf::from(format!("remote:{name}")),
             unfinished: Arc::default(),
             complete: AtomicBool::new(false),
             settled: AtomicBool::new(false),
-        })
+        }
     }
 
     /// Tells it from all others.

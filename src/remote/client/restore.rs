@@ -156,6 +156,9 @@ impl RemoteSnapshot {
         let (reply, _) = packets.receive(Instant::now() + remote.wait_snapshot + ARRIVAL)?;
         let local_reply::What::Snapshot(info) = reply else { return Err(packets.unexpected(&reply)) };
         let arriving = early && info.state() != State::Restoring;
+        if !info.saved.is_empty() {
+            tracing::warn!("snapshot {name} is in {} too: restore only one of them", info.saved);
+        }
         if arriving {
             tracing::info!(
                 "snapshot {} of task {} ({}) at {} arrives",
@@ -178,6 +181,32 @@ impl RemoteSnapshot {
             run_first,
         };
         Self::with_names(Arc::new(session), 0, path, arriving)
+    }
+
+    /// Takes a snapshot to make a copy of it.
+    pub fn take_to_save(work_dir: &Path, name: &str) -> Result<Self, Failure> {
+        let name = checked(name)?;
+        let packets = Packets::connect("image-cache", &work_dir.join(CACHE_SOCKET), Duration::ZERO)?;
+        let what = local_request::What::Save(pb::Save { name: name.clone() });
+        let (reply, _) = packets.ask(what, &[], PATIENCE)?;
+        let local_reply::What::Snapshot(info) = reply else { return Err(packets.unexpected(&reply)) };
+        tell_what_there_is(&info);
+        let path = PathBuf::from(format!("remote:{name}"));
+        let session = Session {
+            packets: Mutex::new(packets),
+            name,
+            path: path.clone(),
+            free: false,
+            ran: AtomicBool::new(false),
+            run_first: None,
+        };
+        Self::with_names(Arc::new(session), 0, path, false)
+    }
+
+    /// The copy is complete, and where; the snapshot is to be dropped if `drop`. An error: the copy is no good.
+    pub fn saved(&self, directory: &str, drop: bool) -> Result<(), Failure> {
+        let saved = pb::Saved { directory: directory.to_owned(), drop };
+        self.session.packets().tell(local_request::What::Saved(saved), &[], PATIENCE)
     }
 
     fn with_names(

@@ -191,7 +191,6 @@ impl Stream {
     }
 
     /// As if it came from there.
-    #[cfg(test)]
     pub fn from(self, origin: &str) -> Self {
         Self { address: origin.to_owned(), ..self }
     }
