@@ -395,7 +395,7 @@ impl Shared {
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let text = format!("{} did not {what} within {} s", self.peer, patience.as_secs());
+                let text = format!("{} did not {what} within {:.1} s", self.peer, patience.as_secs_f32());
                 return Err(Failure::new(FailCode::FailTimeout, text));
             }
             heard = self.news.wait_timeout(heard, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
@@ -592,12 +592,15 @@ impl Link for Direct {
     }
 
     fn abort(&self, reason: &str) {
+        if lock(&self.shared.heard).refused {
+            return;
+        }
         let abort = pb::Abort { reason: reason.to_owned() };
         // Lost, the cache hears of it from the end of the connection; after a commit it is in doubt there.
         if let Err(failure) = self.word(&wire::frame(Kind::Abort, STREAM, 0, &abort)) {
             tracing::debug!("{failure}");
             if lock(&self.shared.heard).prepared.is_some()
-                && let Err(failure) = self.resume(pb::resume::Verdict::Abort(abort))
+                && let Err(failure) = take_back(&self.net, self.about(pb::resume::Verdict::Abort(abort)))
             {
                 tracing::warn!(
                     "the tree runs on here, but the cache could not be told: {failure}; drop it there"
