@@ -49,6 +49,7 @@ impl ImageFile {
     }
 
     /// Whether it has none.
+    #[cfg_attr(not(any(test, feature = "internals")), expect(dead_code))]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
