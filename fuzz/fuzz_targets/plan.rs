@@ -20,7 +20,7 @@ use std::{
 
 use crtool::{
     image::{
-        ImageError, ImageKind, ImageSink, PagesSink, Store, descriptors,
+        ImageError, ImageFile, ImageKind, ImageSink, PagesSink, Store, descriptors,
         json::{self, Style},
     },
     restore,

@@ -113,7 +113,7 @@ impl Said {
                     true => pb::resume::Verdict::Confirm(pb::Confirm { survives }),
                     false => pb::resume::Verdict::Abort(pb::Abort::default()),
                 });
-                let resume = pb::Resume { name: name(number), id: 7, verdict };
+                let resume = pb::Resume { name: name(number), id: 7, verdict, journal: 0 };
                 frame(Kind::Resume, few(stream), 0, &resume)
             }
             Op::Ping => bare(Kind::Ping, 0, 0, 0).to_vec(),
