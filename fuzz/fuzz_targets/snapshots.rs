@@ -18,7 +18,7 @@ use libfuzzer_sys::fuzz_target;
 /// One frame. Few streams, images and names, so that they meet.
 #[derive(Debug, Arbitrary)]
 enum Op {
-    Begin { stream: u8, name: u8, parent: Option<u8>, survives: bool },
+    Begin { stream: u8, name: u8, parent: Option<u8>, survives: bool, run_first: bool, expected: u32 },
     Image { stream: u8, image: u8, name: u8 },
     Data { stream: u8, image: u8, bytes: Vec<u8>, times: u16, lz4: bool },
     Zero { stream: u8, image: u8, raw: u32 },
@@ -27,6 +27,7 @@ enum Op {
     Confirm { stream: u8, survives: bool },
     Abort { stream: u8 },
     Resume { stream: u8, name: u8, confirm: Option<bool> },
+    Go { stream: u8, again: Option<u8> },
     Ping,
     Raw(Vec<u8>),
 }
@@ -58,11 +59,13 @@ impl Said {
 
     fn bytes(&mut self, op: Op) -> Vec<u8> {
         match op {
-            Op::Begin { stream, name: number, parent, survives } => {
+            Op::Begin { stream, name: number, parent, survives, run_first, expected } => {
                 let begin = pb::SnapshotBegin {
                     name: name(number),
                     parent: parent.map(name).unwrap_or_default(),
                     source_survives: survives,
+                    run_first,
+                    expected_bytes: expected.into(),
                     id: 7,
                     ..Default::default()
                 };
@@ -113,6 +116,12 @@ impl Said {
                     true => pb::resume::Verdict::Confirm(pb::Confirm { survives }),
                     false => pb::resume::Verdict::Abort(pb::Abort::default()),
                 });
+                let resume = pb::Resume { name: name(number), id: 7, verdict, journal: 0 };
+                frame(Kind::Resume, few(stream), 0, &resume)
+            }
+            Op::Go { stream, again: None } => frame(Kind::Go, few(stream), 0, &pb::Go {}),
+            Op::Go { stream, again: Some(number) } => {
+                let verdict = Some(pb::resume::Verdict::Go(pb::Go {}));
                 let resume = pb::Resume { name: name(number), id: 7, verdict, journal: 0 };
                 frame(Kind::Resume, few(stream), 0, &resume)
             }
