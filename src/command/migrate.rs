@@ -5,6 +5,8 @@ use std::{
     cell::{Cell, RefCell},
     io::{self, IsTerminal as _, Write as _},
     path::Path,
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -35,20 +37,33 @@ const REMIND: Duration = Duration::from_secs(30);
 /// What is going on, for whoever sits in front of it or reads lines of JSON; nothing where nobody does.
 struct Progress {
     json: bool,
-    shown: bool,
+    /// To the thread that writes: a reader that takes nothing must not hold up whoever holds a tree.
+    lines: Option<mpsc::Sender<String>>,
+    written: Option<mpsc::Receiver<()>>,
     begun: Instant,
 }
 
 impl Progress {
     fn new(json: bool) -> Self {
-        Self { json, shown: json || io::stdout().is_terminal(), begun: Instant::now() }
+        let mut progress = Self { json, lines: None, written: None, begun: Instant::now() };
+        if json || io::stdout().is_terminal() {
+            let (lines, all) = mpsc::channel::<String>();
+            let (done, written) = mpsc::channel();
+            let write = move || {
+                // A reader that has seen enough is no failure.
+                all.iter().for_each(|line| drop(writeln!(io::stdout(), "{line}")));
+                let _ = done.send(());
+            };
+            if thread::Builder::new().stack_size(256 << 10).spawn(write).is_ok() {
+                (progress.lines, progress.written) = (Some(lines), Some(written));
+            }
+        }
+        progress
     }
 
     fn say(&self, phase: &str, text: &str, numbers: &[(&str, serde_json::Value)]) {
         tracing::info!("{text}");
-        if !self.shown {
-            return;
-        }
+        let Some(lines) = &self.lines else { return };
         let seconds = self.begun.elapsed().as_secs_f64();
         let line = if self.json {
             let mut line = serde_json::json!({ "phase": phase, "seconds": seconds, "text": text });
@@ -59,8 +74,16 @@ impl Progress {
         } else {
             format!("{seconds:8.3}  {text}")
         };
-        // A reader that has seen enough is no failure.
-        let _ = writeln!(io::stdout(), "{line}");
+        let _ = lines.send(line);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.lines = None;
+        if let Some(written) = self.written.take() {
+            let _ = written.recv_timeout(ASK);
+        }
     }
 }
 
@@ -145,7 +168,19 @@ impl Migration<'_> {
             address: net.and_then(|net| net.address.clone()),
             port: net.map_or(0, |net| net.port),
             cache: self.store.journal(),
+            going: false,
         })
+    }
+
+    /// Whether the tree may go on here by the word of the operator: not if the destination itself says that it runs there.
+    fn thawed(&self) -> bool {
+        let told =
+            self.departure().map(|departure| client::take_back(self.remote, resume(&departure, back())));
+        let late = matches!(told, Ok(Ok(false)));
+        if late {
+            tracing::error!("it runs at the destination, or is about to: it does not go on here");
+        }
+        !late
     }
 
     fn enter(&self, heard: Heard) -> Source {
@@ -179,6 +214,9 @@ impl HandOver for Migration<'_> {
     }
 
     fn go(&self) -> anyhow::Result<Fate> {
+        if let Some(open) = self.journal.borrow_mut().as_mut() {
+            open.going().context("journal of the hand-over")?;
+        }
         if let Err(failure) = self.store.go() {
             // It may have gone out all the same.
             tracing::warn!("{failure}");
@@ -210,14 +248,12 @@ impl HandOver for Migration<'_> {
                     None
                 }
             };
-            let heard = heard.or_else(|| {
-                Word::heard(work_dir, id).map(|word| match word {
-                    Word::Thaw => {
-                        why = "the operator has said so".to_owned();
-                        Heard::Thaw
-                    }
-                    Word::Kill => Heard::Kill,
-                })
+            let heard = heard.or_else(|| match Word::heard(work_dir, id)? {
+                Word::Kill => Some(Heard::Kill),
+                Word::Thaw => self.thawed().then(|| {
+                    why = "the operator has said so".to_owned();
+                    Heard::Thaw
+                }),
             });
             match heard.map(|heard| self.enter(heard)) {
                 Some(Source::Over) => return Ok(Fate::There),
@@ -276,7 +312,7 @@ fn processes(departure: &Departure) -> Vec<HostPid> {
     if departure.root.is_there() { procfs::walk(HostPid::new(departure.root.pid)) } else { Vec::new() }
 }
 
-/// Whether the whole tree is stopped: only such a tree may have been told to run elsewhere.
+/// Whether the whole tree is stopped.
 fn is_stopped(departure: &Departure) -> bool {
     processes(departure).into_iter().all(|pid| {
         procfs::stat(pid).is_ok_and(|stat| {
@@ -362,6 +398,17 @@ fn settle(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<&'st
         let asked = client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout);
         asked.context("whether it runs at the destination is not known")
     };
+    if !departure.going && departure.root.is_there() {
+        // Nobody was told to let it run there: what of it is stopped goes on.
+        let told = client::take_back(&way, resume(departure, back()));
+        return back_here(departure, open, told, "it was not handed over, and runs here");
+    }
+    if !departure.going {
+        bail!(
+            "it was not handed over, and its root, process {}, is not there any more; crtool migrate kill ends the rest",
+            departure.root.pid
+        );
+    }
     if !departure.root.is_there() {
         // Whoever migrated it may have died when all was done but this.
         if let client::Fate::Fell(why) = ask()? {
@@ -374,11 +421,6 @@ fn settle(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<&'st
         }
         open.close();
         return Ok("it runs at the destination, and is gone here");
-    }
-    if !is_stopped(departure) {
-        // Nobody was told to let it run there before all of it was stopped.
-        let told = client::take_back(&way, resume(departure, back()));
-        return back_here(departure, open, told, "it was not handed over, and runs here");
     }
     match ask()? {
         client::Fate::Runs(_) => {
@@ -400,14 +442,18 @@ fn back() -> Verdict {
 fn back_here(
     departure: &Departure,
     open: Open,
-    told: Result<(), Failure>,
+    told: Result<bool, Failure>,
     text: &'static str,
 ) -> anyhow::Result<&'static str> {
-    if let Err(failure) = told {
-        tracing::warn!(
+    match told {
+        Ok(true) => {}
+        Ok(false) => bail!(
+            "it runs at the destination, or is about to, and does not go on here: crtool migrate settle"
+        ),
+        Err(failure) => tracing::warn!(
             "the destination could not be told: {failure}; a snapshot {} there is to be dropped",
             departure.name
-        );
+        ),
     }
     signal(departure, libc::SIGCONT)?;
     open.close();

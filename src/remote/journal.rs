@@ -1,7 +1,8 @@
 //! What outlives the processes that hand a tree over: a small file in the work dir for each hand-over.
 //!
-//! The source writes `migrate-ID.journal` before it stops its tree for good and says `Go`; the file is locked as long as
-//! that crtool lives, and gone when the end is known. A cache writes `handover-ID.journal` before it lets a restore go on,
+//! The source writes `migrate-ID.journal` before it stops its tree for good, and a line more before it says `Go`: without that
+//! line the tree can run nowhere else, with it only the destination can say. The file is locked as long as that crtool lives,
+//! and gone when the end is known. A cache writes `handover-ID.journal` before it lets a restore go on,
 //! and again when the tree is known to run or not to; so a cache that is started anew can answer the source. The file
 //! `handover.id` tells a source that it speaks to one that has all of these. With *confirm first* nothing is written.
 
@@ -46,15 +47,6 @@ impl Process {
         Ok(Self { pid, start: stat.starttime, boot: boot()? })
     }
 
-    /// Whether it is there, alive, and nobody's tracee: as a tree that was let go.
-    pub fn is_free(&self) -> bool {
-        let status = fs::read(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let kill = 1 << (libc::SIGKILL - 1);
-        let free = crate::proc::status::parse(&status)
-            .is_ok_and(|status| status.tracer_pid == 0 && (status.sigpnd | status.shdpnd) & kill == 0);
-        free && self.is_there()
-    }
-
     /// Whether it is there still.
     pub fn is_there(&self) -> bool {
         Self::now(self.pid).is_ok_and(|now| now == *self)
@@ -72,10 +64,12 @@ fn odd(path: &Path) -> io::Error {
     )
 }
 
-fn read(path: &Path) -> io::Result<Value> {
+/// The record, and whether anything stands behind it.
+fn read(path: &Path) -> io::Result<(Value, bool)> {
     let mut text = String::new();
     File::open(path)?.take(64 << 10).read_to_string(&mut text)?;
-    serde_json::from_str(&text).map_err(|_| odd(path))
+    let (record, more) = text.split_once('\n').ok_or_else(|| odd(path))?;
+    Ok((serde_json::from_str(record).map_err(|_| odd(path))?, !more.is_empty()))
 }
 
 fn text(value: &Value, name: &str) -> Option<String> {
@@ -123,13 +117,15 @@ pub struct Departure {
     pub port: u16,
     /// The journal that the cache keeps.
     pub cache: u64,
+    /// `Go` may have been said.
+    pub going: bool,
 }
 
 /// A departure whose end is not known yet. Dropped, the file stays: somebody else has to find out.
 #[derive(Debug)]
 pub struct Open {
     path: PathBuf,
-    _lock: Flock<File>,
+    file: Flock<File>,
 }
 
 impl Departure {
@@ -146,7 +142,7 @@ impl Departure {
         });
         let file = write(&path, &value)?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| io::Error::from(e))?;
-        Ok(Open { path, _lock: lock })
+        Ok(Open { path, file: lock })
     }
 
     /// All that stand in a work dir, and what of them cannot be read.
@@ -170,7 +166,7 @@ impl Departure {
     /// One of them.
     pub fn read(work_dir: &Path, id: u64) -> io::Result<Self> {
         let path = Self::path(work_dir, id);
-        let value = read(&path)?;
+        let (value, going) = read(&path)?;
         let parsed = || {
             Some(Self {
                 id: parse_id(&text(&value, "id")?)?,
@@ -179,6 +175,7 @@ impl Departure {
                 address: text(&value, "address"),
                 port: value.get("port")?.as_u64()?.try_into().ok()?,
                 cache: parse_id(&text(&value, "cache")?)?,
+                going,
             })
         };
         parsed().filter(|departure| departure.id == id).ok_or_else(|| odd(&path))
@@ -191,7 +188,7 @@ impl Departure {
         let begun = Instant::now();
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(Some(Open { path, _lock: lock })),
+                Ok(lock) => return Ok(Some(Open { path, file: lock })),
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) if begun.elapsed() > DYING => return Ok(None),
                 Err((back, nix::errno::Errno::EWOULDBLOCK)) => file = back,
                 Err((_, e)) => return Err(e.into()),
@@ -232,6 +229,11 @@ impl Word {
 }
 
 impl Open {
+    /// `Go` is about to be said. It has to outlive this process, not this host, whose trees end with it.
+    pub fn going(&mut self) -> io::Result<()> {
+        self.file.write_all(b"going\n")
+    }
+
     /// The end is known.
     pub fn close(self) {
         if let Err(error) = fs::remove_file(&self.path) {
@@ -263,7 +265,9 @@ impl Journal {
     /// That of this work dir; begun if there is none.
     pub fn open(work_dir: &Path) -> io::Result<Self> {
         let path = work_dir.join("handover.id");
+        // Without some of its records it is another journal.
         let known = fs::read_to_string(&path).ok().and_then(|id| parse_id(id.trim()));
+        let known = known.filter(|_| !Self::trim(work_dir));
         let identity = match known {
             Some(identity) => identity,
             None => {
@@ -273,9 +277,7 @@ impl Journal {
                 identity
             }
         };
-        let journal = Self { work_dir: work_dir.to_owned(), identity };
-        journal.trim();
-        Ok(journal)
+        Ok(Self { work_dir: work_dir.to_owned(), identity })
     }
 
     /// Which journal this is: it is another one where the records of an earlier cache are not.
@@ -287,8 +289,9 @@ impl Journal {
         work_dir.join(format!("handover-{}.journal", shown(id)))
     }
 
-    fn trim(&self) {
-        let Ok(entries) = fs::read_dir(&self.work_dir) else { return };
+    /// Removes the oldest records; whether there were too many.
+    fn trim(work_dir: &Path) -> bool {
+        let Ok(entries) = fs::read_dir(work_dir) else { return false };
         let ours = |name: &str| name.starts_with("handover-") && name.ends_with(".journal");
         let mut all: Vec<_> = entries
             .flatten()
@@ -296,9 +299,11 @@ impl Journal {
             .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
             .collect();
         all.sort();
-        for (_, path) in all.iter().take(all.len().saturating_sub(HISTORY)) {
+        let surplus = all.len().saturating_sub(HISTORY);
+        for (_, path) in all.iter().take(surplus) {
             let _ = fs::remove_file(path);
         }
+        surplus > 0
     }
 
     /// Writes down how far a tree has come.
@@ -308,7 +313,7 @@ impl Journal {
 
     /// What stands there about a tree: how far it came, as which process.
     pub fn look_up(&self, id: u64) -> Option<(Reached, Process)> {
-        let value = read(&Self::path(&self.work_dir, id)).ok()?;
+        let (value, _) = read(&Self::path(&self.work_dir, id)).ok()?;
         let reached = match text(&value, "state")?.as_str() {
             "going" => Reached::Going,
             "running" => Reached::Running,
@@ -355,8 +360,9 @@ mod tests {
             address: Some("::1".into()),
             port: 9996,
             cache: u64::MAX,
+            going: false,
         };
-        let open = departure.write(dir.path()).unwrap();
+        let mut open = departure.write(dir.path()).unwrap();
         assert!(departure.root.is_there());
         assert_eq!(Departure::read(dir.path(), 77).unwrap(), departure);
         fs::write(dir.path().join("migrate-000000000000000a.journal"), "{").unwrap();
@@ -364,6 +370,8 @@ mod tests {
         assert_eq!((all.as_slice(), broken.len()), (&[departure.clone()][..], 1));
         // While it is held by somebody, nobody else has it.
         assert!(departure.take_over(dir.path()).unwrap().is_none());
+        open.going().unwrap();
+        assert!(Departure::read(dir.path(), 77).unwrap().going);
         drop(open);
         departure.take_over(dir.path()).unwrap().unwrap().close();
         assert!(departure.take_over(dir.path()).is_err());
@@ -392,5 +400,10 @@ mod tests {
             assert!(process.is_there());
         }
         assert_eq!(Journal::open(dir.path()).unwrap().identity(), journal.identity());
+        // Whose records are gone is another one: what it does not know may have run.
+        for id in 2..HISTORY as u64 + 2 {
+            fs::write(Journal::path(dir.path(), id), "").unwrap();
+        }
+        assert_ne!(Journal::open(dir.path()).unwrap().identity(), journal.identity());
     }
 }

@@ -21,6 +21,8 @@ use super::table::Table;
 const LABEL: usize = 256;
 /// What a snapshot takes beside its images.
 pub(super) const SNAPSHOT_COST: u64 = 4096;
+/// Most options of a restore that a source may ask for.
+const OPTIONS: usize = 16;
 /// How many other names a refusal tells.
 const NAMES: usize = 8;
 
@@ -277,6 +279,10 @@ impl Snapshots {
     ) -> Result<u64, Failure> {
         name::check_snapshot(&begin.name)?;
         (begin.comm, begin.host) = (label(&begin.comm), label(&begin.host));
+        if begin.options.len() > OPTIONS || begin.options.iter().any(|option| option.len() > LABEL) {
+            let text = format!("snapshot {}: too many options of a restore", begin.name);
+            return Err(Failure::new(FailCode::FailProtocol, text));
+        }
         for (_, old) in self.live(&begin.name) {
             let may_wait = matches!(old.state, State::Ready | State::InDoubt);
             if may_wait && old.survives {
@@ -734,8 +740,9 @@ impl Snapshots {
             None => None,
             Some((Reached::Fell, _)) => fell("its restore failed there"),
             Some((Reached::Running, root)) => ran(root.pid),
-            // Its restore was told to let it go, and whoever would have heard of that is dead.
-            Some((Reached::Going, root)) => root.is_free().then(|| ran(root.pid)).flatten(),
+            // Its restore was told to let it go. That writes down when it has; to look at the tree proves nothing, for what is
+            // alive may be about to die, and what is dead may have run.
+            Some((Reached::Going, _)) => None,
         }
     }
 

@@ -533,10 +533,13 @@ pub(super) fn ask(net: &NetSettings, resume: pb::Resume, patience: Duration) -> 
     })
 }
 
-/// Says over a new connection that the tree runs on here.
-pub(super) fn take_back(net: &NetSettings, resume: pb::Resume) -> Result<(), Failure> {
-    again(net, resume, net.timeout, |heard| {
-        (heard.restored.is_some() || heard.failed.is_some()).then_some(())
+/// Says over a new connection that the tree runs on here; `false` if it is too late, since it runs there or is about to.
+pub(super) fn take_back(net: &NetSettings, resume: pb::Resume) -> Result<bool, Failure> {
+    again(net, resume, net.timeout, |heard| match (&heard.restored, &heard.failed) {
+        (Some(restored), _) => Some(!restored.ok),
+        (None, Some(_)) => Some(true),
+        // What is taken back is not to be restored any more.
+        (None, None) => heard.prepared.is_some().then_some(false),
     })
 }
 

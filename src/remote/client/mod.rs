@@ -42,8 +42,8 @@ pub fn ask(remote: &RemoteSettings, resume: pb::Resume, patience: Duration) -> R
     }
 }
 
-/// Says that such a tree runs on here.
-pub fn take_back(remote: &RemoteSettings, resume: pb::Resume) -> Result<(), Failure> {
+/// Says that such a tree runs on here; `false` if it is too late, since it runs there or is about to.
+pub fn take_back(remote: &RemoteSettings, resume: pb::Resume) -> Result<bool, Failure> {
     match &remote.direct {
         Some(net) => direct::take_back(net, resume),
         None => proxied::take_back(&remote.work_dir, resume, remote.timeout * 3),

@@ -158,10 +158,14 @@ pub(super) fn ask(work_dir: &Path, resume: pb::Resume, patience: Duration) -> Re
     fate(&reply).ok_or_else(|| packets.unexpected(&reply))
 }
 
-/// Has a proxy say that the tree runs on here.
-pub(super) fn take_back(work_dir: &Path, resume: pb::Resume, patience: Duration) -> Result<(), Failure> {
+/// Has a proxy say that the tree runs on here; `false` if it is too late, since it runs there or is about to.
+pub(super) fn take_back(work_dir: &Path, resume: pb::Resume, patience: Duration) -> Result<bool, Failure> {
     let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), Duration::ZERO)?;
-    packets.ask(local_request::What::Resume(resume), &[], patience).map(drop)
+    match packets.ask(local_request::What::Resume(resume), &[], patience)?.0 {
+        local_reply::What::Restored(restored) => Ok(!restored.ok),
+        local_reply::What::Fell(_) => Ok(true),
+        other => Err(packets.unexpected(&other)),
+    }
 }
 
 impl Link for Proxied {

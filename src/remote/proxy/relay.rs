@@ -728,6 +728,9 @@ impl<D: Dial> Relay<D> {
                 if matches!(s.word, Some(Word::Confirm { .. })) {
                     tracing::info!("{}: the cache knows now that it may be restored", s.name());
                     s.show(State::Ready, "");
+                } else if s.begin.run_first {
+                    // Too late to have it back: what becomes of it there follows.
+                    s.show(State::Starting, "it was let go there before it could be taken back");
                 } else {
                     let text = "the tree runs on here, but the cache was told to let it be restored";
                     tracing::error!("{}: {text}", s.name());
