@@ -16,8 +16,8 @@
 //!  IN_DOUBT: all of it is here, and nobody has said that the tree does not run elsewhere.
 //! ```
 //!
-//! What holds, whatever is lost, doubled, late, or dies (the tests try all of it): the tree runs on one side at most, and while
-//! it runs on none, somebody has all of it. This module decides and does nothing: it knows no sockets, no images, no clocks. Both
+//! What holds, whatever is lost, doubled, late, or dies (the tests try all of it): the tree runs on one side at most, while
+//! it runs on none, somebody has all of it, and a restore that has it never waits for what does not come. This module decides and does nothing: it knows no sockets, no images, no clocks. Both
 //! daemons, the dump and `migrate` ask it.
 
 use super::pb::snapshot_info::State;
@@ -170,7 +170,8 @@ impl Held {
             (Event::Vanished, Starting) => self.to(InDoubt),
             (Event::Release, InDoubt) => {
                 (self.confirmed, self.started) = (true, false);
-                self.to(Ready)
+                // A restore that has read it as it arrived goes on; it waits for nothing else.
+                self.to(if self.taken { Restoring } else { Ready })
             }
             _ => self.to(state),
         }

@@ -244,10 +244,10 @@ impl World {
     fn of_the_restore(self, all: &mut Vec<Self>) {
         match self.there {
             There::Nobody | There::Died => {
-                let held = self.held.filter(|held| {
-                    held.state == State::Ready
-                        || held.run_first && matches!(held.state, State::Receiving | State::Prepared)
-                });
+                // It may be read while it arrives.
+                let held = self
+                    .held
+                    .filter(|held| matches!(held.state, State::Ready | State::Receiving | State::Prepared));
                 if held.is_some_and(|held| !held.taken) {
                     all.push(Self { there: There::Making, ..self.happens(Event::Take) });
                 }
@@ -313,6 +313,10 @@ impl World {
         let kept_there = self.there == There::Told || self.held.is_some_and(|held| held.is_live());
         if !here && !self.runs_there() && !kept_here && !kept_there {
             return Err("it is lost");
+        }
+        // Whoever waits is told in RESTORING, and sees an end in what is over or in doubt.
+        if self.held.is_some_and(|held| held.taken && held.state == State::Ready) {
+            return Err("a restore has it and waits for ever");
         }
         Ok(())
     }
