@@ -8,7 +8,7 @@ use crate::{
     exit::{Exit, Incomplete},
     interrupt,
     remote::client::RemoteDump,
-    settings::{DumpSettings, RemoteSettings, ReportSettings},
+    settings::{DumpSettings, Leave, RemoteSettings, ReportSettings},
     stats::DumpStats,
     sys::pid::HostPid,
 };
@@ -29,7 +29,10 @@ pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Ex
         })
         .with_context(|| format!("dump of pid {}", settings.pid))?;
     let exit = done(settings, report, &stats)?;
-    waited.context(Incomplete("the tree is gone here and complete in the cache"))?;
+    waited.context(Incomplete(match settings.leave {
+        Leave::Killed => "the tree is gone here and complete in the cache",
+        Leave::Running | Leave::Stopped => "the tree is complete in the cache",
+    }))?;
     Ok(exit)
 }
 
@@ -42,6 +45,14 @@ fn to_cache(
     let store = RemoteDump::connect(remote, settings, false)?;
     let stats = crate::dump::dump_to(&store, None, settings)
         .inspect_err(|error| store.give_up(&format!("{error:#}")))?;
+    // Nobody waits for that: the tree is gone, and the destination goes on meanwhile.
+    if let Err(failure) = store.taken() {
+        let error = anyhow::Error::from(failure);
+        return Ok((
+            stats,
+            Err(if settings.leave == Leave::Killed { error.context(Unconfirmed) } else { error }),
+        ));
+    }
     let Some(patience) = remote.wait_restored else { return Ok((stats, Ok(()))) };
     let waited = match store.wait_restored(patience) {
         Ok(restored) if restored.ok => {

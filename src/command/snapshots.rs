@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
+use crate::remote::name::is_hidden;
 use crate::remote::pb::{SnapshotInfo, snapshot_info::State};
 
 /// What a list is about.
@@ -14,6 +15,9 @@ pub(super) enum Which {
     All,
 }
 
+/// Longest field, in characters: one long name does not make every line so long.
+const LONGEST: usize = 40;
+
 const HEAD: [&str; 8] = ["NAME", "STATE", "SIZE", "MEMORY", "IMAGES", "TASK", "HOST", "FOR"];
 
 /// One line for each snapshot, columns aligned, and a note below where there is something to say.
@@ -23,14 +27,15 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
     let mut rows: Vec<([String; 8], String)> = vec![(HEAD.map(str::to_owned), String::new())];
     for info in snapshots.iter().filter(held) {
         let for_now = since_epoch.saturating_sub(Duration::from_secs(info.since));
+        let name = one_word(&info.name);
         let row = [
-            one_word(&info.name),
+            cut(&name),
             info.state().as_str_name().to_owned(),
             size(info.bytes),
             size(info.resident),
             info.images.to_string(),
-            format!("{}({})", info.pid, one_word(&info.comm)),
-            one_word(&info.host),
+            format!("{}({})", info.pid, cut(&one_word(&info.comm))),
+            cut(&one_word(&info.host)),
             span(for_now),
         ];
         let mut note = plain(&info.text);
@@ -44,6 +49,10 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
         if !info.parent.is_empty() {
             note = [note, format!("on top of {}", plain(&info.parent))].join("; ");
             note = note.trim_start_matches("; ").to_owned();
+        }
+        if row.first() != Some(&name) {
+            note = [format!("named {name}"), note].join("; ");
+            note = note.trim_end_matches("; ").to_owned();
         }
         rows.push((row, note));
     }
@@ -73,7 +82,8 @@ fn is_over(state: State) -> bool {
 
 /// What another host sent is shown, not obeyed.
 fn plain(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    let shown = |c: char| if is_hidden(c) { c.escape_default().collect() } else { vec![c] };
+    text.chars().flat_map(shown).collect()
 }
 
 /// As one field of a line; nothing is `-`.
@@ -82,6 +92,14 @@ fn one_word(text: &str) -> String {
         return "-".to_owned();
     }
     if text.chars().any(char::is_whitespace) { format!("\"{}\"", plain(text)) } else { plain(text) }
+}
+
+/// Its beginning, if it is long.
+fn cut(field: &str) -> String {
+    if field.chars().count() <= LONGEST {
+        return field.to_owned();
+    }
+    field.chars().take(LONGEST - 3).chain("...".chars()).collect()
 }
 
 fn size(bytes: u64) -> String {
@@ -137,6 +155,14 @@ mod tests {
              the connection\\nwas lost\n"
         );
         assert_eq!(table(&all, Which::Held, now).lines().count(), 2);
+        // What is long or not to be seen does no harm to the others, and can be typed.
+        let long = "x".repeat(1024);
+        let odd = info("a\u{202e}b\u{200b}", State::Ready, "");
+        let shown = table(&[info(&long, State::Ready, "why"), odd], Which::Held, now);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert!(lines[1].starts_with(&format!("{}...  READY", "x".repeat(37))), "{shown}");
+        assert_eq!(lines[2], format!("    named {long}; why"));
+        assert!(lines[3].starts_with("a\\u{202e}b\\u{200b}  ") && lines[3].len() < 110, "{shown}");
         assert_eq!(size(10_239), "10239B");
         assert_eq!(size(u64::MAX), "16777215TiB");
     }

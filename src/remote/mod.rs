@@ -24,6 +24,7 @@ pub mod daemon;
 pub mod front;
 pub mod handover;
 pub mod journal;
+mod last_words;
 pub mod local;
 pub mod name;
 pub mod net;

@@ -40,6 +40,37 @@ pub fn check_image(name: &str) -> Result<(), Failure> {
     Err(Failure::new(FailCode::FailName, format!("image name {}: {why}", shown(name))))
 }
 
+/// Characters that change how what stands around them is shown, or are not to be seen: control characters, those that
+/// change the direction of text, and those without a width.
+pub fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// Cuts a line for people to at most `most` bytes, behind a word if there is one near, and shows that it was cut.
+pub fn shorten(text: &mut String, most: usize) {
+    const CUT: &str = "...";
+    if text.len() <= most {
+        return;
+    }
+    let mut end = most.saturating_sub(CUT.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let in_word = !text.get(end..).is_some_and(|rest| rest.starts_with(char::is_whitespace));
+    text.truncate(end);
+    if let Some(word) = text.rfind(char::is_whitespace).filter(|word| in_word && *word > end / 2) {
+        text.truncate(word);
+    }
+    if most >= CUT.len() {
+        text.push_str(CUT);
+    }
+}
+
 /// A hostile name, fit for one line.
 fn shown(name: &str) -> String {
     let mut text: String = name.chars().take(64).flat_map(char::escape_default).collect();
@@ -71,6 +102,24 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "../x", ".x", "a..b", "a b", "ä", "a\0", &"x".repeat(256)] {
             assert!(check_image(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn lines_are_cut_behind_words() {
+        let cut = |text: &str, most| {
+            let mut text = text.to_owned();
+            shorten(&mut text, most);
+            text
+        };
+        assert_eq!(cut("all of it", 9), "all of it");
+        assert_eq!(cut("a reason that is long", 16), "a reason that...");
+        assert_eq!(cut(&"x".repeat(20), 10), "xxxxxxx...");
+        assert_eq!(cut(&"ä".repeat(20), 10), "äää...");
+        assert_eq!(cut("xxxx", 2), "");
+        for c in ['\u{202e}', '\u{200b}', '\u{feff}', '\n', '\u{2066}'] {
+            assert!(is_hidden(c));
+        }
+        assert!("aä日 -/".chars().all(|c| !is_hidden(c)));
     }
 
     #[test]

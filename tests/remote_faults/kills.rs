@@ -240,11 +240,24 @@ pub fn settle(
                 site.arrived()?;
                 return Ok(Outcome::Moved);
             }
-            Some(State::InDoubt) if snapshot.is_some_and(|s| s.text.contains("while it let the tree go")) => {
+            Some(State::InDoubt)
+                if snapshot.as_ref().is_some_and(|s| s.text.contains("while it let the tree go")) =>
+            {
                 // Whoever had been let go was killed at once, and may have counted before.
                 site.leaves(to)?;
                 site.run(to, &["image-cache", "drop", name])?.succeeded()?;
                 return gone_with_cache(site);
+            }
+            Some(State::InDoubt) if dump == End::Exited(0) => {
+                return Err(format!("the dump ended well, and the cache was not told: {snapshot:?}"));
+            }
+            // What it had to say, or its dump, lies in its work dir.
+            Some(State::InDoubt)
+                if plan.way == Way::Proxied
+                    && site.pid_of(from, PROXY).is_none()
+                    && site.has_last_word(from)? =>
+            {
+                site.daemons(plan.way)?;
             }
             Some(State::InDoubt) if plan.way == Way::Direct || site.pid_of(from, PROXY).is_none() => {
                 // Nobody is left who could tell the cache.

@@ -258,6 +258,12 @@ impl Site {
         self.daemons.get(&(host.name(), name)).copied()
     }
 
+    /// Whether something lies in the work dir of a host that its next proxy is to tell a cache.
+    pub fn has_last_word(&self, host: Host) -> Result<bool, String> {
+        let mut entries = fs::read_dir(self.work_there(host)).map_err(|e| e.to_string())?.flatten();
+        Ok(entries.any(|entry| entry.file_name().to_string_lossy().starts_with("last-word-")))
+    }
+
     /// Forgets a daemon that was killed, once it is gone.
     pub fn gone(&mut self, host: Host, name: &'static str) -> Result<(), String> {
         let Some(pid) = self.daemons.remove(&(host.name(), name)) else { return Ok(()) };
@@ -526,8 +532,9 @@ impl Site {
         for host in [Host::Left, Host::Right] {
             for entry in fs::read_dir(self.work_there(host)).map_err(|e| e.to_string())?.flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
-                let kept =
-                    name.ends_with(".log") || name.starts_with("stats-") || name.starts_with("handover");
+                // Last words to a cache that was killed with what it had stay.
+                let kept = name.ends_with(".log")
+                    || ["stats-", "handover", "last-word-"].iter().any(|kind| name.starts_with(kind));
                 if !kept {
                     return Err(format!("left in the work dir of host {}: {name}", host.name()));
                 }

@@ -347,14 +347,6 @@ fn at_frame(
     let tool = site.begin_dump(plan.way, name)?;
     forwarder.aim_at(daemon.unwrap_or(tool.pid));
     let dump = tool.end()?;
-    // A dump does not wait until its proxy has passed on the last word.
-    let begin = Instant::now();
-    while kind == Kind::Confirm && dump.end == End::Exited(0) && forwarder.hit().is_none() {
-        if begin.elapsed() > LIMIT {
-            return Err("the last word does not come".into());
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
     let killed = forwarder.disarm().is_some();
     let itself = killed && plan.victim == Victim::Dump;
     if !itself && !matches!(dump.end, End::Exited(0..=2)) {

@@ -67,8 +67,6 @@ pub(super) struct Client {
     starting: Option<Starting>,
     pending: Option<Pending>,
     out: VecDeque<(pb::LocalReply, Option<OwnedFd>)>,
-    /// It asked for something once.
-    spoke: bool,
     gone: bool,
     timeout: Duration,
     watches: Vec<Watch>,
@@ -110,7 +108,6 @@ impl Client {
             starting: None,
             pending: None,
             out: VecDeque::new(),
-            spoke: false,
             gone: false,
             timeout,
             watches: Vec::new(),
@@ -139,9 +136,9 @@ impl Client {
         self.watched = watched;
     }
 
-    /// Whether it has never asked for anything.
-    pub(super) fn is_silent(&self) -> bool {
-        !self.spoke
+    /// Whether it has no snapshot and waits for nothing: it can ask again if it is sent away.
+    pub(super) fn is_idle(&self) -> bool {
+        self.taken.is_none() && self.pending.is_none() && self.out.is_empty()
     }
 
     /// Whether it went away.
@@ -227,7 +224,6 @@ impl Client {
 
     fn request(&mut self, snapshots: &mut Snapshots, packet: Packet<pb::LocalRequest>, daemon: &str) {
         use local_request::What;
-        self.spoke = true;
         let Packet { message, fds } = packet;
         let reply = match message.what {
             Some(What::Get(get)) => self.get(snapshots, get),

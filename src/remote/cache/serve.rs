@@ -25,8 +25,8 @@ const BUFFER: usize = 512 << 10;
 const TURN: usize = 8;
 /// So many times the time-out may a snapshot that arrives stand still.
 const LEASE: u32 = 6;
-/// Most commands that have asked for nothing.
-const MAX_SILENT: usize = 256;
+/// Most commands that have nothing to do here.
+const MAX_IDLE: usize = 256;
 /// Most commands at once.
 const MAX_CLIENTS: usize = 4096;
 /// How long the reason of a refusal may take to arrive.
@@ -176,10 +176,10 @@ impl Cache {
 
     /// A command has connected: process `pid`, of a user who may enter; `process` is a pidfd of it.
     pub fn add_client(&mut self, socket: OwnedFd, pid: i32, process: Option<OwnedFd>) -> io::Result<()> {
-        let silent: Vec<u64> =
-            self.clients.iter().filter(|(_, client)| client.is_silent()).map(|(token, _)| *token).collect();
-        if silent.len() >= MAX_SILENT
-            && let Some(oldest) = silent.first()
+        let idle: Vec<u64> =
+            self.clients.iter().filter(|(_, client)| client.is_idle()).map(|(token, _)| *token).collect();
+        if idle.len() >= MAX_IDLE
+            && let Some(oldest) = idle.first()
         {
             self.clients.remove(oldest);
         }

@@ -17,6 +17,8 @@ use super::restorer::Wanted;
 use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
 use super::table::Table;
 
+/// Longest reason kept, in bytes.
+const REASON: usize = 1000;
 /// Longest name of a task or host kept, in bytes.
 const LABEL: usize = 256;
 /// What a snapshot takes beside its images.
@@ -77,11 +79,18 @@ fn mib(bytes: u64) -> u64 {
 
 /// What somebody else calls a task or a host, fit for a line.
 fn label(text: &str) -> String {
-    let mut label: String = text.chars().filter(|c| !c.is_control()).collect();
+    let mut label: String = text.chars().filter(|c| !name::is_hidden(*c)).collect();
     if let Some((end, _)) = label.char_indices().find(|(at, c)| at + c.len_utf8() > LABEL) {
         label.truncate(end);
     }
     label
+}
+
+/// Why something was given up, fit for a line.
+fn reason(text: &str) -> String {
+    let mut reason: String = text.chars().filter(|c| !name::is_hidden(*c)).collect();
+    name::shorten(&mut reason, REASON);
+    reason
 }
 
 impl Snapshots {
@@ -578,9 +587,9 @@ impl Snapshots {
     }
 
     /// The source takes it back: its tree runs on there. That counts until the tree is let go here.
-    pub(super) fn abort(&mut self, id: u64, reason: &str) {
-        let reason = label(reason);
-        let text = if reason.is_empty() { "the source gave up".to_owned() } else { reason };
+    pub(super) fn abort(&mut self, id: u64, why: &str) {
+        let why = reason(why);
+        let text = if why.is_empty() { "the source gave up".to_owned() } else { why };
         if self.happen(id, Event::Abort, "").is_some_and(|held| held.state == State::Failed) {
             self.forget_owner(id);
             self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
@@ -1014,7 +1023,7 @@ impl Snapshots {
     /// The restore did not succeed, and why; its tree certainly does not run. The snapshot can be restored again, if it is
     /// whole.
     pub(super) fn let_go(&mut self, id: u64, why: &str) {
-        let why = label(why);
+        let why = reason(why);
         let Some(before) = self.snapshots.get(&id).map(Snapshot::held) else { return };
         let Some(after) = self.happen(id, Event::Undone, &format!("a restore failed: {why}")) else { return };
         self.changes += 1;
@@ -1055,7 +1064,7 @@ impl Snapshots {
     /// The restore was killed while it let the tree go, and some of that may have run. Kept, and given to nobody before
     /// somebody has looked.
     pub(super) fn vanished(&mut self, id: u64, why: &str) {
-        let text = format!("{} while it let the tree go, some of which may have run", label(why));
+        let text = format!("{} while it let the tree go, some of which may have run", reason(why));
         if self.happen(id, Event::Vanished, &text).is_none_or(|held| held.state != State::InDoubt) {
             return;
         }

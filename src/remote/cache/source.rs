@@ -347,7 +347,7 @@ impl Source {
                         None
                     })
                 } else {
-                    self.begin(snapshots, header, payload).map(Some)
+                    self.begin(snapshots, header, payload)
                 };
                 match begun {
                     Ok(Some(id)) => {
@@ -374,13 +374,23 @@ impl Source {
         Ok(())
     }
 
-    fn begin(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<u64, Failure> {
+    /// None if it has ended what was on its way in that stream.
+    fn begin(
+        &mut self,
+        snapshots: &mut Snapshots,
+        header: &Header,
+        payload: &[u8],
+    ) -> Result<Option<u64>, Failure> {
         let stream = header.stream;
         let begin: pb::SnapshotBegin = wire::message(header, payload)?;
         if self.streams.active.contains_key(&stream) {
             let failure = Failure::new(FailCode::FailProtocol, format!("stream {stream} begins twice"));
-            self.streams.fail(snapshots, stream, failure.clone());
-            return Err(failure);
+            if self.streams.receiving(snapshots, stream).is_none() {
+                return Err(failure);
+            }
+            // The source hears of it as of the end of its snapshot.
+            self.streams.fail(snapshots, stream, failure);
+            return Ok(None);
         }
         if self.streams.active.len() >= MAX_STREAMS {
             let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
@@ -389,7 +399,7 @@ impl Source {
         let owner = Owner { source: self.streams.source, stream };
         let id = snapshots.begin(owner, &self.streams.origin, begin)?;
         snapshots.set_saved(id, &self.saved);
-        Ok(id)
+        Ok(Some(id))
     }
 
     /// The last word. One that was damaged ends the connection: the source says it again over another, and would not

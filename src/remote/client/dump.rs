@@ -135,6 +135,11 @@ impl RemoteDump {
         self.outgoing.link().abort(reason);
     }
 
+    /// Waits until the cache is known to have the last word.
+    pub fn taken(&self) -> Result<(), Failure> {
+        self.outgoing.link().taken()
+    }
+
     /// Waits until the cache says what became of the snapshot.
     pub fn wait_restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
         self.outgoing.link().restored(patience)

@@ -59,6 +59,11 @@ pub(super) trait Link: Send + Sync + Debug {
     /// The last word: the snapshot may be restored.
     fn confirm(&self, survives: bool) -> Result<(), Failure>;
 
+    /// After `confirm`: waits until the cache is known to have that word. At once where `confirm` has waited itself.
+    fn taken(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
     /// The other last word: the snapshot is to be forgotten. What goes wrong here is found out there.
     fn abort(&self, reason: &str);
 

@@ -7,7 +7,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::uio::writev;
 
+use super::super::last_words::{Confirm, LastWord};
 use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{Failure, PROXY_SOCKET};
 use super::control::{self, Daemon};
@@ -36,6 +37,8 @@ pub(super) struct Proxied {
     work_dir: PathBuf,
     name: String,
     id: u64,
+    /// Root of the tree.
+    pid: i32,
     journal: u64,
     restores: bool,
     pipe: Mutex<OwnedFd>,
@@ -45,8 +48,18 @@ pub(super) struct Proxied {
     /// The cache has all of it.
     complete: AtomicBool,
     features: u64,
+    /// The cache, as the proxy calls it.
+    target: String,
+    /// The last word that was said.
+    confirmed: Mutex<Option<Confirm>>,
+    /// What came before it was asked for.
+    restored: Mutex<Option<pb::Restored>>,
     /// The proxy gives the cache up after this; we wait a little longer for its word.
     patience: Duration,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Proxied {
@@ -58,7 +71,7 @@ impl Proxied {
     ) -> Result<Self, Failure> {
         let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), timeout)?;
         let patience = timeout * 3;
-        let (work_dir, name, id) = (work_dir.to_owned(), begin.name.clone(), begin.id);
+        let (work_dir, name, id, pid) = (work_dir.to_owned(), begin.name.clone(), begin.id, begin.pid);
         let (reply, mut fds) = packets.ask(local_request::What::Open(begin), &[], patience)?;
         let local_reply::What::Opened(opened) = reply else { return Err(packets.unexpected(&reply)) };
         let lacks = |what| {
@@ -83,6 +96,7 @@ impl Proxied {
             work_dir,
             name,
             id,
+            pid,
             journal: opened.journal,
             restores: opened.restores,
             pipe,
@@ -90,13 +104,30 @@ impl Proxied {
             refused,
             complete,
             features: opened.features,
+            target: opened.target,
+            confirmed: Mutex::default(),
+            restored: Mutex::default(),
             patience,
         })
     }
 
+    /// Leaves the last word to the next proxy.
+    fn write_down(&self, word: Result<Confirm, String>) {
+        let last = LastWord {
+            id: self.id,
+            name: self.name.clone(),
+            target: self.target.clone(),
+            pid: self.pid,
+            word,
+        };
+        if let Err(error) = last.write(&self.work_dir) {
+            tracing::warn!("the last word cannot be left to another image-proxy: {error}");
+        }
+    }
+
     /// Why the pipe or the ring is closed. It is said once, and threads that ask together all hear it.
     fn reason(&self) -> Failure {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = lock(&self.refused);
         let receive = || match self.packets.receive(Instant::now() + Duration::from_secs(5)) {
             Err(failure) => failure,
             Ok((other, _)) => self.packets.unexpected(&other),
@@ -178,7 +209,7 @@ impl Link for Proxied {
     }
 
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
-        let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        let pipe = lock(&self.pipe);
         self.write(&pipe, frames)
     }
 
@@ -199,7 +230,7 @@ impl Link for Proxied {
     }
 
     fn send_placed(&self, frames: &mut [IoSlice<'_>], room: Slot, placed: usize) -> Result<(), Failure> {
-        let pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        let pipe = lock(&self.pipe);
         if let Some(ring) = &self.ring {
             // Under the lock, so that slots are noted in the order in which the proxy frees them.
             ring.sent(room, placed);
@@ -237,8 +268,34 @@ impl Link for Proxied {
     }
 
     fn confirm(&self, survives: bool) -> Result<(), Failure> {
-        let what = local_request::What::Confirm(pb::Confirm { survives });
-        self.packets.send(what, &[], Instant::now() + self.patience)
+        let confirm = pb::Confirm { survives };
+        *lock(&self.confirmed) = Some(Confirm { survives });
+        let told =
+            self.packets.send(local_request::What::Confirm(confirm), &[], Instant::now() + self.patience);
+        told.inspect_err(|_| self.write_down(Ok(Confirm { survives })))
+    }
+
+    fn taken(&self) -> Result<(), Failure> {
+        let Some(confirm) = *lock(&self.confirmed) else { return Ok(()) };
+        // A connection that breaks is made anew meanwhile, if that is possible.
+        match self.packets.receive(Instant::now() + self.patience / 3) {
+            Ok((local_reply::What::Done(_), _)) => Ok(()),
+            Ok((local_reply::What::Restored(restored), _)) if restored.ok => {
+                *lock(&self.restored) = Some(restored);
+                Ok(())
+            }
+            Ok((local_reply::What::Restored(restored), _)) => {
+                Err(Failure::new(FailCode::FailLost, restored.text))
+            }
+            Ok((other, _)) => Err(self.packets.unexpected(&other)),
+            Err(failure) => {
+                // A proxy that is there does what can be done itself.
+                if failure.code == FailCode::FailLost {
+                    self.write_down(Ok(confirm));
+                }
+                Err(failure)
+            }
+        }
     }
 
     fn abort(&self, reason: &str) {
@@ -248,9 +305,10 @@ impl Link for Proxied {
         if let Err(failure) = told
             && self.complete.load(Ordering::Acquire)
         {
+            self.write_down(Err(reason.to_owned()));
             tracing::warn!(
-                "the tree runs on here, but the cache could not be told: {failure}; see `crtool image-cache list` \
-                 there, and drop {} if it is in doubt",
+                "the tree runs on here, but the cache could not be told: {failure}; the next image-proxy with this work \
+                 dir tells it, or see `crtool image-cache list` there, and drop {} if it is in doubt",
                 self.name
             );
         }
@@ -291,6 +349,9 @@ impl Link for Proxied {
     }
 
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {
+        if let Some(restored) = lock(&self.restored).take() {
+            return Ok(restored);
+        }
         match self.packets.receive(Instant::now() + patience)? {
             (local_reply::What::Restored(restored), _) => Ok(restored),
             (other, _) => Err(self.packets.unexpected(&other)),

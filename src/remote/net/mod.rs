@@ -83,8 +83,15 @@ impl NetError {
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Connect { source, .. } => source.raw_os_error().is_some(),
+            // A host that has just started knows no names yet.
+            Self::Resolve { .. } => true,
             _ => false,
         }
+    }
+
+    /// The host is there, and nobody listens.
+    pub fn is_nobody(&self) -> bool {
+        matches!(self, Self::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused)
     }
 }
 

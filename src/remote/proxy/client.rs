@@ -11,6 +11,7 @@ use std::time::Instant;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::remote::local::{self, MAX_PACKET, Packet};
+use crate::remote::name::shorten;
 use crate::remote::pb::{self, local_reply::What};
 use crate::sys;
 
@@ -63,6 +64,11 @@ impl Client {
     /// The process.
     pub(super) fn process(&self) -> Option<OwnedFd> {
         self.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok())
+    }
+
+    /// Whether it neither dumps nor waits for anything: it can ask again if it is sent away.
+    pub(super) fn is_idle(&self) -> bool {
+        self.snapshot.is_none() && self.waits.is_none() && self.out.is_empty()
     }
 
     /// Whether packets wait for room.
@@ -119,13 +125,6 @@ impl Client {
             let daemon = daemon.to_owned();
             self.reply(What::Snapshots(pb::Snapshots { snapshots, daemon, more: number < last }));
         }
-    }
-}
-
-/// Cuts at a character, at most `most` bytes.
-pub(super) fn shorten(text: &mut String, most: usize) {
-    while text.len() > most {
-        text.pop();
     }
 }
 

@@ -83,7 +83,8 @@ impl Dial for Connector {
             Progress::Pending => Dialed::Pending(self.wake_at()),
             Progress::Ready(stream) => Dialed::Ready(stream),
             Progress::Failed(error, again) => {
-                Dialed::Failed { why: error.to_string(), again, for_good: !error.may_pass() }
+                let (for_good, nobody) = (!error.may_pass(), error.is_nobody());
+                Dialed::Failed { why: error.to_string(), again, for_good, nobody }
             }
         }
     }
@@ -123,7 +124,7 @@ impl Dial for Given {
             Some(stream) => Dialed::Ready(stream),
             None => {
                 let why = "the connection that was given is gone".to_owned();
-                Dialed::Failed { why, again: now + MAX_PAUSE, for_good: true }
+                Dialed::Failed { why, again: now + MAX_PAUSE, for_good: true, nobody: false }
             }
         }
     }
@@ -180,6 +181,8 @@ pub(super) enum Dialed<C> {
         again: Instant,
         /// Somebody must change something first.
         for_good: bool,
+        /// The host is there, and no cache.
+        nobody: bool,
     },
 }
 
@@ -223,6 +226,8 @@ pub(super) struct Link<D: Dial> {
     /// Taken by the socket, and not yet by the other side, when last looked at.
     progress: (u64, u32),
     error: Option<String>,
+    /// There was no cache when it was last tried.
+    nobody: bool,
 }
 
 impl<D: Dial> Link<D> {
@@ -251,6 +256,7 @@ impl<D: Dial> Link<D> {
             pongs: 0,
             progress: (0, 0),
             error: None,
+            nobody: false,
         }
     }
 
@@ -296,6 +302,11 @@ impl<D: Dial> Link<D> {
     /// Why there is no connection.
     pub(super) fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// The host of the cache is there, and no cache: what it had is gone.
+    pub(super) fn is_nobody(&self) -> bool {
+        self.nobody && self.conn.is_none()
     }
 
     /// For people.
@@ -344,7 +355,8 @@ impl<D: Dial> Link<D> {
                 self.dial_at = Some(again);
                 return None;
             }
-            Dialed::Failed { why, again, for_good } => {
+            Dialed::Failed { why, again, for_good, nobody } => {
+                self.nobody = nobody;
                 if self.error.as_ref() != Some(&why) {
                     tracing::warn!("{why}; trying again");
                 }
@@ -355,6 +367,7 @@ impl<D: Dial> Link<D> {
             Dialed::Ready(conn) => conn,
         };
         self.dial_at = None;
+        self.nobody = false;
         self.watched = Interest::READ;
         if let Err(e) = poll.add(conn.fd(), self.token, self.watched) {
             self.error = Some(e.to_string());

@@ -64,7 +64,13 @@ pub fn run(mut front: Front, settings: &ProxySettings) -> Result<(), Failure> {
 
 fn relay<D: Dial>(dial: D, front: Front, settings: &ProxySettings) -> std::io::Result<Ended> {
     let timeout = settings.net.timeout;
-    let rules = Rules { timeout, settle: timeout, compress: settings.compress, host: host() };
+    let rules = Rules {
+        timeout,
+        settle: timeout,
+        compress: settings.compress,
+        host: host(),
+        work_dir: Some(settings.work_dir.clone()),
+    };
     let stop = front.signals().try_clone_to_owned()?;
     let mut relay = Relay::new(dial, Box::new(front), rules)?;
     relay.stop_at(std::os::fd::AsFd::as_fd(&stop))?;

@@ -7,14 +7,16 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::client::{Client, shorten};
+use super::client::Client;
 use super::inbox::Heard;
 use super::link::{CLOSED, Dial, Link, News};
 use super::outbox::Pumped;
 use super::pipe::{Next, Pipe};
 use super::snapshot::{Phase, Snapshot, Word, unix_now};
+use crate::remote::last_words::{Confirm, LastWord};
 use crate::remote::local::Packet;
 use crate::remote::pb::local_reply::What as Reply;
 use crate::remote::pb::local_request::What as Request;
@@ -45,6 +47,8 @@ const FRAMES: usize = 256;
 const REQUESTS: usize = 16;
 /// Longest comm and host, in bytes.
 const MAX_SHORT: usize = 255;
+/// Longest reason.
+const MAX_REASON: usize = 1000;
 
 /// How often is looked what became of a tree whose dump is gone.
 const LOOK: Duration = Duration::from_millis(50);
@@ -69,6 +73,8 @@ pub(super) struct Rules {
     pub(super) compress: bool,
     /// Name of this host.
     pub(super) host: String,
+    /// Where last words lie until the cache has them.
+    pub(super) work_dir: Option<PathBuf>,
 }
 
 /// Where the processes of this host come in.
@@ -130,7 +136,7 @@ impl<D: Dial> Relay<D> {
         };
         let mut link = Link::new(dial, hello, rules.timeout, LINK);
         link.need(Instant::now());
-        Ok(Self {
+        let mut relay = Self {
             poll,
             door,
             link,
@@ -145,7 +151,9 @@ impl<D: Dial> Relay<D> {
             full: false,
             ending: None,
             spoilt: false,
-        })
+        };
+        relay.take_over();
+        Ok(relay)
     }
 
     /// Ends soon after this becomes readable.
@@ -240,6 +248,18 @@ impl<D: Dial> Relay<D> {
                 self.look(id, now);
             } else if s.partial.is_some() {
                 self.queue(id);
+            }
+        }
+        if self.link.is_nobody() {
+            let text = format!("no connection to the cache: {}", self.link.error().unwrap_or_default());
+            let failure = Failure::new(FailCode::FailLost, text);
+            let confirmed = |s: &&mut Snapshot| s.phase == Phase::Settled && !s.acked;
+            for s in self.snapshots.values_mut().filter(confirmed) {
+                // Nobody knows when it can be told. The word stays.
+                if let Some(client) = s.dump.take().and_then(|dump| self.clients.get_mut(&dump)) {
+                    client.waits = None;
+                    refuse(client, &failure);
+                }
             }
         }
         let ids: Vec<u64> = self.clients.keys().copied().collect();
@@ -491,8 +511,13 @@ impl<D: Dial> Relay<D> {
             let text = format!("the image-cache is {}, which does not know migrate", hello.software);
             return self.fail(id, &Failure::new(FailCode::FailVersion, text));
         }
-        let opened =
-            pb::Opened { features, ring: ring.is_some(), journal: hello.journal, restores: hello.restores };
+        let opened = pb::Opened {
+            features,
+            ring: ring.is_some(),
+            journal: hello.journal,
+            restores: hello.restores,
+            target: self.link.target(),
+        };
         let (ring, ends) = ring.map_or((None, Vec::new()), |(ring, ends)| (Some(ring), Vec::from(ends)));
         let pipe = Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end));
         let Some(s) = self.snapshots.get_mut(&id) else { return };
@@ -529,6 +554,9 @@ impl<D: Dial> Relay<D> {
         let before = std::mem::replace(&mut s.phase, Phase::Settled);
         (s.witness, s.watch) = (None, None);
         s.word = Some(word.clone());
+        if before >= Phase::Committed {
+            write_down(self.rules.work_dir.as_deref(), s, &target);
+        }
         let Some(stream) = s.stream else {
             if before == Phase::Waiting {
                 let Word::Abort { reason } = word else { return };
@@ -616,6 +644,9 @@ impl<D: Dial> Relay<D> {
             s.show(state, text);
         }
         s.end();
+        if let Some(work_dir) = &self.rules.work_dir {
+            LastWord::forget(work_dir, s.begin.id);
+        }
         let outcome = s.outcome();
         for client in self.clients.values_mut().filter(|c| c.waits.is_some_and(|(on, _)| on == id)) {
             client.waits = None;
@@ -713,7 +744,7 @@ impl<D: Dial> Relay<D> {
                 }
             }
             (Heard::Fell(_, mut fell), Phase::Settled) => {
-                shorten(&mut fell.text, MAX_SHORT);
+                name::shorten(&mut fell.text, MAX_REASON);
                 tracing::warn!("{}: it does not run there: {}", s.name(), fell.text);
                 s.show(State::InDoubt, fell.text.as_str());
                 for client in self.clients.values_mut().filter(|c| c.waits.is_some_and(|(on, _)| on == id)) {
@@ -724,10 +755,10 @@ impl<D: Dial> Relay<D> {
             // What was asked for comes later.
             (Heard::Armed(..), Phase::Settled) => {}
             (Heard::Prepared(..), Phase::Settled) => {
-                s.acked = true;
                 if matches!(s.word, Some(Word::Confirm { .. })) {
                     tracing::info!("{}: the cache knows now that it may be restored", s.name());
                     s.show(State::Ready, "");
+                    self.taken(id);
                 } else if s.begin.run_first {
                     // Too late to have it back: what becomes of it there follows.
                     s.show(State::Starting, "it was let go there before it could be taken back");
@@ -739,7 +770,7 @@ impl<D: Dial> Relay<D> {
             }
             (Heard::Failed(_, failed), phase) => self.refused(id, phase, failed),
             (Heard::Restored(_, mut restored), Phase::Prepared | Phase::Settled) => {
-                shorten(&mut restored.text, MAX_SHORT);
+                name::shorten(&mut restored.text, MAX_REASON);
                 if restored.ok {
                     tracing::info!("{}: restored as process {}", s.name(), restored.pid);
                     s.show_restored(restored.pid, &restored.text);
@@ -758,7 +789,7 @@ impl<D: Dial> Relay<D> {
 
     /// The cache does not have the snapshot, or not any more.
     fn refused(&mut self, id: u64, phase: Phase, mut failed: pb::Failed) {
-        shorten(&mut failed.text, 2 * MAX_SHORT);
+        name::shorten(&mut failed.text, MAX_REASON);
         let failure = Failure::from(failed);
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         match (phase, &s.word) {
@@ -806,12 +837,57 @@ impl<D: Dial> Relay<D> {
         let heard = |s: &Snapshot| s.phase == Phase::Settled && !s.acked && s.ack_at <= pongs;
         let ids: Vec<u64> = self.snapshots.iter().filter(|(_, s)| heard(s)).map(|(id, _)| *id).collect();
         for id in ids {
-            let Some(s) = self.snapshots.get_mut(&id) else { continue };
-            s.acked = true;
-            if let Some(Word::Abort { reason }) = &s.word {
-                let reason = reason.clone();
-                self.over(id, State::Failed, &reason);
+            match self.snapshots.get(&id).and_then(|s| s.word.clone()) {
+                Some(Word::Abort { reason }) => self.over(id, State::Failed, &reason),
+                _ => self.taken(id),
             }
+        }
+    }
+
+    /// The cache is known to have the last word; the dump hears of it.
+    fn taken(&mut self, id: u64) {
+        let Some(s) = self.snapshots.get_mut(&id) else { return };
+        s.acked = true;
+        if let Some(work_dir) = &self.rules.work_dir {
+            LastWord::forget(work_dir, s.begin.id);
+        }
+        if let Some(client) = s.dump.and_then(|dump| self.clients.get_mut(&dump)) {
+            client.reply(Reply::Done(pb::Empty {}));
+        }
+    }
+
+    /// Takes over what an earlier proxy, or a dump whose proxy was gone, had still to say.
+    fn take_over(&mut self) {
+        let (target, now) = (self.link.target(), Instant::now());
+        let all = self.rules.work_dir.as_deref().map(LastWord::all).unwrap_or_default();
+        for last in all {
+            if last.target != target {
+                let (name, its) = (&last.name, &last.target);
+                tracing::warn!(
+                    "{name}: the last word about it is for the cache at {its}, and stays in the work dir"
+                );
+                continue;
+            }
+            let begin = pb::SnapshotBegin {
+                name: last.name,
+                id: last.id,
+                pid: last.pid,
+                host: self.rules.host.clone(),
+                ..pb::SnapshotBegin::default()
+            };
+            let mut s = Snapshot::new(begin, 0, 0, now);
+            (s.phase, s.dump) = (Phase::Settled, None);
+            s.word = Some(match last.word {
+                Ok(Confirm { survives }) => Word::Confirm { survives },
+                Err(reason) => Word::Abort { reason },
+            });
+            s.show(
+                State::InDoubt,
+                "an earlier image-proxy could not bring the last word to the cache; trying again",
+            );
+            tracing::info!("{}: {}", s.name(), s.text());
+            let key = self.number();
+            self.snapshots.insert(key, s);
         }
     }
 
@@ -895,6 +971,13 @@ impl<D: Dial> Relay<D> {
 
     fn accept(&mut self, now: Instant) {
         for _ in 0..REQUESTS {
+            // Whoever has nothing to do here makes room for whoever comes.
+            let idle = self.clients.iter().find(|(_, client)| client.is_idle()).map(|(id, _)| *id);
+            if self.clients.len() >= MAX_CLIENTS
+                && let Some(idle) = idle
+            {
+                self.drop_client(idle, now);
+            }
             if self.clients.len() >= MAX_CLIENTS {
                 self.full = true;
                 let _ = self.poll.modify(self.door.fd(), LISTENER, Interest::NONE);
@@ -1006,7 +1089,7 @@ impl<D: Dial> Relay<D> {
             }
             Some(Request::Resume(resume)) => self.resume_for(id, resume, now),
             Some(Request::Abort(mut abort)) => {
-                shorten(&mut abort.reason, MAX_SHORT);
+                name::shorten(&mut abort.reason, MAX_REASON);
                 let live = own.filter(|own| {
                     self.snapshots.get(own).is_some_and(|s| {
                         s.phase <= Phase::Prepared
@@ -1059,7 +1142,7 @@ impl<D: Dial> Relay<D> {
         let word = match resume.verdict {
             Some(pb::resume::Verdict::Go(_)) => Word::Go { journal: resume.journal },
             Some(pb::resume::Verdict::Abort(mut abort)) => {
-                shorten(&mut abort.reason, MAX_SHORT);
+                name::shorten(&mut abort.reason, MAX_REASON);
                 Word::Abort { reason: abort.reason }
             }
             _ => return Err(Failure::new(FailCode::FailProtocol, "this is not settled by a proxy")),
@@ -1119,8 +1202,8 @@ impl<D: Dial> Relay<D> {
         if self.ending.is_some() || self.link.is_spent() {
             return Err(Failure::new(FailCode::FailLost, "image-proxy is about to end"));
         }
-        shorten(&mut begin.comm, MAX_SHORT);
-        shorten(&mut begin.host, MAX_SHORT);
+        name::shorten(&mut begin.comm, MAX_SHORT);
+        name::shorten(&mut begin.host, MAX_SHORT);
         if begin.host.is_empty() {
             begin.host.clone_from(&self.rules.host);
         }
@@ -1198,6 +1281,23 @@ impl<D: Dial> Relay<D> {
                 self.settle(id, Word::Confirm { survives: false }, now);
             }
         }
+    }
+}
+
+/// Keeps the last word about a snapshot for another proxy, should this one be killed before the cache has it.
+fn write_down(work_dir: Option<&Path>, s: &Snapshot, target: &str) {
+    let word = match &s.word {
+        Some(Word::Confirm { survives }) => Ok(Confirm { survives: *survives }),
+        Some(Word::Abort { reason }) => Err(reason.clone()),
+        // Whoever says that keeps a journal.
+        Some(Word::Go { .. }) | None => return,
+    };
+    let pb::SnapshotBegin { id, name, pid, .. } = &s.begin;
+    let last = LastWord { id: *id, name: name.clone(), target: target.to_owned(), pid: *pid, word };
+    if let Some(Err(error)) = work_dir.map(|work_dir| last.write(work_dir)) {
+        tracing::warn!(
+            "{name}: if image-proxy is killed now, the cache does not hear the last word: {error}"
+        );
     }
 }
 

@@ -20,6 +20,7 @@ use proptest::prelude::*;
 
 use super::link::{Dial, Dialed};
 use super::relay::{Door, Ended, Relay, Rules};
+use crate::remote::last_words::LastWord;
 use crate::remote::net::Stream;
 use crate::remote::pb::local_reply::What as Reply;
 use crate::remote::pb::local_request::What as Request;
@@ -59,7 +60,7 @@ impl Dial for Script {
             }
             None => {
                 let why = "connect to cache:1: Connection refused".to_owned();
-                Dialed::Failed { why, again: now + Duration::from_millis(5), for_good: false }
+                Dialed::Failed { why, again: now + Duration::from_millis(5), for_good: false, nobody: false }
             }
         }
     }
@@ -90,7 +91,7 @@ impl Door for Listener {
 
 /// A proxy in a thread.
 struct Proxy {
-    dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
     laid: Laid,
     stop: OwnedFd,
     thread: Option<JoinHandle<std::io::Result<Ended>>>,
@@ -102,7 +103,12 @@ impl Proxy {
     }
 
     fn with(timeout: Duration, settle: Duration, once: bool) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(Arc::new(tempfile::tempdir().unwrap()), timeout, settle, once)
+    }
+
+    /// In a work dir in which another one may have been.
+    fn at(dir: Arc<tempfile::TempDir>, timeout: Duration, settle: Duration, once: bool) -> Self {
+        let _ = std::fs::remove_file(dir.path().join("s"));
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
         bind(listener.as_raw_fd(), &UnixAddr::new(&dir.path().join("s")).unwrap()).unwrap();
@@ -110,7 +116,13 @@ impl Proxy {
         let (read, stop) = nix::unistd::pipe().unwrap();
         let laid = Laid::default();
         let script = Script { laid: laid.clone(), once, used: false };
-        let rules = Rules { timeout, settle, compress: true, host: "here".to_owned() };
+        let rules = Rules {
+            timeout,
+            settle,
+            compress: true,
+            host: "here".to_owned(),
+            work_dir: Some(dir.path().to_owned()),
+        };
         let thread = std::thread::spawn(move || {
             let mut relay = Relay::new(script, Box::new(Listener(listener)), rules).unwrap();
             relay.stop_at(read.as_fd()).unwrap();
@@ -348,6 +360,12 @@ impl Dump {
         restored
     }
 
+    /// The cache has the last word.
+    fn taken(&self) {
+        let (reply, _) = self.receive();
+        assert!(matches!(reply, Reply::Done(_)), "{reply:?}");
+    }
+
     fn confirm(&self) {
         self.send(Request::Confirm(pb::Confirm { survives: false }), &[]);
     }
@@ -539,6 +557,7 @@ fn a_last_word_is_brought_over_a_new_connection() {
     assert!(again != stream && same == resume);
     proxy.until("a", State::InDoubt);
     cache.say(Kind::Prepared, again, &pb::Prepared { bytes: 0 });
+    dump.taken();
     proxy.until("a", State::Ready);
     // The dump still waits, so another connection is made to ask.
     drop(cache);
@@ -546,6 +565,80 @@ fn a_last_word_is_brought_over_a_new_connection() {
     let (third, _) = cache.expect::<pb::Resume>(Kind::Resume);
     cache.say(Kind::Restored, third, &pb::Restored { ok: true, pid: 5, text: String::new() });
     assert_eq!(dump.restored().pid, 5);
+}
+
+/// A dump that ends well has seen its last word arrive.
+#[test]
+fn a_dump_hears_when_the_cache_has_the_last_word() {
+    let proxy = Proxy::start(LONG);
+    let mut cache = proxy.cache();
+    let written = || LastWord::all(proxy.dir.path());
+    let (dump, stream) = prepared(&proxy, &mut cache, "a");
+    assert!(written().is_empty());
+    dump.confirm();
+    while cache.raw().0.kind != Kind::Confirm {}
+    assert!(!dump.is_ready(Duration::from_millis(50)));
+    assert_eq!(written().len(), 1);
+    assert_eq!(cache.raw().0.kind, Kind::Ping);
+    cache.send(&wire::bare(Kind::Pong, 0, 0, 0));
+    dump.taken();
+    assert!(written().is_empty());
+    cache.say(Kind::Restored, stream, &pb::Restored { ok: true, pid: 5, text: String::new() });
+    assert_eq!(dump.restored().pid, 5);
+    // Restored before that was heard of.
+    let (dump, stream) = prepared(&proxy, &mut cache, "b");
+    dump.confirm();
+    while cache.raw().0.kind != Kind::Confirm {}
+    cache.say(Kind::Restored, stream, &pb::Restored { ok: true, pid: 6, text: String::new() });
+    assert_eq!(dump.restored().pid, 6);
+    assert!(written().is_empty());
+}
+
+#[test]
+fn what_a_proxy_had_still_to_say_the_next_one_says() {
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let start = || Proxy::at(dir.clone(), LONG, Duration::ZERO, false);
+    let proxy = start();
+    let mut cache = proxy.cache();
+    let (confirmed, _) = prepared(&proxy, &mut cache, "a");
+    let (aborted, _) = prepared(&proxy, &mut cache, "b");
+    confirmed.confirm();
+    aborted.send(Request::Abort(pb::Abort { reason: "no".to_owned() }), &[]);
+    for kind in [Kind::Confirm, Kind::Abort] {
+        while cache.raw().0.kind != kind {}
+    }
+    drop((proxy, cache));
+    // What is for another cache stays.
+    let foreign = LastWord {
+        id: 1,
+        name: "c".to_owned(),
+        target: "elsewhere:1".to_owned(),
+        pid: 7,
+        word: Err("no".to_owned()),
+    };
+    foreign.write(dir.path()).unwrap();
+    assert_eq!(LastWord::all(dir.path()).len(), 3);
+
+    let proxy = start();
+    let waiting = proxy.until("a", State::InDoubt);
+    assert!(waiting.pid == 7 && waiting.text.contains("an earlier image-proxy"), "{waiting:?}");
+    let mut cache = proxy.cache();
+    for _ in 0..2 {
+        let (stream, resume) = cache.expect::<pb::Resume>(Kind::Resume);
+        assert_ne!(resume.id, 0);
+        match (resume.name.as_str(), resume.verdict) {
+            ("a", Some(pb::resume::Verdict::Confirm(_))) => {
+                cache.say(Kind::Prepared, stream, &pb::Prepared { bytes: 0 });
+            }
+            ("b", Some(pb::resume::Verdict::Abort(_))) => {
+                cache.say(Kind::Failed, stream, &pb::Failed::default());
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    proxy.until("a", State::Ready);
+    proxy.until("b", State::Failed);
+    assert_eq!(LastWord::all(dir.path()), [foreign]);
 }
 
 #[test]
@@ -958,6 +1051,26 @@ fn dumps_that_break_the_rules() {
     dump.pipe = None;
     assert_eq!(dump.failed().text, "the dump closed its pipe in the middle of a frame");
     cache.expect::<pb::Abort>(Kind::Abort);
+}
+
+/// As many as there may be, all idle: one asks again and again, the others never did.
+#[test]
+fn idle_processes_do_not_keep_others_out() {
+    let proxy = Proxy::start(LONG);
+    let mut cache = proxy.cache();
+    let mut dump = proxy.dump("a");
+    dump.opened();
+    cache.begun();
+    let idle: Vec<Dump> = (0..300).map(|_| Dump::connect(&proxy.path())).collect();
+    for asker in &idle[..20] {
+        asker.send(Request::Status(pb::Empty {}), &[]);
+    }
+    // Whoever comes is served, and a dump at work is not sent away for it.
+    assert_eq!(proxy.status().len(), 1);
+    dump.guard();
+    dump.commit();
+    cache.expect::<pb::Commit>(Kind::Commit);
+    drop(idle);
 }
 
 #[test]

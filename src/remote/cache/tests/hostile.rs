@@ -168,6 +168,17 @@ fn a_snapshot_that_breaks_the_rules_suffers_alone() {
 }
 
 #[test]
+fn a_stream_that_begins_twice_is_refused_once() {
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    let begin = Script::new(1, "a").frames;
+    bench.send(&mut peer, &[&begin[..], &begin[..]].concat());
+    assert_eq!(bench.failed(&mut peer, 1).text, "stream 1 begins twice");
+    bench.no_frame(&mut peer);
+    assert_eq!(bench.state("a"), State::Failed);
+}
+
+#[test]
 fn a_name_that_no_snapshot_may_have() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
