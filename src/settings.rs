@@ -208,6 +208,8 @@ pub struct CacheSettings {
     pub work_dir: PathBuf,
     /// Most bytes of images it holds; no limit if `None`.
     pub max_memory: Option<u64>,
+    /// Where complete snapshots are written when it is told to end, and come from when it starts.
+    pub spill: Option<PathBuf>,
     /// Starts a restore with these options for whatever `migrate` sends.
     pub restore: Option<Vec<OsString>>,
     /// Most of those that one source may have; a part of the former if `None`.

@@ -51,7 +51,10 @@ How it runs:
       --status-fd FD       gets a zero byte and is closed when it listens
   -o, --log-file FILE      messages; with -d there is no other place to see them
   -v                       more messages: -v0 none to -v4 all [default: 3]
-SIGTERM and SIGINT end it; what it holds is lost then.
+      --spill DIR          told to end, it writes what is complete there; the next one takes it from there
+SIGTERM and SIGINT end it when an end loses nothing: what is complete is held by systemd (FileDescriptorStoreMax=), was
+spilled, or is restored, saved or dropped. Until then it waits, and takes nothing from other hosts. Told a second time
+it ends at once.
 
 The life of a snapshot, as list and status show it:
   RECEIVING   its images arrive

@@ -140,6 +140,9 @@ pub(crate) struct Opts {
     /// image-cache: most memory for images, with K, M or G [default: no limit]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
     pub(crate) max_memory: Option<u64>,
+    /// image-cache: what is complete is written there when it is told to end, for the next one
+    #[arg(long, value_name = "DIR", help_heading = "Migration")]
+    pub(crate) spill: Option<PathBuf>,
     /// image-cache: most of that for one source [default: three quarters]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
     pub(crate) max_per_source: Option<u64>,

@@ -252,7 +252,7 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     if !opts.restore
         && let Some(request) = request(&opts)?
     {
-        let own = ["address", "ps-socket", "max-memory", "max-per-source", "restore-detached"];
+        let own = ["address", "ps-socket", "max-memory", "max-per-source", "spill", "restore-detached"];
         typed.needless(&own, "image-cache itself")?;
         typed.needless(&CONNECTION, "image-cache itself")?;
         return Ok(Task::AskCache(request, work_dir));
@@ -271,7 +271,8 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     let daemon = daemon(&opts);
     let (max_memory, max_per_source) = (opts.max_memory, opts.max_per_source);
     let restore = opts.restore.then_some(opts.words);
-    let settings = CacheSettings { net, work_dir, max_memory, max_per_source, restore, daemon };
+    let spill = opts.spill.clone();
+    let settings = CacheSettings { net, work_dir, max_memory, max_per_source, spill, restore, daemon };
     Ok(Task::Cache(Box::new(settings)))
 }
 

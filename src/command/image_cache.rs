@@ -16,6 +16,7 @@ use crate::{
         cache,
         client::control::{self, Daemon},
         front::Front,
+        pb,
     },
     settings::{CacheRequest, CacheSettings},
 };
@@ -37,7 +38,10 @@ pub fn run(settings: &CacheSettings) -> anyhow::Result<Exit> {
 pub fn ask(request: &CacheRequest, work_dir: &Path) -> anyhow::Result<Exit> {
     let text = match request {
         CacheRequest::List => {
-            let (snapshots, _) = control::snapshots(Daemon::Cache, work_dir)?;
+            let pb::Snapshots { snapshots, closing, .. } = control::listing(Daemon::Cache, work_dir)?;
+            if closing {
+                tracing::warn!("this cache was told to end, and waits until it holds nothing");
+            }
             table(&snapshots, Which::Held, SystemTime::now())
         }
         CacheRequest::Status => {

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, setsid};
 
+use super::notify::Notify;
 use crate::pidfile::{self, PidfileError};
 use crate::settings::DaemonSettings;
 use crate::sys;
@@ -112,6 +113,11 @@ impl Readiness {
             nix::unistd::dup2_stdin(&null).map_err(call("dup2"))?;
             nix::unistd::dup2_stdout(&null).map_err(call("dup2"))?;
             nix::unistd::dup2_stderr(&null).map_err(call("dup2"))?;
+        }
+        if let Some(manager) = Notify::from_env()
+            && let Err(e) = manager.tell("READY=1", &[])
+        {
+            tracing::warn!("the service manager cannot be told that the daemon is ready: {e}");
         }
         if let Some(fd) = settings.status_fd {
             tell(fd).map_err(|source| DaemonError::Status { fd, source })?;

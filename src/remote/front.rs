@@ -42,6 +42,7 @@ pub struct Front {
     local: Door,
     listeners: Option<Listeners>,
     given: Option<Stream>,
+    kept: Vec<(String, OwnedFd)>,
     connector: Option<Connector>,
     signals: &'static SignalFd,
     /// Given up for a moment when no descriptor is left, so that who knocks can be turned away.
@@ -80,7 +81,8 @@ impl Front {
                 });
             }
         }
-        Self::open(&settings.work_dir, CACHE_SOCKET, "image-cache", listeners, given, None)
+        let front = Self::open(&settings.work_dir, CACHE_SOCKET, "image-cache", listeners, given, None)?;
+        Ok(Self { kept: super::notify::take_kept(), ..front })
     }
 
     /// Opens what an image-proxy listens to: its local socket; and checks where it will connect to.
@@ -118,7 +120,8 @@ impl Front {
         };
         tracing::info!("{daemon}: {place}, socket {}", local.path().display());
         let spare = std::cell::RefCell::new(spare());
-        Ok(Self { work_dir: work_dir.to_owned(), local, listeners, given, connector, signals, spare })
+        let kept = Vec::new();
+        Ok(Self { work_dir: work_dir.to_owned(), local, listeners, given, kept, connector, signals, spare })
     }
 
     /// Where its socket is.
@@ -147,6 +150,11 @@ impl Front {
         self.local.fd()
     }
 
+    /// Whoever connects from now on finds nobody there.
+    pub fn stop_listening(&mut self) {
+        self.listeners = None;
+    }
+
     /// The TCP sockets, to be watched for reading; none with `--ps-socket`, and none of a proxy.
     pub fn listeners(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.listeners.iter().flat_map(Listeners::fds)
@@ -160,6 +168,11 @@ impl Front {
     /// The connection that was given with `--ps-socket`; the first time only.
     pub fn take_given(&mut self) -> Option<Stream> {
         self.given.take()
+    }
+
+    /// What the service manager has kept of an earlier cache; the first time only.
+    pub fn take_kept(&mut self) -> Vec<(String, OwnedFd)> {
+        std::mem::take(&mut self.kept)
     }
 
     /// What makes connections to the cache; of a proxy without `--ps-socket`, the first time only.
@@ -228,6 +241,7 @@ mod tests {
             net,
             work_dir: dir.to_owned(),
             max_memory: None,
+            spill: None,
             restore: None,
             max_per_source: None,
             daemon: DaemonSettings::default(),

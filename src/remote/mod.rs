@@ -28,6 +28,7 @@ mod last_words;
 pub mod local;
 pub mod name;
 pub mod net;
+pub mod notify;
 pub mod poll;
 pub mod proxy;
 pub mod ring;

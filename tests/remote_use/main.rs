@@ -10,8 +10,10 @@ mod certificates;
 mod chain;
 mod compress;
 mod copies;
+mod endings;
 mod given;
 mod greedy;
+mod manager;
 mod program;
 mod site;
 #[path = "../live/chain.rs"]
@@ -59,7 +61,14 @@ const TRIALS: &[(&str, Run)] = &[
     ("saved_dropped_and_loaded", copies::saved_dropped_and_loaded),
     ("saved_in_doubt", copies::saved_in_doubt),
     ("saved_and_loaded_with_parents", copies::saved_and_loaded_with_parents),
-    ("a_cache_ends_with_a_tree", waiting::a_cache_ends_with_a_tree),
+    ("told_to_end_it_waits_for_the_restore", endings::it_waits_for_the_restore),
+    ("told_to_end_twice", endings::told_twice),
+    ("handed_to_the_next_start", endings::handed_to_the_next_start),
+    ("killed_and_started_again", endings::killed),
+    ("killed_with_a_restore", endings::killed_with_a_restore),
+    ("no_room_at_the_service_manager", endings::no_room_at_the_manager),
+    ("spilled", endings::spilled),
+    ("spilled_where_nothing_can_be", endings::spilled_where_nothing_can_be),
 ];
 
 fn main() -> ExitCode {

@@ -201,21 +201,3 @@ pub fn interrupted_in_a_script() {
     assert_eq!(String::from_utf8_lossy(&held.stdout).lines().count(), 1);
     site.end();
 }
-
-/// A cache that ends with the only copy of a tree says so.
-pub fn a_cache_ends_with_a_tree() {
-    let mut site = Site::new(Memory::Text);
-    let mut cache = site.cache(NONE);
-    let proxy = site.proxy(cache.port(), NONE);
-    Site::run(&mut site.dump(NONE)).succeeded();
-    site.reap();
-    let pid = site.pid;
-    wait_for("the snapshot is not ready", || cache.log().contains("is ready to be restored").then_some(()));
-    assert_eq!(cache.stop(), Some(0), "{}", cache.log());
-    let errors = cache.errors();
-    assert_eq!(errors.len(), 1, "{errors:?}");
-    assert!(errors[0].contains(&format!("snapshot default of task {pid} (")), "{errors:?}");
-    assert!(errors[0].contains("it was all there was of its tree"), "{errors:?}");
-    proxy.says("is lost: the cache closed the connection");
-    assert_eq!(proxy.errors(), Vec::<String>::new());
-}

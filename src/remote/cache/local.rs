@@ -332,7 +332,8 @@ impl Client {
     }
 
     fn status(&mut self, snapshots: &Snapshots, daemon: &str) {
-        let empty = || pb::Snapshots { daemon: daemon.to_owned(), ..pb::Snapshots::default() };
+        let (daemon, closing) = (daemon.to_owned(), snapshots.is_closing());
+        let empty = || pb::Snapshots { daemon: daemon.clone(), closing, ..pb::Snapshots::default() };
         let mut page = empty();
         let mut room = PAGE;
         for snapshot in snapshots.all() {

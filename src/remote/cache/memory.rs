@@ -18,7 +18,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -157,6 +157,17 @@ fn gone() -> io::Error {
 }
 
 impl Space {
+    /// A file that has images already, the last of which begins at `last`.
+    pub(super) fn adopt(file: File, last: u64) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self { file: Some(file), regions: last / REGION + 1, len })
+    }
+
+    /// The file, if there is one.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
     fn region(&mut self) -> io::Result<Region> {
         if self.file.is_none() {
             self.file = Some(large()?);
@@ -253,6 +264,25 @@ impl Bytes {
     /// An empty one.
     pub(super) fn new() -> Self {
         Self { size: 0, charged: 0, place: Place::Heap(Vec::new()) }
+    }
+
+    /// One that is complete: `size` bytes of the file from `base` on, or what is in `content`.
+    pub(super) fn adopt(size: u64, place: Result<u64, Vec<u8>>) -> Self {
+        match place {
+            Ok(base) => {
+                let region = Region { base, last: 0, content: [0; 8], begun: None };
+                Self { size, charged: REGION_COST, place: Place::File(region) }
+            }
+            Err(content) => Self { size, charged: size, place: Place::Heap(content) },
+        }
+    }
+
+    /// Where it lies in the file; what it is if it is not there.
+    pub(super) fn place(&self) -> Result<u64, &[u8]> {
+        match &self.place {
+            Place::File(region) => Ok(region.base),
+            Place::Heap(bytes) => Err(bytes),
+        }
     }
 
     /// Bytes it has.

@@ -6,12 +6,14 @@
 //! - [`local`]: commands of this host.
 //! - [`restorer`]: restores that it starts by itself.
 //! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
+//! - [`keep`]: what outlives the cache.
 //! - [`ledger`]: what each source takes, and may take.
 //! - [`snapshot`], [`memory`]: the images of one, and the bytes of one image.
 //!
 //! Nothing is ever written to a disk. What is not here: how sockets come to be, and how the daemon starts.
 
 mod decode;
+mod keep;
 mod ledger;
 mod local;
 mod memory;

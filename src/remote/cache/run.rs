@@ -2,11 +2,14 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::super::front::Front;
 use super::super::journal::Journal;
+use super::super::notify::{self, Notify};
 use super::super::{Failure, pb::FailCode};
 use super::restorer::Restorer;
 use super::{Cache, Limits};
@@ -20,6 +23,12 @@ const NETWORK: u64 = 2;
 const RESTORES: u64 = 1 << 16;
 /// Connections taken before others have their turn.
 const TURN: usize = 16;
+/// Signals within this time are one: a terminal and a shell may both send it.
+const ONCE: Duration = Duration::from_secs(1);
+/// How often a service manager hears that the end takes longer.
+const AGAIN: Duration = Duration::from_secs(10);
+/// How long the disk may take for all snapshots.
+const SPILL: Duration = Duration::from_secs(600);
 
 fn internal(e: io::Error) -> Failure {
     Failure::new(FailCode::FailInternal, format!("image-cache: {e}"))
@@ -56,16 +65,39 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
     if restorer.is_some() {
         cache.restore_all();
     }
+    let manager = Notify::from_env();
+    if let (Some(manager), most @ 1..) = (Notify::from_env(), notify::most_kept()) {
+        cache.keep_at(manager, most);
+    }
+    cache.adopt(front.take_kept(), settings.spill.as_deref());
+    let mut closing: Option<Closing> = None;
     loop {
         if let Some(restorer) = &mut restorer {
             restorer.start(&mut cache);
         }
-        for token in cache.turn(None).map_err(internal)? {
+        if let Some(closing) = &mut closing
+            && closing.is_over(&mut cache, settings.spill.as_deref(), manager.as_ref())
+        {
+            cache.part();
+            return Ok(());
+        }
+        for token in cache.turn(closing.as_ref().map(|closing| closing.again)).map_err(internal)? {
             match token {
                 SIGNALS => {
-                    if front.is_told_to_end() {
-                        cache.part();
-                        return Ok(());
+                    if !front.is_told_to_end() {
+                        continue;
+                    }
+                    match &closing {
+                        None => {
+                            front.stop_listening();
+                            closing = Some(Closing::begin(&mut cache));
+                        }
+                        Some(closing) if closing.since.elapsed() < ONCE => {}
+                        Some(_) => {
+                            tracing::warn!("told to end once more");
+                            cache.part();
+                            return Ok(());
+                        }
                     }
                 }
                 LOCAL => {
@@ -94,6 +126,66 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
             }
             return Ok(());
         }
+    }
+}
+
+/// The cache was told to end. It goes on for those of this host as long as an end would lose a tree.
+#[derive(Debug)]
+struct Closing {
+    since: Instant,
+    told: Option<usize>,
+    /// Not all could be written to the disk.
+    unspilled: bool,
+    /// When to look again.
+    again: Instant,
+}
+
+impl Closing {
+    fn begin(cache: &mut Cache) -> Self {
+        let now = Instant::now();
+        cache.close();
+        Self { since: now, told: None, unspilled: false, again: now }
+    }
+
+    /// Whether nothing would be lost any more by an end.
+    fn is_over(&mut self, cache: &mut Cache, spill: Option<&Path>, manager: Option<&Notify>) -> bool {
+        let spill = spill.filter(|_| !self.unspilled);
+        let mut risk = cache.at_risk(spill.is_some());
+        if risk == 0
+            && let Some(dir) = spill
+        {
+            // Again it takes as long as the disk takes.
+            extend(manager, 0, SPILL);
+            self.unspilled = cache.spill(dir) > 0;
+            risk = cache.at_risk(false);
+        }
+        if risk == 0 {
+            return true;
+        }
+        if self.told != Some(risk) {
+            self.told = Some(risk);
+            tracing::warn!(
+                "told to end, with {risk} snapshots that would be lost or torn out of a restore: restore them, or \
+                 image-cache save, or image-cache drop; a second SIGTERM ends it at once"
+            );
+            extend(manager, risk, AGAIN * 3);
+        } else if Instant::now() >= self.again {
+            extend(manager, risk, AGAIN * 3);
+        }
+        self.again = Instant::now() + AGAIN;
+        false
+    }
+}
+
+/// Tells the service manager that the end takes longer.
+fn extend(manager: Option<&Notify>, risk: usize, time: Duration) {
+    let Some(manager) = manager else { return };
+    let line = format!(
+        "STOPPING=1\nEXTEND_TIMEOUT_USEC={}\nSTATUS=Told to end; {risk} snapshots would be lost: restore, save or drop them",
+        time.as_micros()
+    );
+    if let Err(e) = manager.tell(&line, &[]) {
+        tracing::warn!("the service manager cannot be told that the end takes longer: {e}");
     }
 }
 

@@ -6,13 +6,16 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::super::journal::Journal;
 use super::super::net::Stream;
+use super::super::notify::Notify;
 use super::super::pb::FailCode;
 use super::super::poll::{Interest, Poll};
 use super::super::{Failure, local, pb};
+use super::keep::{self, Keeper};
 use super::ledger::{HERE, Lack, Limits, What};
 use super::local::{Client, Watch};
 use super::restorer::Wanted;
@@ -114,6 +117,34 @@ impl Cache {
     /// Whether a connection was lost before all its snapshots were settled.
     pub fn is_torn(&self) -> bool {
         self.torn
+    }
+
+    /// From now on complete snapshots are held by the service manager too.
+    pub fn keep_at(&mut self, manager: Notify, most: usize) {
+        self.snapshots.keep_at(Keeper::new(manager, most));
+    }
+
+    /// Takes what an earlier cache had: what a service manager has kept, and what lies below `spill`.
+    pub fn adopt(&mut self, kept: Vec<(String, OwnedFd)>, spill: Option<&Path>) {
+        let mut records = keep::handed_over(kept);
+        records.extend(spill.into_iter().flat_map(keep::spilled));
+        self.snapshots.adopt(records);
+    }
+
+    /// It is told to end: nothing begins any more.
+    pub fn close(&mut self) {
+        self.place = "told to end, which it does when it holds nothing any more".to_owned();
+        self.snapshots.close();
+    }
+
+    /// How many snapshots an end would lose; `spilled`: not those that [`Self::spill`] can write.
+    pub fn at_risk(&self, spilled: bool) -> usize {
+        self.snapshots.at_risk(spilled)
+    }
+
+    /// Writes what only memory has below `dir`; how many snapshots could not be written.
+    pub fn spill(&mut self, dir: &Path) -> usize {
+        self.snapshots.spill(dir)
     }
 
     /// The last thing before its end: the other sides see an orderly one, and the log has what is lost by it.

@@ -3,18 +3,21 @@
 //! What happens to it as a whole (its states, its name, its memory) is decided in `snapshots`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use super::super::handover::Held;
 use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, MAX_IMAGES, Sum};
-use super::super::{Failure, name};
+use super::super::{Failure, crc, name};
+use super::keep::{Kept, read_piece};
 use super::ledger::Origin;
 use super::memory::{Bytes, Readable, Space};
 use super::snapshots::SNAPSHOT_COST;
+use crate::image::ImageFile;
 
 /// What an image is charged beyond its bytes: names and tables take memory too.
 pub(super) const IMAGE_COST: u64 = 1024;
@@ -288,6 +291,84 @@ impl Images {
         Ok((image.found(readable), itself))
     }
 
+    /// What there is to keep of them, and the file with the large ones.
+    pub(super) fn record(&self) -> (Vec<pb::kept::Image>, Option<BorrowedFd<'_>>) {
+        let record = |(image, found): (&u32, &Image)| pb::kept::Image {
+            image: *image,
+            name: found.name.clone(),
+            size: found.sum.size,
+            crc32c: found.sum.crc,
+            large: found.bytes.place().is_ok(),
+            offset: found.bytes.place().unwrap_or(0),
+            content: found.bytes.place().err().unwrap_or_default().to_vec(),
+        };
+        (self.all.iter().map(record).collect(), self.space.fd())
+    }
+
+    /// Images of an earlier cache, all of them complete.
+    pub(super) fn adopt(record: &[pb::kept::Image], file: Option<File>) -> io::Result<Self> {
+        let bad = |name: &str| io::Error::other(format!("image {name} is not there"));
+        let last = record.iter().filter(|image| image.large).map(|image| image.offset).max();
+        let mut images = Self::default();
+        if let (Some(file), Some(last)) = (file, last) {
+            images.space = Space::adopt(file, last)?;
+        }
+        for kept in record {
+            let place = if kept.large { Ok(kept.offset) } else { Err(kept.content.clone()) };
+            let missing = match &place {
+                Ok(_) => images.space.fd().is_none(),
+                Err(content) => content.len() as u64 != kept.size,
+            };
+            if missing {
+                return Err(bad(&kept.name));
+            }
+            let bytes = Bytes::adopt(kept.size, place);
+            images.size += kept.size;
+            images.charged += IMAGE_COST + bytes.charged();
+            let sum = Sum { size: kept.size, crc: kept.crc32c };
+            images.names.insert(kept.name.clone(), kept.image);
+            images.all.insert(kept.image, Image { name: kept.name.clone(), bytes, sum, complete: true });
+        }
+        images.filed = images.space.taken();
+        images.charged += images.filed;
+        Ok(images)
+    }
+
+    /// Takes an image of which a copy lies in a file.
+    pub(super) fn take(
+        &mut self,
+        kept: &pb::kept::Image,
+        from: &mut ImageFile,
+        piece: &mut [u8],
+    ) -> Result<(), Failure> {
+        let failed = |e: io::Error| unstored(&kept.name, &e);
+        self.begin(kept.image, pb::ImageBegin { name: kept.name.clone(), expected_bytes: 0 })?;
+        loop {
+            let bytes = read_piece(from, piece).map_err(failed)?;
+            if bytes.is_empty() {
+                return self.end(kept.image, &pb::ImageEnd { size: kept.size, crc32c: kept.crc32c });
+            }
+            let raw = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+            let crc = crc::of(bytes);
+            if bytes.iter().all(|byte| *byte == 0) {
+                self.zeros(kept.image, raw, crc)?;
+            } else {
+                self.append(kept.image, bytes)?;
+                self.appended(kept.image, raw, crc, crc)?;
+            }
+        }
+    }
+
+    /// All of them, for a copy.
+    pub(super) fn readable(&self) -> impl Iterator<Item = (String, io::Result<ImageFile>)> + '_ {
+        self.all.values().map(|image| {
+            let readable = image.bytes.reader(&self.space);
+            let file = readable
+                .map(|Readable { fd, offset }| ImageFile::part(File::from(fd), offset, image.bytes.size()));
+            (image.name.clone(), file)
+        })
+    }
+
     /// Looks how much is left where images are being consumed.
     pub(super) fn measure(&mut self) {
         let freed = self.filed.saturating_sub(self.space.taken());
@@ -361,6 +442,8 @@ pub(super) struct Snapshot {
     pub(super) origin: Origin,
     /// When the last byte came.
     pub(super) moved: Instant,
+    /// The service manager holds it.
+    pub(super) kept: Option<Kept>,
     /// Who makes a copy of it.
     pub(super) saver: Option<Reader>,
     /// Where a copy of it was put.
@@ -377,6 +460,41 @@ impl Snapshot {
             linked: self.owner.is_some(),
             confirmed: self.confirmed,
             started: self.started,
+        }
+    }
+
+    /// What the next cache has to know of it.
+    pub(super) fn record(&self, number: u64) -> pb::Kept {
+        pb::Kept {
+            begin: Some(self.begin.clone()),
+            origin: self.origin.to_string(),
+            number,
+            parent: self.parent.unwrap_or(0),
+            images: self.images.as_ref().map(|images| images.record().0).unwrap_or_default(),
+        }
+    }
+
+    /// How far it is, for the next cache.
+    pub(super) fn kept_state(&self) -> pb::KeptState {
+        pb::KeptState {
+            state: self.state.into(),
+            since: self.since,
+            text: self.text.clone(),
+            saved: self.saved.clone(),
+            survives: self.survives,
+            confirmed: self.confirmed,
+            started: self.started,
+            freed: self.freed,
+            replaced: self.replaced,
+            restored_pid: self.restored_pid,
+            taken: self.reader.is_some(),
+        }
+    }
+
+    /// Writes down how far it is, if it is kept.
+    pub(super) fn note(&self) {
+        if let Some(Err(e)) = self.kept.as_ref().map(|kept| kept.note(&self.kept_state())) {
+            tracing::error!("snapshot {}: what is kept of it is old: {e}", self.begin.name);
         }
     }
 
@@ -410,7 +528,9 @@ impl Snapshot {
     /// Bytes of memory that are kept for it, when it takes so many more than now.
     pub(super) fn reserved_with(&self, more: u64) -> u64 {
         let promised = self.begin.expected_bytes;
-        let held = |images: &Images| SNAPSHOT_COST.saturating_add(promised.max(images.charged() + more));
+        let kept = self.kept.as_ref().map_or(0, Kept::size);
+        let held =
+            |images: &Images| SNAPSHOT_COST.saturating_add(promised.max(images.charged() + kept + more));
         self.images.as_ref().map_or(0, held)
     }
 

@@ -3,7 +3,8 @@
 //! What becomes of each is decided by the table in [`handover`](super::super::handover); here that is carried out. No sockets are read or
 //! written; what a source has to be told waits in [`Snapshots::take_letters`].
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::super::handover::{Event, Held, Say};
@@ -12,6 +13,7 @@ use super::super::pb::snapshot_info::State;
 use super::super::pb::{self, FailCode, resume};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, name};
+use super::keep::{self, Keeper, Record};
 use super::ledger::{Lack, Ledger, Limits, Origin, What};
 use super::restorer::Wanted;
 use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
@@ -25,6 +27,8 @@ const LABEL: usize = 256;
 pub(super) const SNAPSHOT_COST: u64 = 4096;
 /// Most options of a restore that a source may ask for.
 const OPTIONS: usize = 16;
+/// What sources hear once the cache is told to end.
+const CLOSING: &str = "the cache is told to end, and takes nothing any more";
 /// How many other names a refusal tells.
 const NAMES: usize = 8;
 
@@ -46,6 +50,8 @@ pub(super) struct Snapshots {
     consumed: BTreeSet<u64>,
     changes: u64,
     letters: Vec<(Owner, Vec<u8>)>,
+    keeper: Option<Keeper>,
+    closing: bool,
     /// Of what sources hand over that end their trees last.
     journal: Option<Journal>,
     /// The cache starts restores by itself: for those.
@@ -107,6 +113,8 @@ impl Snapshots {
             consumed: BTreeSet::new(),
             changes: 0,
             letters: Vec::new(),
+            keeper: None,
+            closing: false,
             journal: None,
             restores: None,
         }
@@ -218,6 +226,7 @@ impl Snapshots {
             snapshot.state = state;
             snapshot.since = seconds();
             snapshot.text = text.into();
+            snapshot.note();
         }
     }
 
@@ -238,6 +247,9 @@ impl Snapshots {
         if next.held.is_live() && next.held != before {
             if next.held.state == before.state {
                 self.changes += 1;
+                if let Some(snapshot) = self.snapshots.get(&id) {
+                    snapshot.note();
+                }
             } else {
                 self.enter(id, next.held.state, why);
             }
@@ -286,6 +298,9 @@ impl Snapshots {
         origin: &Origin,
         mut begin: pb::SnapshotBegin,
     ) -> Result<u64, Failure> {
+        if self.closing {
+            return Err(Failure::new(FailCode::FailBusy, CLOSING));
+        }
         name::check_snapshot(&begin.name)?;
         (begin.comm, begin.host) = (label(&begin.comm), label(&begin.host));
         if begin.options.len() > OPTIONS || begin.options.iter().any(|option| option.len() > LABEL) {
@@ -378,6 +393,7 @@ impl Snapshots {
             restored_pid: 0,
             origin: origin.clone(),
             moved: Instant::now(),
+            kept: None,
             saver: None,
             saved: String::new(),
         };
@@ -533,6 +549,7 @@ impl Snapshots {
             commit.images.len(),
             bytes as f64 / took.max(1e-6) / 1e6,
         );
+        self.keep(id);
         self.happen(id, Event::Complete, "");
         Ok(())
     }
@@ -757,9 +774,177 @@ impl Snapshots {
 
     // ---- How it ends.
 
+    /// From now on complete snapshots are held by the service manager too.
+    pub(super) fn keep_at(&mut self, keeper: Keeper) {
+        self.keeper = Some(keeper);
+    }
+
+    /// Hands a complete snapshot to the service manager, if there is one that takes it.
+    fn keep(&mut self, id: u64) {
+        let (Some(keeper), Some(snapshot)) = (&mut self.keeper, self.snapshots.get_mut(&id)) else { return };
+        let Some(images) = &snapshot.images else { return };
+        let before = snapshot.reserved();
+        match keeper.keep(&snapshot.record(id), &snapshot.kept_state(), images.record().1) {
+            Ok(kept) => snapshot.kept = Some(kept),
+            Err(e) => {
+                let name = &snapshot.begin.name;
+                tracing::warn!("snapshot {name} is not kept for the next start of this cache: {e}");
+            }
+        }
+        self.ledger.change(&snapshot.origin, What::Memory, before, snapshot.reserved());
+    }
+
+    /// Takes what an earlier cache had. Nothing of it is refused: there is nobody else who has it.
+    pub(super) fn adopt(&mut self, mut records: Vec<Record>) {
+        records.sort_by_key(|record| record.snapshot.number);
+        let needed: BTreeSet<u64> = records.iter().map(|record| record.snapshot.parent).collect();
+        let mut numbers = HashMap::new();
+        for Record { snapshot: old, state: held, images, kept, spilled } in records {
+            let begin = old.begin.unwrap_or_default();
+            let name = begin.name.clone();
+            let state = match held.state() {
+                State::Restoring | State::Starting if held.freed => {
+                    tracing::error!(
+                        "snapshot {name}: a restore had it, and freed what it had read, when the cache ended: nothing \
+                         is left to be restored; see whether its tree runs here"
+                    );
+                    State::Unknown
+                }
+                State::Ready => State::Ready,
+                State::Restored if needed.contains(&old.number) => State::Restored,
+                State::Prepared | State::InDoubt | State::Restoring | State::Armed | State::Starting => {
+                    State::InDoubt
+                }
+                _ => State::Unknown,
+            };
+            if state == State::Unknown {
+                if let (Some(keeper), Some(kept)) = (&mut self.keeper, &kept) {
+                    keeper.add(kept);
+                    keeper.forget(kept);
+                }
+                continue;
+            }
+            let was_let_go = matches!(held.state(), State::Restoring | State::Starting);
+            let text = match held.state() {
+                State::Prepared => {
+                    "the cache ended before the source confirmed that its tree is gone".to_owned()
+                }
+                State::Restoring | State::Starting => {
+                    "the cache ended while a restore had it: its tree may run here".to_owned()
+                }
+                _ => held.text.clone(),
+            };
+            self.last += 1;
+            let id = self.last;
+            numbers.insert(old.number, id);
+            let parent = numbers.get(&old.parent).copied();
+            if let Some(parent) = parent.and_then(|parent| self.snapshots.get_mut(&parent)) {
+                parent.children += 1;
+            }
+            let origin: Origin = old.origin.into();
+            let snapshot = Snapshot {
+                begin,
+                state,
+                since: held.since,
+                began: Instant::now(),
+                text,
+                code: FailCode::FailUnknown,
+                images: Some(images),
+                size: 0,
+                count: 0,
+                owner: None,
+                reader: None,
+                parent,
+                children: 0,
+                survives: held.survives,
+                confirmed: held.confirmed,
+                started: held.started || was_let_go,
+                alone: None,
+                freed: held.freed,
+                replaced: held.replaced,
+                restored_pid: held.restored_pid,
+                origin: origin.clone(),
+                moved: Instant::now(),
+                kept,
+                saver: None,
+                saved: held.saved,
+            };
+            tracing::info!("snapshot {name} of an earlier cache: {}", word(state));
+            self.ledger.add(&origin, What::Snapshots);
+            self.ledger.change(&origin, What::Memory, 0, snapshot.reserved());
+            if let (Some(keeper), Some(kept)) = (&mut self.keeper, &snapshot.kept) {
+                keeper.add(kept);
+            }
+            snapshot.note();
+            self.snapshots.insert(id, snapshot);
+            if self.snapshots.get(&id).is_some_and(|s| s.kept.is_none()) {
+                self.keep(id);
+            }
+            if let Some(place) = spilled {
+                keep::remove_spilled(&place);
+            }
+            if state == State::InDoubt {
+                self.warn_of_doubt(id);
+            }
+        }
+    }
+
+    /// The cache is told to end: nothing begins any more, and what has not come whole fails, so that its tree runs on.
+    pub(super) fn close(&mut self) {
+        self.closing = true;
+        for id in std::mem::take(&mut self.arriving) {
+            if self.snapshots.get(&id).is_some_and(|s| s.state == State::Receiving) {
+                self.fail(id, Failure::new(FailCode::FailBusy, CLOSING));
+            }
+        }
+    }
+
+    /// Whether it was told to end.
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing
+    }
+
+    /// How many snapshots an end would lose, or tear out of somebody's hands; `spilled`: not those that can be written to a
+    /// disk.
+    pub(super) fn at_risk(&self, spilled: bool) -> usize {
+        let safe = |s: &Snapshot| {
+            let elsewhere = s.survives && matches!(s.state, State::Ready | State::InDoubt);
+            let held = s.kept.is_some() || spilled || elsewhere || !s.is_live();
+            s.reader.is_none() && s.saver.is_none() && held
+        };
+        self.snapshots.values().filter(|s| s.images.is_some() && !safe(s)).count()
+    }
+
+    /// Writes all that the service manager does not hold below `dir`. How many could not be written.
+    pub(super) fn spill(&mut self, dir: &Path) -> usize {
+        let mut lost = 0;
+        for id in self.snapshots.ids() {
+            let Some(snapshot) = self.snapshots.get(&id) else { continue };
+            let Some(images) = snapshot.images.as_ref().filter(|_| snapshot.kept.is_none()) else { continue };
+            let name = snapshot.begin.name.clone();
+            match keep::spill(dir, &snapshot.record(id), &snapshot.kept_state(), images) {
+                Ok(()) => {
+                    // Whoever brought it asks the next cache.
+                    self.forget_owner(id);
+                    let text = format!("written to {} for the next start", dir.display());
+                    tracing::info!("snapshot {name}: {text}");
+                    self.end(id, State::Dropped, Failure::new(FailCode::FailAborted, text));
+                }
+                Err(e) => {
+                    tracing::error!("snapshot {name} cannot be spilled: {e}");
+                    lost += 1;
+                }
+            }
+        }
+        lost
+    }
+
     /// The cache ends. Says what goes with it.
     pub(super) fn part(&self) {
-        for s in self.snapshots.values().filter(|s| s.is_live()) {
+        if let Some(keeper) = &self.keeper {
+            keeper.settle();
+        }
+        for s in self.snapshots.values().filter(|s| s.is_live() && s.kept.is_none()) {
             let pb::SnapshotBegin { name, pid, comm, host, .. } = &s.begin;
             let line = format!("snapshot {name} of task {pid} ({comm}) at {host} ends with this cache");
             match s.state {
@@ -818,6 +1003,9 @@ impl Snapshots {
                 self.ledger.change(&snapshot.origin, What::Memory, reserved, 0);
                 self.ledger.remove(&snapshot.origin, What::Snapshots);
                 self.ledger.add(&snapshot.origin, What::Records);
+                if let (Some(kept), Some(keeper)) = (snapshot.kept.take(), &mut self.keeper) {
+                    keeper.forget(&kept);
+                }
                 self.ended.push_back(id);
                 self.consumed.remove(&id);
                 self.changes += 1;
@@ -967,6 +1155,7 @@ impl Snapshots {
         let (found, itself) = self.on_images(id, |images| images.consume(name))?;
         if let Some(snapshot) = self.snapshots.get_mut(&id) {
             snapshot.freed |= itself;
+            snapshot.note();
         }
         if itself {
             self.consumed.insert(id);
@@ -1124,6 +1313,7 @@ impl Snapshots {
     pub(super) fn set_saved(&mut self, id: u64, directory: &str) {
         if let Some(snapshot) = self.snapshots.get_mut(&id) {
             snapshot.saved = label(directory);
+            snapshot.note();
         }
     }
 

@@ -56,6 +56,10 @@ impl Table {
         self.all.get_mut(id)
     }
 
+    pub(super) fn ids(&self) -> Vec<u64> {
+        self.all.keys().copied().collect()
+    }
+
     pub(super) fn values(&self) -> impl DoubleEndedIterator<Item = &Snapshot> {
         self.all.values()
     }

@@ -33,6 +33,11 @@ fn connect(daemon: Daemon, work_dir: &Path) -> Result<Packets, Failure> {
 
 /// All snapshots that a daemon knows, and its line about itself.
 pub fn snapshots(daemon: Daemon, work_dir: &Path) -> Result<(Vec<pb::SnapshotInfo>, String), Failure> {
+    listing(daemon, work_dir).map(|listing| (listing.snapshots, listing.daemon))
+}
+
+/// The same, with all else that it says.
+pub fn listing(daemon: Daemon, work_dir: &Path) -> Result<pb::Snapshots, Failure> {
     let packets = connect(daemon, work_dir)?;
     let mut all = Vec::new();
     let until = std::time::Instant::now() + PATIENCE;
@@ -40,9 +45,10 @@ pub fn snapshots(daemon: Daemon, work_dir: &Path) -> Result<(Vec<pb::SnapshotInf
     loop {
         let (reply, _) = packets.receive(until)?;
         let local_reply::What::Snapshots(page) = reply else { return Err(packets.unexpected(&reply)) };
-        all.extend(page.snapshots);
+        let mut page = page;
+        all.append(&mut page.snapshots);
         if !page.more {
-            return Ok((all, page.daemon));
+            return Ok(pb::Snapshots { snapshots: all, ..page });
         }
     }
 }

@@ -123,7 +123,12 @@ impl Client {
                 shorten(&mut info.text, LISTED_TEXT);
             }
             let daemon = daemon.to_owned();
-            self.reply(What::Snapshots(pb::Snapshots { snapshots, daemon, more: number < last }));
+            self.reply(What::Snapshots(pb::Snapshots {
+                snapshots,
+                daemon,
+                more: number < last,
+                closing: false,
+            }));
         }
     }
 }

@@ -27,6 +27,7 @@ fn start(dir: &Path) -> (UnixStream, JoinHandle<Result<(), Failure>>) {
         work_dir: dir.to_owned(),
         max_memory: None,
         max_per_source: None,
+        spill: None,
         restore: None,
         daemon,
     };
