@@ -169,6 +169,8 @@ pub struct TlsSettings {
     pub key: PathBuf,
     /// The other side's certificate need not carry its name.
     pub no_cn_verify: bool,
+    /// Whom the other side's certificate may name; anybody if empty.
+    pub allow: Vec<String>,
 }
 
 /// The other end of a connection, or where to listen for it.

@@ -286,6 +286,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     switch("free-as-read", For(&[Restore])),
     value("max-memory", For(&[ImageCache])),
     value("max-per-source", For(&[ImageCache])),
+    value("tls-allow", NET),
     value("spill", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
     value("snapshot-id", For(&[Restore])),

@@ -9,7 +9,7 @@ use std::{
 
 use clap::{
     Parser,
-    builder::{OsStringValueParser, TypedValueParser},
+    builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValueParser},
 };
 use nix::unistd::Pid;
 
@@ -170,6 +170,9 @@ pub(crate) struct Opts {
     /// The certificate of the cache need not carry the name in --address
     #[arg(long, help_heading = "Migration")]
     pub(crate) tls_no_cn_verify: bool,
+    /// The other side's certificate names SUBJECT: its CN, a DNS name in it, or the whole subject as in lists; repeatable
+    #[arg(long, value_name = "SUBJECT", value_parser = NonEmptyStringValueParser::new(), help_heading = "Migration")]
+    pub(crate) tls_allow: Vec<String>,
 
     /// The tree is a job of a shell: take session, group and terminal from the caller
     #[arg(short = 'j', long, help_heading = "Resources")]

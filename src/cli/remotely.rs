@@ -29,10 +29,11 @@ const KEY: &str = "/etc/pki/criu/private/key.pem";
 const NO_LIMIT: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// What says how TLS is done.
-const TLS_DETAILS: [&str; 5] = ["tls-cacert", "tls-cacrl", "tls-cert", "tls-key", "tls-no-cn-verify"];
+const TLS_DETAILS: [&str; 6] =
+    ["tls-cacert", "tls-cacrl", "tls-cert", "tls-key", "tls-no-cn-verify", "tls-allow"];
 /// What says how the cache is reached, beside --address and --ps-socket.
-const CONNECTION: [&str; 7] =
-    ["port", "tls", "tls-cacert", "tls-cacrl", "tls-cert", "tls-key", "tls-no-cn-verify"];
+const CONNECTION: [&str; 8] =
+    ["port", "tls", "tls-cacert", "tls-cacrl", "tls-cert", "tls-key", "tls-no-cn-verify", "tls-allow"];
 
 /// Of a dump: into a cache, if that is wanted.
 pub(super) fn dump(
@@ -228,6 +229,7 @@ fn net(opts: &Opts, typed: Typed<'_>, command: &'static str) -> Result<NetSettin
         cert: file(&opts.tls_cert, CERT),
         key: file(&opts.tls_key, KEY),
         no_cn_verify: opts.tls_no_cn_verify,
+        allow: opts.tls_allow.clone(),
     });
     Ok(NetSettings {
         address: opts.address.clone(),
@@ -395,6 +397,9 @@ mod tests {
         assert!(remote.compress);
         let net = remote.direct.unwrap();
         assert_eq!((net.address.as_deref(), net.port, net.tls), (Some("::1"), 7, None));
+        let allowed = "--remote --address a --tls --tls-allow CN=b,O=c --tls-allow d";
+        let tls = dumped(allowed).unwrap().direct.unwrap().tls.unwrap();
+        assert_eq!(tls.allow, ["CN=b,O=c", "d"]);
         let net = dumped("--remote --address a --tls --tls-key k").unwrap().direct.unwrap();
         let tls = net.tls.unwrap();
         assert_eq!((tls.key.as_path(), tls.cert.as_path()), (Path::new("k"), Path::new(CERT)));
@@ -476,6 +481,9 @@ mod tests {
                 "--address cannot be used together with --ps-socket",
             ),
             ("dump -t 5 --remote --ps-socket 3 --port 5", "--port cannot be used together with --ps-socket"),
+            ("image-cache --tls-allow a", "option --tls-allow only makes sense with --tls"),
+            ("image-cache list --tls-allow a", "option --tls-allow only makes sense with image-cache itself"),
+            ("dump -t 5 --remote --tls-allow a", "option --tls-allow only makes sense with --address or"),
             ("dump -t 5 --remote --ps-socket 3 --tls", "needs --address (the name in the certificate"),
             ("dump -t 5 --remote --address=", "needs a host after --address"),
             ("dump -t 5 --remote -D a\u{7}b", "-D: snapshot name \"a\\u{7}b\": it has control characters"),

@@ -18,16 +18,16 @@ pub(super) enum Which {
 /// Longest field, in characters: one long name does not make every line so long.
 const LONGEST: usize = 40;
 
-const HEAD: [&str; 8] = ["NAME", "STATE", "SIZE", "MEMORY", "IMAGES", "TASK", "HOST", "FOR"];
+const HEAD: [&str; 9] = ["NAME", "STATE", "SIZE", "MEMORY", "IMAGES", "TASK", "HOST", "FOR", "FROM"];
 
 /// One line for each snapshot, columns aligned, and a note below where there is something to say.
 pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -> String {
     let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let held = |info: &&SnapshotInfo| which == Which::All || !is_over(info.state());
-    let mut rows: Vec<([String; 8], String)> = vec![(HEAD.map(str::to_owned), String::new())];
+    let mut rows: Vec<([String; 9], String)> = vec![(HEAD.map(str::to_owned), String::new())];
     for info in snapshots.iter().filter(held) {
         let for_now = since_epoch.saturating_sub(Duration::from_secs(info.since));
-        let name = one_word(&info.name);
+        let (name, from) = (one_word(&info.name), one_word(&info.origin));
         let row = [
             cut(&name),
             info.state().as_str_name().to_owned(),
@@ -37,6 +37,7 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
             format!("{}({})", info.pid, cut(&one_word(&info.comm))),
             cut(&one_word(&info.host)),
             span(for_now),
+            cut(&from),
         ];
         let mut note = plain(&info.text);
         if note.is_empty() && info.state() == State::Restored && info.restored_pid > 0 {
@@ -54,9 +55,12 @@ pub(super) fn table(snapshots: &[SnapshotInfo], which: Which, now: SystemTime) -
             note = [format!("named {name}"), note].join("; ");
             note = note.trim_end_matches("; ").to_owned();
         }
+        if row.last() != Some(&from) {
+            note = [note, format!("from {from}")].join("; ").trim_start_matches("; ").to_owned();
+        }
         rows.push((row, note));
     }
-    let mut widths = [0; 8];
+    let mut widths = [0; 9];
     for (row, _) in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);
@@ -137,21 +141,22 @@ mod tests {
             images: 12,
             since: 940,
             text: text.to_owned(),
+            origin: "CN=src,O=Example".to_owned(),
             ..SnapshotInfo::default()
         };
         let all = [
-            info("web/1", State::InDoubt, ""),
+            SnapshotInfo { origin: "192.0.2.1".to_owned(), ..info("web/1", State::InDoubt, "") },
             SnapshotInfo { restored_pid: 9, parent: "web/1".to_owned(), ..info("b c", State::Restored, "") },
             info("x", State::Failed, "the connection\nwas lost"),
         ];
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
         assert_eq!(
             table(&all, Which::All, now),
-            "NAME   STATE     SIZE     MEMORY  IMAGES  TASK          HOST  FOR\n\
-             web/1  IN_DOUBT  5120MiB  0B      12      7(\"my prog\")  src   60s\n\
-             \"b c\"  RESTORED  5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
+            "NAME   STATE     SIZE     MEMORY  IMAGES  TASK          HOST  FOR  FROM\n\
+             web/1  IN_DOUBT  5120MiB  0B      12      7(\"my prog\")  src   60s  192.0.2.1\n\
+             \"b c\"  RESTORED  5120MiB  0B      12      7(\"my prog\")  src   60s  CN=src,O=Example\n    \
              runs as pid 9; on top of web/1\n\
-             x      FAILED    5120MiB  0B      12      7(\"my prog\")  src   60s\n    \
+             x      FAILED    5120MiB  0B      12      7(\"my prog\")  src   60s  CN=src,O=Example\n    \
              the connection\\nwas lost\n"
         );
         assert_eq!(table(&all, Which::Held, now).lines().count(), 2);
@@ -162,7 +167,13 @@ mod tests {
         let lines: Vec<&str> = shown.lines().collect();
         assert!(lines[1].starts_with(&format!("{}...  READY", "x".repeat(37))), "{shown}");
         assert_eq!(lines[2], format!("    named {long}; why"));
-        assert!(lines[3].starts_with("a\\u{202e}b\\u{200b}  ") && lines[3].len() < 110, "{shown}");
+        assert!(lines[3].starts_with("a\\u{202e}b\\u{200b}  ") && lines[3].len() < 130, "{shown}");
+        let long = format!("CN={}", "y\n".repeat(100));
+        let shown =
+            table(&[SnapshotInfo { origin: long, ..info("a", State::Ready, "why") }], Which::Held, now);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert!(lines.len() == 3 && lines[1].len() < 110, "{shown}");
+        assert!(lines[2].starts_with("    why; from \"CN=y\\ny"), "{shown}");
         assert_eq!(size(10_239), "10239B");
         assert_eq!(size(u64::MAX), "16777215TiB");
     }

@@ -6,8 +6,9 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    SerialNumber, date_time_ymd,
 };
 
 pub struct Ca {
@@ -31,7 +32,16 @@ impl Ca {
 
     /// The options of one who has a certificate for 127.0.0.1 with this number.
     pub fn member(&self, serial: u64) -> Vec<String> {
+        self.member_for(serial, &[])
+    }
+
+    /// The same for one of `uses`; for everything where there is none.
+    pub fn member_for(&self, serial: u64, uses: &[ExtendedKeyUsagePurpose]) -> Vec<String> {
         let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, "Example");
+        params.distinguished_name.push(DnType::CommonName, format!("member {serial}"));
+        params.extended_key_usages = uses.to_vec();
         params.serial_number = Some(SerialNumber::from(serial));
         let key = KeyPair::generate().unwrap();
         let (cert_path, key_path) =

@@ -1,4 +1,4 @@
-//! `--tls-cacrl`: who has lost the right to come in is told so, and nothing happens to the tree.
+//! `--tls-cacrl`, `--tls-allow`: who may not come in, or not any more, is told so, and nothing happens to the tree.
 
 use std::time::Duration;
 
@@ -57,6 +57,54 @@ pub fn revoked_cache() {
         "TLS: its certificate is revoked (--tls-cacrl)",
         "the other side refused our certificate (--tls-cert): it is revoked",
     );
+}
+
+fn allow(subject: &str) -> Vec<String> {
+    vec!["--tls-allow".to_owned(), subject.to_owned()]
+}
+
+pub fn source_not_named() {
+    refused(
+        &|ca| ca.member(SOURCE),
+        &|ca| [ca.member(CACHE), allow("member"), allow("CN=member 2,O=Example")].concat(),
+        "the other side refused our certificate (--tls-cert): whom it names may not enter (--tls-allow there)",
+        "TLS: its certificate is refused: it is that of CN=member 1,O=Example, whom --tls-allow does not name",
+    );
+}
+
+pub fn cache_not_named() {
+    refused(
+        &|ca| [ca.member(SOURCE), allow("member 1")].concat(),
+        &|ca| ca.member(CACHE),
+        "TLS: its certificate is refused: it is that of CN=member 2,O=Example, whom --tls-allow does not name",
+        "the other side refused our certificate (--tls-cert): whom it names may not enter (--tls-allow there)",
+    );
+}
+
+pub fn certificate_of_a_server_only() {
+    refused(
+        &|ca| ca.member_for(SOURCE, &[rcgen::ExtendedKeyUsagePurpose::ServerAuth]),
+        &|ca| ca.member(CACHE),
+        "the other side refused our certificate (--tls-cert): it is not for this side of a connection",
+        "TLS: its certificate is not for this side of a connection (extendedKeyUsage)",
+    );
+}
+
+/// Both sides name the other, which is known by its certificate from then on.
+pub fn both_named() {
+    let mut site = Site::new(Memory::Text);
+    let ca = Ca::new(site.path());
+    let cache = site.cache(&[ca.member(CACHE), allow("member 1"), allow("other")].concat());
+    let port = cache.port();
+    let proxy = site.proxy(port, &[ca.member(SOURCE), allow("CN=member 2,O=Example")].concat());
+    Site::run(&mut site.dump::<&str>(&[])).succeeded();
+    proxy.says("it is CN=member 2,O=Example");
+    cache.says("it is CN=member 1,O=Example");
+    let held = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
+    let held = String::from_utf8_lossy(&held.stdout).into_owned();
+    let lines: Vec<&str> = held.lines().collect();
+    assert!(lines[0].ends_with("  FROM") && lines[1].ends_with("  \"CN=member 1,O=Example\""), "{held}");
+    site.restore_and_end();
 }
 
 pub fn expired_list() {

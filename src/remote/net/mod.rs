@@ -6,6 +6,7 @@
 pub mod connect;
 pub mod listen;
 pub mod resolve;
+mod subject;
 pub mod tls;
 
 use std::io::{self, IoSlice};
@@ -144,12 +145,12 @@ impl Stream {
 
     /// Speaks TLS from here on, as the side that connected.
     pub fn secured_client(self, tls: &TlsClient) -> io::Result<Self> {
-        Ok(Self { tls: Some(Box::new(Session::client(tls)?)), ..self })
+        Ok(Self { tls: Some(Box::new(Session::client(tls, &self.peer)?)), ..self })
     }
 
     /// Speaks TLS from here on, as the side that accepted.
     pub fn secured_server(self, tls: &TlsServer) -> io::Result<Self> {
-        Ok(Self { tls: Some(Box::new(Session::server(tls)?)), ..self })
+        Ok(Self { tls: Some(Box::new(Session::server(tls, &self.peer)?)), ..self })
     }
 
     /// The connection that the caller of this program handed over as descriptor `fd`.
@@ -192,9 +193,9 @@ impl Stream {
         &self.peer
     }
 
-    /// Who the other side is: an address without port.
+    /// Who the other side is: the subject of its certificate once that is proven, else an address without port.
     pub fn origin(&self) -> &str {
-        &self.address
+        self.tls.as_ref().and_then(|tls| tls.subject()).unwrap_or(&self.address)
     }
 
     /// As if it came from there.

@@ -1,9 +1,9 @@
 //! TLS 1.3 on a connection: each side has a certificate and looks at the other's.
 //!
-//! The cache accepts whoever has a certificate of the CA (`--tls-cacert`) that is not revoked (`--tls-cacrl`). Who
-//! connects to it wants, besides that, the name it connects to in the certificate, as a subjectAltName;
-//! `--tls-no-cn-verify` lets that go, and nothing else. Sessions are not resumed, so that every connection proves
-//! all of it anew.
+//! The cache accepts whoever has a certificate of the CA (`--tls-cacert`) that is not revoked (`--tls-cacrl`) and is for
+//! clients, where it says what it is for. Who connects to it wants one for servers, and the name it connects to in it, as a
+//! subjectAltName; `--tls-no-cn-verify` lets that name go, and nothing else. With `--tls-allow` either side accepts only those
+//! whom it names. Sessions are not resumed, so that every connection proves all of it anew.
 
 use std::fs;
 use std::io::{self, IoSlice, Read, Write};
@@ -18,11 +18,13 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, Connection, DigitallySignedStruct,
-    RootCertStore, ServerConfig, ServerConnection, SignatureScheme, version,
+    DistinguishedName, OtherError, RootCertStore, ServerConfig, ServerConnection, SignatureScheme, version,
 };
 
+use super::subject::Subject;
 use super::{NetError, again, resolve};
 use crate::remote::poll::Interest;
 use crate::settings::TlsSettings;
@@ -137,8 +139,8 @@ impl TlsClient {
             .enforce_revocation_expiration()
             .build()
             .map_err(|e| bad_crl(settings, &e))?;
-        let verifier: Arc<dyn ServerCertVerifier> =
-            if settings.no_cn_verify { Arc::new(AnyName(verifier)) } else { verifier };
+        let (allow, any_name) = (settings.allow.clone(), settings.no_cn_verify);
+        let verifier = Arc::new(Only { verifier, allow, any_name });
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(|e| bad_key(settings, &e))?
@@ -161,6 +163,7 @@ impl TlsServer {
             .enforce_revocation_expiration()
             .build()
             .map_err(|e| bad_crl(settings, &e))?;
+        let verifier = Arc::new(Only { verifier, allow: settings.allow.clone(), any_name: false });
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(|e| bad_key(settings, &e))?
@@ -172,11 +175,30 @@ impl TlsServer {
     }
 }
 
-/// Verifies everything but the name.
+/// Verifies what `verifier` does, and that it is somebody who may enter.
 #[derive(Debug)]
-struct AnyName(Arc<WebPkiServerVerifier>);
+struct Only<V: ?Sized> {
+    allow: Vec<String>,
+    /// The name of a server need not be the one that was connected to.
+    any_name: bool,
+    verifier: Arc<V>,
+}
 
-impl ServerCertVerifier for AnyName {
+impl<V: ?Sized> Only<V> {
+    fn look(&self, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+        let refused = |why: String| {
+            let why: Box<dyn std::error::Error + Send + Sync> = why.into();
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why.into())))
+        };
+        let subject = Subject::of(certificate).map_err(refused)?;
+        if !self.allow.is_empty() && !subject.is_among(&self.allow) {
+            return Err(refused(format!("it is that of {}, whom --tls-allow does not name", subject.text())));
+        }
+        Ok(())
+    }
+}
+
+impl ServerCertVerifier for Only<WebPkiServerVerifier> {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -186,12 +208,13 @@ impl ServerCertVerifier for AnyName {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         // The name is looked at last, after signatures, dates and revocation.
-        match self.0.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
+        let verified = match self.verifier.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
             Err(rustls::Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) => Ok(ServerCertVerified::assertion()),
-            other => other,
-        }
+            )) if self.any_name => ServerCertVerified::assertion(),
+            other => other?,
+        };
+        self.look(end_entity).map(|()| verified)
     }
 
     fn verify_tls12_signature(
@@ -200,7 +223,7 @@ impl ServerCertVerifier for AnyName {
         cert: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, cert, signed)
+        self.verifier.verify_tls12_signature(message, cert, signed)
     }
 
     fn verify_tls13_signature(
@@ -209,11 +232,49 @@ impl ServerCertVerifier for AnyName {
         cert: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, cert, signed)
+        self.verifier.verify_tls13_signature(message, cert, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
+        self.verifier.supported_verify_schemes()
+    }
+}
+
+impl ClientCertVerifier for Only<dyn ClientCertVerifier> {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.verifier.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.verifier.verify_client_cert(end_entity, intermediates, now)?;
+        self.look(end_entity).map(|()| verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
     }
 }
 
@@ -251,22 +312,32 @@ pub(super) struct Session {
     unread: usize,
     ending: bool,
     begun: bool,
+    /// Where the other side is, for messages.
+    peer: String,
+    /// Whose certificate it has proven to have.
+    subject: Option<String>,
 }
 
 impl Session {
-    pub(super) fn client(tls: &TlsClient) -> io::Result<Self> {
+    pub(super) fn client(tls: &TlsClient, peer: &str) -> io::Result<Self> {
         let made = ClientConnection::new(tls.config.clone(), tls.name.clone());
-        Ok(Self::new(made.map_err(io::Error::other)?.into()))
+        Ok(Self::new(made.map_err(io::Error::other)?.into(), peer))
     }
 
-    pub(super) fn server(tls: &TlsServer) -> io::Result<Self> {
+    pub(super) fn server(tls: &TlsServer, peer: &str) -> io::Result<Self> {
         let made = ServerConnection::new(tls.config.clone());
-        Ok(Self::new(made.map_err(io::Error::other)?.into()))
+        Ok(Self::new(made.map_err(io::Error::other)?.into(), peer))
     }
 
-    fn new(mut connection: Connection) -> Self {
+    fn new(mut connection: Connection, peer: &str) -> Self {
         connection.set_buffer_limit(Some(HELD));
-        Self { connection, incoming: Vec::new(), at: 0, unread: 0, ending: false, begun: false }
+        let (incoming, at, unread, peer) = (Vec::new(), 0, 0, peer.to_owned());
+        Self { connection, incoming, at, unread, ending: false, begun: false, peer, subject: None }
+    }
+
+    /// Who the other side is, once that is proven.
+    pub(super) fn subject(&self) -> Option<&str> {
+        self.subject.as_deref()
     }
 
     /// What the socket must be watched for so that it gets on.
@@ -356,7 +427,16 @@ impl Session {
         }
         self.feed()?;
         match self.connection.process_new_packets() {
-            Ok(state) => self.unread = state.plaintext_bytes_to_read(),
+            Ok(state) => {
+                self.unread = state.plaintext_bytes_to_read();
+                if greeting && !self.connection.is_handshaking() {
+                    let chain = self.connection.peer_certificates().unwrap_or_default();
+                    if let Some(Ok(subject)) = chain.first().map(Subject::of) {
+                        tracing::info!("TLS with {}: it is {}", self.peer, subject.text());
+                        self.subject = Some(subject.text().to_owned());
+                    }
+                }
+            }
             Err(error) => {
                 // It is told why.
                 let _ = self.push(socket);
@@ -483,6 +563,7 @@ fn theirs(why: &CertificateError) -> String {
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "its certificate is not for this side of a connection (extendedKeyUsage)".to_owned()
         }
+        CertificateError::Other(OtherError(why)) => format!("its certificate is refused: {why}"),
         other => format!("its certificate is refused: {other}"),
     }
 }
@@ -504,9 +585,10 @@ fn ours(alert: AlertDescription) -> String {
         AlertDescription::UnsupportedCertificate => {
             "it is not for this side of a connection (extendedKeyUsage)"
         }
-        AlertDescription::BadCertificate
-        | AlertDescription::CertificateUnknown
-        | AlertDescription::AccessDenied => "the log there says why",
+        AlertDescription::CertificateUnknown => {
+            "whom it names may not enter (--tls-allow there), or it cannot be read; the log there says why"
+        }
+        AlertDescription::BadCertificate | AlertDescription::AccessDenied => "the log there says why",
         AlertDescription::DecryptError => {
             "its signature is wrong; is the CA there another one of the same name?"
         }

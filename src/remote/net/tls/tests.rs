@@ -5,8 +5,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+    SerialNumber, date_time_ymd,
 };
 
 use super::*;
@@ -37,7 +38,22 @@ impl Ca {
 
     /// Settings of one who has a certificate for `host` that ends in `year`, with number `serial`.
     fn member(&self, host: &str, year: i32, serial: u64) -> TlsSettings {
+        self.member_for(host, year, serial, &[])
+    }
+
+    /// The same for one of `uses`; for everything where there is none.
+    fn member_for(
+        &self,
+        host: &str,
+        year: i32,
+        serial: u64,
+        uses: &[ExtendedKeyUsagePurpose],
+    ) -> TlsSettings {
         let mut params = CertificateParams::new(vec![host.to_owned()]).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, "Example");
+        params.distinguished_name.push(DnType::CommonName, format!("member {serial}"));
+        params.extended_key_usages = uses.to_vec();
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         params.serial_number = Some(SerialNumber::from(serial));
@@ -53,6 +69,7 @@ impl Ca {
             cert: cert_path,
             key: key_path,
             no_cn_verify: false,
+            allow: Vec::new(),
         }
     }
 
@@ -76,6 +93,11 @@ impl Ca {
         fs::write(&path, list.signed_by(&self.issuer).unwrap().pem().unwrap()).unwrap();
         path
     }
+}
+
+/// Those accept only these.
+fn only(settings: &TlsSettings, allow: &[&str]) -> TlsSettings {
+    TlsSettings { allow: allow.iter().map(|&subject| subject.to_owned()).collect(), ..settings.clone() }
 }
 
 /// Two ends of a connection, in the clear.
@@ -207,6 +229,84 @@ fn revoked_certificates_are_refused() {
     let list = Some(ca.revoke(&[1]));
     let (_, ours) = met(&dst, &TlsSettings { cacrl: list, no_cn_verify: true, ..src }, "dst");
     refused(&ours, "TLS: its certificate is revoked");
+}
+
+#[test]
+fn certificates_for_the_other_side_are_refused() {
+    use ExtendedKeyUsagePurpose::{ClientAuth, CodeSigning, ServerAuth};
+    let ca = Ca::new();
+    let of = |serial: u64, uses: &[ExtendedKeyUsagePurpose]| ca.member_for("dst", 2100, serial, uses);
+    let (both, none) = (of(1, &[ServerAuth, ClientAuth]), of(2, &[]));
+    let (server, client, neither) = (of(3, &[ServerAuth]), of(4, &[ClientAuth]), of(5, &[CodeSigning]));
+    for (accepts, connects) in [(&both, &both), (&server, &client), (&none, &none)] {
+        assert_eq!(met(accepts, connects, "dst"), (Ok(()), Ok(())));
+    }
+    let why = "TLS: its certificate is not for this side of a connection (extendedKeyUsage)";
+    for wrong in [&server, &neither] {
+        let (theirs, ours) = met(&both, wrong, "dst");
+        refused(&theirs, why);
+        assert!(ours.is_err());
+    }
+    for wrong in [&client, &neither] {
+        for connects in [both.clone(), TlsSettings { no_cn_verify: true, ..only(&both, &["dst"]) }] {
+            let (theirs, ours) = met(wrong, &connects, "dst");
+            refused(&ours, why);
+            let told = "the other side refused our certificate (--tls-cert): it is not for this side";
+            refused(&theirs, told);
+        }
+    }
+}
+
+#[test]
+fn only_those_who_are_named_may_enter() {
+    let ca = Ca::new();
+    let (dst, src) = (ca.member("dst.example", 2100, 1), ca.member("src.example", 2100, 2));
+    for allow in [
+        &["src.example"][..],
+        &["SRC.example"],
+        &["member 2"],
+        &["CN=member 2,O=Example"],
+        &["other", "member 2", "third"],
+    ] {
+        assert_eq!(met(&only(&dst, allow), &src, "dst.example"), (Ok(()), Ok(())), "{allow:?}");
+    }
+    let stranger = "it is that of CN=member 2,O=Example, whom --tls-allow does not name";
+    for allow in
+        [&["member"][..], &["member 1", "dst.example"], &["example"], &["CN=member 2"], &["*.example"]]
+    {
+        let (theirs, ours) = met(&only(&dst, allow), &src, "dst.example");
+        refused(&theirs, stranger);
+        assert!(ours.is_err());
+    }
+    // The same the other way round, also where the name does not count.
+    for no_cn_verify in [false, true] {
+        let src = TlsSettings { no_cn_verify, ..src.clone() };
+        assert_eq!(met(&dst, &only(&src, &["member 1"]), "dst.example"), (Ok(()), Ok(())));
+        let (theirs, ours) = met(&dst, &only(&src, &["member 2"]), "dst.example");
+        refused(&ours, "it is that of CN=member 1,O=Example, whom --tls-allow does not name");
+        refused(&theirs, "the other side refused our certificate (--tls-cert): whom it names may not enter");
+    }
+    // To be named is not enough.
+    let other = Ca::new();
+    let forged = other.member("src.example", 2100, 2);
+    let forged = TlsSettings { cacert: dst.cacert.clone(), ..forged };
+    let (theirs, _) = met(&only(&dst, &["member 2"]), &forged, "dst.example");
+    refused(&theirs, "its certificate is not signed by the CA in --tls-cacert");
+}
+
+#[test]
+fn who_is_at_the_other_end_is_known_once_it_is_proven() {
+    let ca = Ca::new();
+    let (dst, src) = (ca.member("dst", 2100, 1), ca.member("src", 2100, 2));
+    let (near, far) = ends();
+    let mut near = near.secured_server(&TlsServer::new(&dst).unwrap()).unwrap();
+    let mut far = far.secured_client(&TlsClient::new(&src, Some("dst")).unwrap()).unwrap();
+    let until = Instant::now() + PATIENCE;
+    assert_eq!((near.origin(), far.origin()), ("127.0.0.1", "127.0.0.1"));
+    while !(near.greet().unwrap() & far.greet().unwrap()) {
+        assert!(Instant::now() < until);
+    }
+    assert_eq!((near.origin(), far.origin()), ("CN=member 2,O=Example", "CN=member 1,O=Example"));
 }
 
 #[test]
