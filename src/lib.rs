@@ -47,6 +47,7 @@ pub(crate) mod pidfile;
 #[cfg(not(feature = "internals"))]
 pub(crate) mod proc;
 pub(crate) mod process_tree;
+pub(crate) mod progress;
 #[cfg(not(feature = "internals"))]
 pub(crate) mod remote;
 #[cfg(not(feature = "internals"))]

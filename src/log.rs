@@ -34,6 +34,7 @@ use tracing_subscriber::{
 
 use crate::{
     ownership::{self, Old, OwnershipError},
+    progress,
     settings::{LogSettings, OwnerCheck},
 };
 
@@ -207,8 +208,8 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Lines {
         let line = self.text(event, &text);
         // A log that cannot be written must not stop the work.
         let written = match (&self.sink, text.pid) {
-            (Sink::Stderr, _) => io::stderr().write_all(line.as_bytes()),
-            (Sink::Stdout, _) => io::stdout().write_all(line.as_bytes()),
+            (Sink::Stderr, _) => progress::aside(|| io::stderr().write_all(line.as_bytes())),
+            (Sink::Stdout, _) => progress::aside(|| io::stdout().write_all(line.as_bytes())),
             (Sink::File { path, .. }, Some(pid)) if self.per_pid => {
                 append(path, pid, &line, self.owner_check)
             }

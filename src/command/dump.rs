@@ -7,6 +7,7 @@ use crate::{
     dump::Unconfirmed,
     exit::{Exit, Incomplete},
     interrupt,
+    progress::{Shown, Surface},
     remote::client::RemoteDump,
     settings::{DumpSettings, Leave, RemoteSettings, ReportSettings},
     stats::DumpStats,
@@ -18,10 +19,12 @@ pub fn run(settings: &DumpSettings, report: ReportSettings) -> anyhow::Result<Ex
     interrupt::watch().context("hold back of signals")?;
     let _watchdog =
         Watchdog::start(format!("dump of pid {}", settings.pid), "the tree runs on").context("watchdog")?;
+    let shown = Shown::begin(Surface::Terminal);
     let dumped = match &settings.remote {
         None => crate::dump::dump(settings).map(|stats| (stats, Ok(()))),
         Some(remote) => to_cache(settings, remote),
     };
+    drop(shown);
     let (stats, waited) = dumped
         .map_err(|error| match error.downcast_ref::<Unconfirmed>() {
             Some(_) => error.context(Incomplete("the images are complete")),

@@ -17,6 +17,7 @@ use crate::{
     dump::{Fate, HandOver},
     exit::Exit,
     interrupt,
+    progress::{self, Shown, Surface},
     remote::{
         Failure,
         client::{self, RemoteDump},
@@ -51,7 +52,7 @@ impl Progress {
             let (done, written) = mpsc::channel();
             let write = move || {
                 // A reader that has seen enough is no failure.
-                all.iter().for_each(|line| drop(writeln!(io::stdout(), "{line}")));
+                all.iter().for_each(|line| drop(progress::aside(|| writeln!(io::stdout(), "{line}"))));
                 let _ = done.send(());
             };
             if thread::Builder::new().stack_size(256 << 10).spawn(write).is_ok() {
@@ -59,6 +60,21 @@ impl Progress {
             }
         }
         progress
+    }
+
+    /// Where it is seen how the bytes move.
+    fn surface(&self) -> Surface {
+        let (begun, lines) = (self.begun, self.lines.clone());
+        match lines.filter(|_| self.json) {
+            Some(lines) => Surface::Lines(Box::new(move |look| {
+                let line = serde_json::json!({
+                    "phase": "moving", "seconds": begun.elapsed().as_secs_f64(), "text": look.phase,
+                    "bytes": look.bytes, "total": look.total, "rate": look.rate, "rest": look.rest(),
+                });
+                let _ = lines.send(line.to_string());
+            })),
+            None => Surface::Terminal,
+        }
     }
 
     fn say(&self, phase: &str, text: &str, numbers: &[(&str, serde_json::Value)]) {
@@ -108,6 +124,7 @@ pub fn run(settings: &MigrateSettings, report: ReportSettings) -> anyhow::Result
         Watchdog::start(format!("migration of pid {pid}"), "the tree runs on").context("watchdog")?;
     let remote = settings.dump.remote.as_ref().context("no destination")?;
     let progress = Progress::new(settings.json);
+    let _shown = Shown::begin(progress.surface());
     let failed = |error: &anyhow::Error| {
         if settings.json {
             progress.say("failed", &format!("{error:#}"), &[]);

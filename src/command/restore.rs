@@ -22,6 +22,7 @@ use super::{explained, report, watchdog::Watchdog};
 use crate::{
     exit::{Exit, Incomplete},
     interrupt,
+    progress::{Shown, Surface},
     remote::client::RemoteSnapshot,
     restore::Restored,
     settings::{RemoteSettings, ReportSettings, RestoreSettings},
@@ -33,6 +34,7 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
     interrupt::watch().context("hold back of signals")?;
     let watchdog =
         Watchdog::start("restore".into(), "nothing is left of what was restored").context("watchdog")?;
+    let shown = Shown::begin(Surface::Terminal);
     let restored = match &settings.remote {
         None => crate::restore::restore(settings)
             .map_err(explained)
@@ -41,6 +43,7 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
             .map_err(explained)
             .with_context(|| format!("restore of snapshot {}", remote.snapshot))?,
     };
+    drop(shown);
     // From here on crtool waits for the tree, if at all.
     drop(watchdog);
     done(settings, report, restored)

@@ -32,6 +32,8 @@ use crate::{
     interrupt,
     kept::Form,
     mem::MemoryDump,
+    pages::PAGE,
+    progress,
     settings::{DumpSettings, Leave},
     stats::DumpStats,
     sys::{pid::HostPid, ticker::Ticker},
@@ -120,6 +122,7 @@ pub fn dump_to(
     if let Some(to) = hand_over {
         to.freezing();
     }
+    progress::phase("freezing", 0);
     // Dropped after the tree, which goes on before it can be reached again.
     let mut lock = NetworkLock { scripts, root, held: false };
     let freezing = Instant::now();
@@ -133,6 +136,7 @@ pub fn dump_to(
         lock.take()?;
     }
 
+    progress::phase("looking at the tree", 0);
     collected.form = Form::of_tree(tree.processes.iter().map(|process| process.threads.len()).sum());
     for process in &tree.processes {
         collected.process(process, &check)?;
@@ -148,6 +152,8 @@ pub fn dump_to(
     // Pages may take as long as they take, while there are some that do not stand still.
     deadline.next(Limit::Idle(settings.standstill));
     let writing = Instant::now();
+    let resident = tree.processes.iter().filter_map(|process| procfs::resident_pages(process.pid));
+    progress::phase("memory", resident.sum::<u64>() * PAGE);
     images::memory(&mut collected, &mut memory, store.pages_come_last(), &mut stats)?;
     stats.memdump_time = writing.elapsed();
     cpuinfo::write(store, settings.common.cpu_cap)?;
@@ -162,12 +168,14 @@ pub fn dump_to(
     store.guard(decision.as_fd())?;
     // How long a disk takes to write all of it out cannot be seen from here, and a cache has a limit of its own.
     deadline.next(Limit::Idle(None));
+    progress::phase("making sure that all of it is there", 0);
     store.commit()?;
     // After this nothing can be taken back.
     if let Err(error) = post_dump(store, scripts, root) {
         store.withdraw()?;
         return Err(error);
     }
+    progress::phase("last steps", 0);
     let finishing = deadline::pause();
     let words = std::mem::take(&mut collected.words);
     if let Some(to) = hand_over {

@@ -14,7 +14,8 @@ use super::scan::Scan;
 use super::shared::DescribedObject;
 use super::{AddressSpace, MemError, SharedMemory, vma};
 use crate::pages::copy::{Span, TaskMemory, copy};
-use crate::pages::{PagemapWriter, PagesError};
+use crate::pages::{PAGE, PagemapWriter, PagesError};
+use crate::progress;
 use crate::stats::DumpStats;
 use crate::{
     image::{ImageKind, PagesSink, Store, TypedStore, pb},
@@ -143,6 +144,9 @@ impl<'a> MemoryDump<'a> {
 
     /// Writes the pages of everything that has been described, in the same order.
     pub(crate) fn pages(&mut self, stats: &mut DumpStats) -> Result<(), MemError> {
+        let known = self.described.iter().flat_map(|described| &described.spans).map(|span| span.run.pages);
+        let known: u64 = known.sum();
+        progress::phase("memory", known * PAGE);
         for Described { pid, tid, pages_id, spans } in std::mem::take(&mut self.described) {
             let pages = match self.aside.take(pid) {
                 Some((_, made)) => made,

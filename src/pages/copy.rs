@@ -20,7 +20,7 @@ use super::pagemap::{PagemapWriter, Run};
 use super::{PAGE, PagesError};
 use crate::image::PagesSink;
 use crate::sys::{Errno, pid::HostPid, process_vm};
-use crate::{deadline, interrupt};
+use crate::{deadline, interrupt, progress};
 
 /// Pages in one chunk: 256 KiB lie in the second cache of any processor of these days, beside what
 /// the kernel needs there (measured: larger ones are slower).
@@ -344,6 +344,7 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
         {
             let into = room.bytes_mut().get_mut(..bytes(pages_read)).unwrap_or_default();
             self.source.read(&buffer.spans, into)?;
+            progress::add(pages_read * PAGE);
             keep(&buffer.spans, into, &mut buffer.kept);
             let len = close_up(&buffer.kept, into);
             let send = stream.stage_room(room, len);
@@ -356,6 +357,7 @@ impl<S: Source, I: Iterator<Item = Result<Span, PagesError>>> Copy<'_, S, I> {
         buffer.bytes.resize(bytes(pages_read).max(buffer.bytes.len()), 0);
         let into = buffer.bytes.get_mut(..bytes(pages_read)).unwrap_or_default();
         self.source.read(&buffer.spans, into)?;
+        progress::add(pages_read * PAGE);
         keep(&buffer.spans, into, &mut buffer.kept);
 
         let parts = parts(&buffer.kept, &buffer.bytes);

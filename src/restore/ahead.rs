@@ -128,6 +128,7 @@ impl Construction<'_> {
             let mut list = List::new(format!("filling of {pid}"));
             if self.plan_load(index, Some(&there), descriptors, &mut list)? {
                 self.run_ahead(index, list)?;
+                self.puppets.look_for_progress();
                 self.page_threads.check(&self.puppets)?;
                 self.page_threads.forget();
             }

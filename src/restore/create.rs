@@ -34,8 +34,9 @@ use crate::{
     files::{Descriptors, FIRST_SHARED, FilesRestore, SUPERVISOR},
     image::{ImageKind, Store, TypedStore, pb},
     mem::{pkeys, vma},
-    pages::Pages,
+    pages::{PAGE, Pages},
     process_tree::{ForkPlan, PlannedPid, Share, Step, ids::on_host},
+    progress,
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{
@@ -161,6 +162,7 @@ impl<'i> Construction<'i> {
         for task in &images.tasks {
             pages.push(if task.is_zombie() { Pages::default() } else { pages_of(store, task)? });
         }
+        progress::phase("memory", pages.iter().map(Pages::count).sum::<u64>() * PAGE);
         let (place, reserved) = areas.place()?;
         let of_tree = images.tasks.iter().flat_map(|t| t.tids.iter().copied().chain([t.pgid, t.sid]));
         let mut allocator = PidAllocator::new(of_tree);

@@ -59,6 +59,7 @@ use crate::{
     image::{DirStore, Outcome, Store},
     proc::stat,
     process_tree::ids::on_host,
+    progress,
     settings::RestoreSettings,
     stats::RestoreStats,
     sys::{Errno, pid::NsPid, pidfd, ticker},
@@ -155,6 +156,7 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
         (tree, forking.elapsed())
     };
     let root = tree.root()?;
+    progress::phase("last steps", 0);
     tree.attributes()?;
     tree.final_state()?;
     tree.files.before_resume()?;
@@ -179,6 +181,8 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
     {
         tracing::error!("{:#}", anyhow!(error));
     }
+    // Whose terminal it may be is at it again.
+    progress::quiet();
     let mut job = job::terminal(&images, settings, &mut tree.files)?;
     if let Some(job) = &mut job {
         job.hand_over()?;

@@ -20,6 +20,7 @@ use super::pid_allocator::PidAllocator;
 use crate::{
     deadline,
     process_tree::ids::on_host,
+    progress,
     sys::{
         Errno,
         mapping::Mapping,
@@ -372,8 +373,9 @@ impl Puppets {
     }
 
     /// Tasks that read their memory report nothing for as long as that takes, but they grow.
-    fn look_for_progress(&mut self) {
+    pub(super) fn look_for_progress(&mut self) {
         let resident = self.leaders.iter().filter_map(|pid| procfs::resident_pages(*pid)).sum();
+        progress::at(resident * crate::pages::PAGE);
         if std::mem::replace(&mut self.resident, resident) != resident {
             deadline::progress();
         }

@@ -26,6 +26,7 @@ const LAYERS: [&[&str]; 7] = [
         "interrupt",
         "ownership",
         "deadline",
+        "progress",
         "kept",
         "pidfile",
         "view",

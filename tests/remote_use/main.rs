@@ -48,6 +48,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("list_of_others", tls::list_of_others),
     ("a_restore_waits_and_the_dump_fails", waiting::the_dump_fails),
     ("a_restore_after_a_dump_that_failed", waiting::the_dump_has_failed),
+    ("progress_on_a_terminal", waiting::on_a_terminal),
     ("killed_in_a_script", waiting::killed_in_a_script),
     ("interrupted_in_a_script", waiting::interrupted_in_a_script),
     ("pids_of_no_tree", wrong::pids),

@@ -1,7 +1,7 @@
 //! Restores that wait, dumps that fail meanwhile or before, and daemons that are told to end.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _},
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
@@ -142,6 +142,30 @@ pub fn daemons_end() {
             assert_eq!(odd, Vec::<String>::new());
         }
     }
+}
+
+/// Who sits in front of a terminal sees what goes on for more than a second; a file gets no line of that.
+pub fn on_a_terminal() {
+    const WORDS: [&str; 4] = ["restore", "--remote", "--timeout", "2"];
+    const SHOWN: &str = "waiting for the snapshot";
+    let site = Site::new(Memory::Noise);
+    let _cache = site.cache(NONE);
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let mut child = site.crtool("dst", &WORDS).stderr(pty.slave).spawn().unwrap();
+    let mut seen = String::new();
+    let mut terminal = std::fs::File::from(pty.master);
+    let mut some = [0; 4096];
+    // An error: nobody has the other end any more.
+    while let Ok(read) = terminal.read(&mut some) {
+        seen += &String::from_utf8_lossy(&some[..read]);
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let (last, error) = (seen.rfind(SHOWN), seen.find("no snapshot default has come"));
+    assert!(last.is_some() && last < error, "{seen}");
+    assert!(seen[last.unwrap()..].contains('\r'), "the line stays: {seen}");
+
+    let piped = site.crtool("dst", &WORDS).output().unwrap();
+    assert!(!String::from_utf8_lossy(&piped.stderr).contains(SHOWN));
 }
 
 /// An action script that does something when all images are there.

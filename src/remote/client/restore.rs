@@ -20,6 +20,7 @@ use super::image_error;
 use super::packets::{Packets, checked, wait_for};
 use crate::deadline;
 use crate::image::{Arrival, ImageError, ImageFile, ImageSink, Outcome, PagesSink, Part, Store};
+use crate::progress;
 use crate::settings::RemoteSettings;
 
 /// How long the cache may take for an answer it need not wait for.
@@ -148,6 +149,7 @@ impl RemoteSnapshot {
             local_request::What::Get(pb::Get { name: name.clone(), id: remote.snapshot_id, wait_ms, early });
         let until = Instant::now() + PATIENCE;
         packets.send(get, &[], until)?;
+        progress::phase("waiting for the snapshot", 0);
         let mut fds = [PollFd::new(packets.fd(), PollFlags::POLLIN)];
         if !wait_for(&mut fds, Instant::now() + QUIET)? {
             tell_what_is_awaited(remote);
