@@ -22,7 +22,7 @@ use nix::{
 /// Longer than any step takes on a machine under load.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What it says, in this order, one line each.
-const STEPS: &[&str] = &["start", "cache", "proxy", "count", "dump", "restore", "count", "end"];
+const STEPS: &[&str] = &["start", "cache", "count", "migrate", "count", "end"];
 
 fn main() -> std::process::ExitCode {
     let args = Arguments::from_args();
@@ -43,10 +43,10 @@ fn main() -> std::process::ExitCode {
     }
     trials.push(trial("interrupted_at_once", || interrupted(&Place::new(), 0, Duration::ZERO, false)));
     for step in 0..8u64 {
-        // Between the second count and the end of the restore most things happen.
+        // Between the first count and the end of the migration most things happen.
         let delay = Duration::from_millis(step * 23);
         trials.push(trial(&format!("interrupted_moving_{step}"), move || {
-            interrupted(&Place::new(), 4, delay, false);
+            interrupted(&Place::new(), 3, delay, false);
         }));
     }
     libtest_mimic::run(&args, trials).exit_code()

@@ -1,11 +1,10 @@
 //! `crtool demo`: a small workload migrates, before the user's eyes.
 //!
-//! A cache and a proxy are started on the loopback interface, a restore that waits, and a dump: the workload goes
-//! through memory from one to the other and counts on where it stopped. Everything is done with this very program as a
-//! user would do it; the workload is `crtool demo` with [`workload::DIR`] in its environment. Source and
-//! destination are two directories below one of the demo's own. At every end, also after Ctrl-C, the processes
-//! and the directory are gone.
+//! The destination is a pid namespace with an image-cache on the loopback interface ([`destination`]); `crtool migrate` moves the
+//! workload there, through memory, and it counts on where it stopped. Everything is done with this very program as a user would do it; the workload is
+//! `crtool demo` with [`workload::DIR`] in its environment. At every end, also after Ctrl-C, the processes and the directory are gone.
 
+mod destination;
 mod processes;
 mod screen;
 mod workload;
@@ -15,6 +14,7 @@ use std::{
     fs::{self, File},
     io::Write as _,
     net::{Ipv4Addr, TcpListener},
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -22,18 +22,13 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use nix::{
-    sys::{
-        signal::{Signal, kill},
-        wait::WaitStatus,
-    },
-    unistd::Pid,
-};
+use nix::unistd::Pid;
 
 use crate::{
     image::{ImageKind, framing::EntryReader, pb},
     interrupt,
 };
+use destination::Destination;
 use processes::{Processes, Tool};
 use screen::Screen;
 use workload::Progress;
@@ -51,8 +46,11 @@ const PORTS: u32 = 5;
 
 /// Migrates a small workload; or is that workload.
 pub fn run() -> anyhow::Result<()> {
-    match env::var_os(workload::DIR) {
-        Some(dir) => workload::run(Path::new(&dir)),
+    if let Some(dir) = env::var_os(workload::DIR) {
+        return workload::run(Path::new(&dir));
+    }
+    match env::var_os(destination::DIR) {
+        Some(dir) => destination::run(Path::new(&dir)),
         None => Demo::new()?.show(),
     }
 }
@@ -117,40 +115,35 @@ impl Demo {
                 workload::MEMORY >> 20
             ),
         );
-        let port = self.cache()?;
-        self.screen.say("cache", &format!("image-cache holds images in memory, port {port} of 127.0.0.1"));
-        self.proxy(port)?;
-        self.screen.say("proxy", "image-proxy carries them there");
+        let (there, port) = self.destination(pid)?;
+        self.screen.say(
+            "cache",
+            &format!("image-cache --restore waits in another pid namespace, port {port} of 127.0.0.1"),
+        );
         let first = self.count(Progress::default(), COUNTING)?;
         self.screen.say("count", &format!("1 ... {}", first.last));
 
-        let destination = self.workspace.destination();
-        let mut waiting = self.tool("restore", &["--remote", "-d"], &destination)?;
-        let dump = self.tool("dump", &["--remote", "-t", &pid.to_string()], &self.workspace.source())?;
-        self.finish(dump, Some(&mut waiting))?;
-        let saved = Carried::read(&self.workspace.source()).context("statistics of the dump")?;
-        self.screen.say(
-            "dump",
-            &format!(
-                "{} in {}, {} per second; then process {pid} is ended",
-                screen::mebibytes(saved.bytes),
-                screen::millis(saved.frozen),
-                screen::mebibytes(saved.per_second()),
-            ),
-        );
-        self.finish(waiting, None)?;
-        self.processes.restored(pid);
+        let to = format!("127.0.0.1:{port}");
+        let migrate =
+            self.tool("migrate", &["-t", &pid.to_string(), "--to", &to], &self.workspace.source())?;
+        self.finish(migrate)?;
+        let saved = carried(&self.workspace.source()).context("statistics of the migration")?;
+        self.processes.moved(pid, there)?;
         let second = self.count(first, COUNTING)?;
         self.screen.say(
-            "restore",
-            &format!("process {pid} runs again; it stood still for {}", screen::millis(second.pause)),
+            "migrate",
+            &format!(
+                "{} through memory; process {pid} runs there and is ended here; it stood still for {}",
+                screen::mebibytes(saved),
+                screen::millis(second.pause),
+            ),
         );
         self.screen.say("count", &format!("{} ... {}", first.last + 1, second.last));
 
-        kill(pid, Signal::SIGTERM).context("ask the workload to end")?;
+        self.processes.ask_workload_to_end()?;
         let end = self.wait()?;
         let last = self.progress(second)?;
-        ensure!(end == WaitStatus::Exited(pid, 0), "the workload found its state damaged: {end:?}");
+        ensure!(end == 0, "the workload found its state damaged: status {end}");
         self.screen.say("end", &format!("1 ... {} without a gap", last.last));
         Ok(())
     }
@@ -168,30 +161,65 @@ impl Demo {
         self.processes.workload(&mut command)
     }
 
-    /// Starts a cache on a port that is free, and tells which.
-    fn cache(&mut self) -> anyhow::Result<u16> {
+    /// Starts the destination of process `pid`, on a port that is free; tells which.
+    fn destination(&mut self, pid: Pid) -> anyhow::Result<(Destination, u16)> {
         let mut tries = 0;
         loop {
             let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("look for a free port")?;
             let port = free.local_addr()?.port();
             drop(free);
             tries += 1;
-            match self.daemon("image-cache", port, &self.workspace.destination()) {
+            match self.start_destination(pid, port) {
                 Err(error) if tries < PORTS && format!("{error:#}").contains("in use") => {}
-                result => return result.map(|()| port),
+                result => return result.map(|there| (there, port)),
             }
         }
     }
 
-    fn proxy(&mut self, port: u16) -> anyhow::Result<()> {
-        self.daemon("image-proxy", port, &self.workspace.source())
-    }
-
-    /// Starts a daemon; returns when it can be reached.
-    fn daemon(&mut self, command: &'static str, port: u16, dir: &Path) -> anyhow::Result<()> {
-        let port = port.to_string();
-        let tool = self.tool(command, &["-d", "--address", "127.0.0.1", "--port", &port], dir)?;
-        self.finish(tool, None)
+    fn start_destination(&mut self, pid: Pid, port: u16) -> anyhow::Result<Destination> {
+        let dir = self.workspace.destination();
+        let work_dir = dir.display().to_string();
+        let words = [
+            "image-cache",
+            "-d",
+            "--restore",
+            "--address",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+            "--no-default-config",
+            "-v3",
+            "-o",
+            "image-cache.log",
+            "-W",
+            &work_dir,
+        ]
+        .join("\n");
+        // Far from the pids of the tree, which have to be free there.
+        let first_pid = if pid.as_raw() < 10_000 { 20_000 } else { 300 };
+        let said = dir.join("image-cache.err");
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg("demo")
+            .env(destination::DIR, &dir)
+            .env(destination::CACHE, words)
+            .env(destination::FIRST_PID, first_pid.to_string())
+            .current_dir(&dir)
+            // Ctrl-C is for the demo.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&said).with_context(|| format!("make {}", said.display()))?);
+        let mut tool = self.processes.tool("the destination", &mut command, said)?;
+        let there = Destination::new(dir);
+        let begin = Instant::now();
+        while !there.is_ready() {
+            ensure!(!tool.done()?, "the destination has ended: {}", tool.said());
+            interrupt::check()?;
+            ensure!(begin.elapsed() < PATIENCE, "{} takes too long", tool.name());
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(there)
     }
 
     /// Watches the workload count for a while.
@@ -204,7 +232,7 @@ impl Demo {
             now = self.progress(now)?;
             self.screen.watch("count", now.last);
             if let Some(end) = self.processes.ended()? {
-                bail!("the workload ended too early: {end:?}");
+                bail!("the workload ended too early: status {end}");
             }
         }
         Ok(now)
@@ -231,17 +259,14 @@ impl Demo {
         self.processes.tool(command, &mut child, said)
     }
 
-    /// Waits until `tool` has done its work, and looks at `other` meanwhile: if that fails, `tool` waits in vain.
-    fn finish(&mut self, mut tool: Tool, mut other: Option<&mut Tool>) -> anyhow::Result<()> {
+    /// Waits until `tool` has done its work.
+    fn finish(&mut self, mut tool: Tool) -> anyhow::Result<()> {
         let begin = Instant::now();
         loop {
-            // A dead child that nobody reaps still has its pid: dump and restore wait for that.
+            // A dead child that nobody reaps still has its pid.
             self.processes.ended()?;
             if tool.done()? {
                 return Ok(());
-            }
-            if let Some(other) = other.as_mut() {
-                other.done()?;
             }
             interrupt::check()?;
             ensure!(begin.elapsed() < PATIENCE, "{} takes too long", tool.name());
@@ -250,7 +275,7 @@ impl Demo {
     }
 
     /// Waits until the workload has ended.
-    fn wait(&mut self) -> anyhow::Result<WaitStatus> {
+    fn wait(&mut self) -> anyhow::Result<i32> {
         let begin = Instant::now();
         loop {
             if let Some(status) = self.processes.ended()? {
@@ -281,31 +306,13 @@ impl Drop for Demo {
     }
 }
 
-/// What a dump has carried.
-struct Carried {
-    bytes: u64,
-    frozen: Duration,
-}
-
-impl Carried {
-    /// From the statistics that it wrote.
-    fn read(dir: &Path) -> anyhow::Result<Self> {
-        let path = dir.join(ImageKind::StatsDump.file_name(None));
-        let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        let len = file.metadata()?.len();
-        let mut reader = EntryReader::new(file, len, &path);
-        reader.expect_magic(ImageKind::StatsDump)?;
-        let entry: pb::StatsEntry = reader.next_entry()?.context("no entry")?;
-        let dump = entry.dump.context("no numbers of a dump")?;
-        Ok(Self {
-            bytes: dump.pages_written * 4096,
-            frozen: Duration::from_micros(u64::from(dump.frozen_time)),
-        })
-    }
-
-    /// Bytes per second of the freeze.
-    fn per_second(&self) -> u64 {
-        let micros = u64::try_from(self.frozen.as_micros()).unwrap_or(u64::MAX).max(1);
-        self.bytes.saturating_mul(1_000_000) / micros
-    }
+/// Bytes of memory that a migration has carried, from the statistics that it wrote.
+fn carried(dir: &Path) -> anyhow::Result<u64> {
+    let path = dir.join(ImageKind::StatsDump.file_name(None));
+    let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+    let len = file.metadata()?.len();
+    let mut reader = EntryReader::new(file, len, &path);
+    reader.expect_magic(ImageKind::StatsDump)?;
+    let entry: pb::StatsEntry = reader.next_entry()?.context("no entry")?;
+    Ok(entry.dump.context("no numbers of a dump")?.pages_written * 4096)
 }

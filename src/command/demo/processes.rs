@@ -24,6 +24,7 @@ use nix::{
     unistd::Pid,
 };
 
+use super::destination::Destination;
 use crate::{proc::stat, tracee::procfs};
 
 /// In the environment of every process of a demo: its directory.
@@ -33,12 +34,19 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to look again whether somebody is left.
 const UNSURE: Duration = Duration::from_millis(500);
 
+/// Where the workload is.
+enum Workload {
+    /// Our child.
+    Here(Pid),
+    /// With this pid there; we see it by another one.
+    There { pid: Pid, seen: Pid, at: Destination },
+}
+
 /// All processes of the demo.
 pub(super) struct Processes {
     mark: Vec<u8>,
     dir: PathBuf,
-    /// The workload while it is our child.
-    workload: Option<Pid>,
+    workload: Option<Workload>,
 }
 
 impl Processes {
@@ -53,7 +61,7 @@ impl Processes {
     pub(super) fn workload(&mut self, command: &mut Command) -> anyhow::Result<Pid> {
         let child = command.env(MARK, &self.dir).spawn().context("start of the workload")?;
         let pid = pid_of(&child)?;
-        self.workload = Some(pid);
+        self.workload = Some(Workload::Here(pid));
         Ok(pid)
     }
 
@@ -68,22 +76,49 @@ impl Processes {
         Ok(Tool { name, child, said, done: false })
     }
 
-    /// The workload has come back to us.
-    pub(super) fn restored(&mut self, pid: Pid) {
-        self.workload = Some(pid);
+    /// The workload is at the destination.
+    pub(super) fn moved(&mut self, pid: Pid, at: Destination) -> anyhow::Result<()> {
+        let own = own_ids().context("own pids")?;
+        let seen = pids().into_iter().find(|&seen| {
+            ids(seen).is_some_and(|ids| ids.len() > own && ids.last() == Some(&pid.as_raw()))
+                && self.is_marked(seen)
+        });
+        let seen = seen.with_context(|| format!("process {pid} is not at the destination"))?;
+        self.workload = Some(Workload::There { pid, seen, at });
+        Ok(())
     }
 
-    /// How the workload ended, if it has and is our child.
-    pub(super) fn ended(&mut self) -> anyhow::Result<Option<WaitStatus>> {
-        let Some(pid) = self.workload else { return Ok(None) };
-        match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => Ok(None),
-            Ok(status) => {
-                self.workload = None;
-                Ok(Some(status))
+    /// By a signal.
+    pub(super) fn ask_workload_to_end(&self) -> anyhow::Result<()> {
+        match self.workload {
+            Some(Workload::Here(pid) | Workload::There { seen: pid, .. }) => {
+                kill(pid, Signal::SIGTERM).context("ask the workload to end")
             }
-            Err(error) => Err(error).with_context(|| format!("wait for process {pid}")),
+            None => bail!("there is no workload"),
         }
+    }
+
+    /// How the workload ended, as a shell says it, if it has.
+    pub(super) fn ended(&mut self) -> anyhow::Result<Option<i32>> {
+        let status = match &self.workload {
+            None => None,
+            Some(Workload::There { pid, at, .. }) => at.ended(*pid),
+            Some(Workload::Here(pid)) => match waitpid(*pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(_, status)) => Some(status),
+                Ok(WaitStatus::Signaled(_, signal, _)) => Some(128 + signal as i32),
+                Ok(_) | Err(Errno::EINTR) => None,
+                Err(error) => return Err(error).with_context(|| format!("wait for process {pid}")),
+            },
+        };
+        if status.is_some() {
+            self.workload = None;
+        }
+        Ok(status)
+    }
+
+    fn is_marked(&self, pid: Pid) -> bool {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|entry| entry == self.mark)
     }
 
     /// Our children that belong to the demo and are not dead yet. And whether these are all: one
@@ -119,7 +154,8 @@ impl Drop for Processes {
             }
             for pid in left {
                 // Our child, not waited for: nobody else can have this pid.
-                if begin.elapsed() > PATIENCE || self.workload == Some(pid) {
+                let workload = matches!(self.workload, Some(Workload::Here(here)) if here == pid);
+                if begin.elapsed() > PATIENCE || workload {
                     let _ = kill(pid, Signal::SIGKILL);
                 } else if !told.contains(&pid) {
                     let _ = kill(pid, Signal::SIGTERM);
@@ -152,11 +188,15 @@ impl Tool {
         let Some(status) = self.child.try_wait()? else { return Ok(false) };
         self.done = true;
         if !status.success() {
-            let said = fs::read(&self.said).unwrap_or_default();
-            let said = String::from_utf8_lossy(&said).replace("Error (crtool): ", "");
-            bail!("{} failed ({status}): {}", self.name, said.trim());
+            bail!("{} failed ({status}): {}", self.name, self.said());
         }
         Ok(true)
+    }
+
+    /// Its messages.
+    pub(super) fn said(&self) -> String {
+        let said = fs::read(&self.said).unwrap_or_default();
+        String::from_utf8_lossy(&said).replace("Error (crtool): ", "").trim().to_owned()
     }
 }
 
@@ -164,20 +204,35 @@ fn pid_of(child: &Child) -> anyhow::Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(child.id()).context("pid out of range")?))
 }
 
+/// Everybody.
+fn pids() -> Vec<Pid> {
+    let number = |name: &OsStr| name.to_str().and_then(|name| name.parse::<i32>().ok());
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|entry| number(&entry.file_name())).map(Pid::from_raw).collect()
+}
+
+/// The pids of a process: ours, and those in namespaces further in.
+fn ids(pid: Pid) -> Option<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().map(|id| id.parse().ok()).collect()
+}
+
+/// How many pids we have ourselves.
+fn own_ids() -> Option<usize> {
+    ids(Pid::this()).map(|ids| ids.len())
+}
+
 /// Our children that are not dead, those of all our threads.
 fn children() -> Vec<Pid> {
     let own = std::process::id().cast_signed();
-    let numbers = |name: &OsStr| name.to_str().and_then(|name| name.parse::<i32>().ok());
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    entries
-        .flatten()
-        .filter_map(|entry| numbers(&entry.file_name()))
+    pids()
+        .into_iter()
         .filter(|pid| {
             fs::read(format!("/proc/{pid}/stat"))
                 .ok()
                 .and_then(|bytes| stat::parse(&bytes).ok())
                 .is_some_and(|stat| stat.ppid.get() == own && !procfs::is_dead(&stat))
         })
-        .map(Pid::from_raw)
         .collect()
 }
