@@ -3,7 +3,8 @@
 //! The source writes `migrate-ID.journal` before it stops its tree for good, and a line more before it says `Go`: without that
 //! line the tree can run nowhere else, with it only the destination can say. The file is locked as long as that crtool lives,
 //! and gone when the end is known. A cache writes `handover-ID.journal` before it lets a restore go on,
-//! and again when the tree is known to run or not to; so a cache that is started anew can answer the source. The file
+//! and again when the tree is known to run or not to; so a cache that is started anew can answer the source, and nobody else:
+//! it has who brought the tree, too. The file
 //! `handover.id` tells a source that it speaks to one that has all of these. With *confirm first* nothing is written.
 
 use std::{
@@ -306,14 +307,20 @@ impl Journal {
         surplus > 0
     }
 
-    /// Writes down how far a tree has come.
-    pub fn note(&self, id: u64, reached: Reached, pid: i32) -> io::Result<()> {
-        note(&self.work_dir, id, reached, pid)
+    /// Writes down how far a tree has come that `origin` has brought.
+    pub fn note(&self, id: u64, reached: Reached, pid: i32, origin: &str) -> io::Result<()> {
+        write_arrival(&self.work_dir, id, reached, pid, Some(origin))
     }
 
-    /// What stands there about a tree: how far it came, as which process.
-    pub fn look_up(&self, id: u64) -> Option<(Reached, Process)> {
+    /// Whether anything stands there about it.
+    pub fn knows(&self, id: u64) -> bool {
+        Self::path(&self.work_dir, id).exists()
+    }
+
+    /// What stands there about a tree that `origin` has brought: how far it came, as which process.
+    pub fn look_up(&self, id: u64, origin: &str) -> Option<(Reached, Process)> {
         let (value, _) = read(&Self::path(&self.work_dir, id)).ok()?;
+        text(&value, "origin").filter(|of| of == origin)?;
         let reached = match text(&value, "state")?.as_str() {
             "going" => Reached::Going,
             "running" => Reached::Running,
@@ -324,8 +331,19 @@ impl Journal {
     }
 }
 
-/// Writes down how far a tree has come at the destination. For a cache, and for a restore whose cache is gone.
+/// Writes down how far a tree has come, for a restore whose cache is gone: that has written who brought it.
 pub fn note(work_dir: &Path, id: u64, reached: Reached, pid: i32) -> io::Result<()> {
+    let origin = read(&Journal::path(work_dir, id)).ok().and_then(|(value, _)| text(&value, "origin"));
+    write_arrival(work_dir, id, reached, pid, origin.as_deref())
+}
+
+fn write_arrival(
+    work_dir: &Path,
+    id: u64,
+    reached: Reached,
+    pid: i32,
+    origin: Option<&str>,
+) -> io::Result<()> {
     let state = match reached {
         Reached::Going => "going",
         Reached::Running => "running",
@@ -335,6 +353,7 @@ pub fn note(work_dir: &Path, id: u64, reached: Reached, pid: i32) -> io::Result<
     let process = Process::now(pid).unwrap_or(Process { pid, start: 0, boot: boot()? });
     let value = json!({
         "id": shown(id), "state": state, "pid": process.pid, "start": process.start, "boot": process.boot,
+        "origin": origin,
     });
     ownership::replace(
         &Journal::path(work_dir, id),
@@ -391,14 +410,18 @@ mod tests {
     fn the_journal_of_a_cache() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        assert_eq!(journal.look_up(1), None);
+        assert!(journal.look_up(1, "a").is_none() && !journal.knows(1));
         let own = i32::try_from(std::process::id()).unwrap();
         for reached in [Reached::Going, Reached::Running, Reached::Fell] {
-            journal.note(1, reached, own).unwrap();
-            let (found, process) = journal.look_up(1).unwrap();
+            journal.note(1, reached, own, "a").unwrap();
+            let (found, process) = journal.look_up(1, "a").unwrap();
             assert_eq!(found, reached);
             assert!(process.is_there());
+            assert!(journal.look_up(1, "b").is_none() && journal.knows(1));
         }
+        // A restore does not know who brought it.
+        note(dir.path(), 1, Reached::Running, own).unwrap();
+        assert_eq!(journal.look_up(1, "a").unwrap().0, Reached::Running);
         assert_eq!(Journal::open(dir.path()).unwrap().identity(), journal.identity());
         // Whose records are gone is another one: what it does not know may have run.
         for id in 2..HISTORY as u64 + 2 {

@@ -3,7 +3,8 @@
 //! Nothing here blocks. A connection is read until it has nothing more or has had its turn. None is ever made to wait: what
 //! does not fit is refused when it begins, or fails by itself, so that no stream stands in the way of another.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -32,6 +33,10 @@ const LEASE: u32 = 6;
 const MAX_IDLE: usize = 256;
 /// Most commands at once.
 const MAX_CLIENTS: usize = 4096;
+/// Addresses remembered of those who have said who they are.
+const MAX_ACQUAINTED: usize = 1024;
+/// Connections of one address that are not too many, though none of them has said who it is.
+const FEW: usize = 8;
 /// How long the reason of a refusal may take to arrive.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -44,6 +49,7 @@ struct Line {
     /// What it takes, as it was counted.
     buffered: u64,
     spoke: bool,
+    since: Instant,
     heard: Instant,
     /// It was refused; read until then for the sake of the reason.
     ending: Option<Instant>,
@@ -59,6 +65,8 @@ pub struct Cache {
     poll: Poll,
     snapshots: Snapshots,
     most_strangers: usize,
+    /// Addresses from which somebody has said who they are, and the last connection that did.
+    acquainted: HashMap<String, u64>,
     /// When the next snapshot has stood still for too long.
     due: Option<Instant>,
     seen: u64,
@@ -83,6 +91,7 @@ impl Cache {
             poll: Poll::new()?,
             snapshots: Snapshots::new(limits, timeout * LEASE),
             most_strangers: limits.strangers(),
+            acquainted: HashMap::new(),
             due: None,
             seen: 0,
             lines: BTreeMap::new(),
@@ -177,6 +186,7 @@ impl Cache {
             watched,
             buffered: 0,
             spoke: false,
+            since: now,
             heard: now,
             ending: None,
             said_last: false,
@@ -187,22 +197,33 @@ impl Cache {
         Ok(())
     }
 
-    /// Who has to go when one more comes that has not said who it is: of the origin with most of those first one that has
-    /// said nothing at all, then the oldest. So whoever opens many keeps out nobody else, and if they come from where
-    /// others come from too, none of those who speak.
+    /// Who has to go when one more comes that has not said who it is: of the address with most of those, if these are more than
+    /// a few; else of all who have no certificate to show and come from where nobody has ever said who they are; of those first
+    /// one that has said nothing at all, then the oldest. So whoever opens many keeps out nobody else, wherever they come from.
     fn least_welcome(&self) -> Option<u64> {
-        let mut strangers: BTreeMap<&str, Vec<(bool, u64)>> = BTreeMap::new();
-        let mut count = 0;
-        for (token, line) in self.lines.iter().filter(|(_, line)| !line.source.is_known()) {
-            count += 1;
-            let spoke = line.spoke || line.stream.has_begun();
-            strangers.entry(line.source.origin()).or_default().push((spoke, *token));
-        }
-        if count < self.most_strangers {
+        let strangers = || self.lines.iter().filter(|(_, line)| !line.source.is_known());
+        if strangers().count() < self.most_strangers {
             return None;
         }
-        let most = strangers.into_values().max_by_key(Vec::len)?;
-        most.into_iter().min().map(|(_, token)| token)
+        let mut count: BTreeMap<&str, usize> = BTreeMap::new();
+        for (_, line) in strangers() {
+            *count.entry(line.stream.origin()).or_default() += 1;
+        }
+        let unwelcome = |(token, line): &(&u64, &Line)| {
+            let many = count.get(line.stream.origin()).copied().unwrap_or(0).max(FEW);
+            let unknown = !line.stream.is_proven() && !self.acquainted.contains_key(line.stream.address());
+            (many, unknown, !(line.spoke || line.stream.has_begun()), Reverse(**token))
+        };
+        strangers().max_by_key(unwelcome).map(|(token, _)| *token)
+    }
+
+    /// Somebody there has said who they are.
+    fn is_acquainted(&mut self, address: String, token: u64) {
+        self.acquainted.insert(address, token);
+        if self.acquainted.len() > MAX_ACQUAINTED {
+            let oldest = self.acquainted.values().copied().min();
+            self.acquainted.retain(|_, token| Some(*token) != oldest);
+        }
     }
 
     /// A command has connected: process `pid`, of a user who may enter; `process` is a pidfd of it.
@@ -273,8 +294,7 @@ impl Cache {
     /// When something has to be done though nothing happens.
     fn deadline(&self) -> Option<Instant> {
         let lines = self.lines.values().flat_map(|line| {
-            let silent = line.heard + line.source.silence();
-            [line.ending, Some(silent), line.stream.pending().then_some(line.heard)]
+            [line.ending, Some(line.patience()), line.stream.pending().then_some(line.heard)]
         });
         let clients = self.clients.values().map(Client::deadline);
         lines.chain(clients).chain([self.abandon_at, self.due]).flatten().min()
@@ -283,6 +303,7 @@ impl Cache {
     /// Reads a connection.
     fn read(&mut self, token: u64, now: Instant) {
         let Some(line) = self.lines.get_mut(&token) else { return };
+        let was_known = line.source.is_known();
         for _ in 0..TURN {
             match line.stream.read(&mut self.buffer) {
                 Ok(0) => {
@@ -303,6 +324,10 @@ impl Cache {
                     break;
                 }
             }
+        }
+        if line.source.is_known() && !was_known {
+            let address = line.stream.address().to_owned();
+            self.is_acquainted(address, token);
         }
     }
 
@@ -449,13 +474,21 @@ impl Line {
         self.buffered = taken;
     }
 
+    /// Until when it may say nothing; who has not said who they are has to do that till then, whatever comes meanwhile.
+    fn patience(&self) -> Instant {
+        let since = if self.source.is_known() { self.heard } else { self.since };
+        since + self.source.silence()
+    }
+
     fn look_at_time(&mut self, token: u64, snapshots: &mut Snapshots, now: Instant) {
         if self.ending.is_some_and(|until| now >= until) {
             self.end(snapshots, "it was given up here, and was not closed there");
-        } else if now >= self.heard + self.source.silence() {
-            let why = format!("nothing was heard from it for {} s", self.source.silence().as_secs_f32());
+        } else if now >= self.patience() {
+            let patience = self.source.silence().as_secs_f32();
+            let mut why = format!("nothing was heard from it for {patience} s");
             if !self.source.is_known() {
-                tracing::warn!("connection {token} from {} said nothing", self.stream.peer());
+                why = format!("it did not say who it is in {patience} s");
+                tracing::warn!("connection {token} from {}: {why}", self.stream.peer());
             }
             self.end(snapshots, &why);
         }

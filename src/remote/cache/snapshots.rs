@@ -14,7 +14,7 @@ use super::super::pb::{self, FailCode, resume};
 use super::super::wire::{self, Kind};
 use super::super::{Failure, name};
 use super::keep::{self, Keeper, Record};
-use super::ledger::{Lack, Ledger, Limits, Origin, What};
+use super::ledger::{HERE, Lack, Ledger, Limits, Origin, What};
 use super::restorer::Wanted;
 use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
 use super::table::Table;
@@ -158,7 +158,7 @@ impl Snapshots {
     fn note(&self, id: u64, reached: Reached) -> Result<(), Failure> {
         let Some(snapshot) = self.snapshots.get(&id).filter(|s| s.begin.run_first) else { return Ok(()) };
         let Some(journal) = &self.journal else { return Ok(()) };
-        journal.note(snapshot.begin.id, reached, snapshot.restored_pid).map_err(|e| {
+        journal.note(snapshot.begin.id, reached, snapshot.restored_pid, &snapshot.origin).map_err(|e| {
             let text = format!("snapshot {}: the journal of the cache: {e}", snapshot.begin.name);
             Failure::new(FailCode::FailInternal, text)
         })
@@ -308,17 +308,16 @@ impl Snapshots {
             return Err(Failure::new(FailCode::FailProtocol, text));
         }
         for (_, old) in self.live(&begin.name) {
-            let may_wait = matches!(old.state, State::Ready | State::InDoubt);
-            if may_wait && old.survives {
-                if old.origin == *origin {
-                    continue;
-                }
+            if old.origin != *origin {
                 let text = format!(
                     "the cache has a snapshot {} of {}, and only that source can replace it; use another name (-D), or \
                      have it dropped (image-cache drop)",
                     begin.name, old.origin
                 );
                 return Err(Failure::new(FailCode::FailExists, text));
+            }
+            if matches!(old.state, State::Ready | State::InDoubt) && old.survives {
+                continue;
             }
             let advice = match old.state {
                 State::Ready => "restore it, drop it (image-cache drop), or use another name (-D)",
@@ -338,10 +337,16 @@ impl Snapshots {
             );
             return Err(Failure::new(FailCode::FailExists, text));
         }
+        if self.has_seen(begin.id) {
+            let text = format!("snapshot {}: it has been here already, and none comes twice", begin.name);
+            return Err(Failure::new(FailCode::FailExists, text));
+        }
         let mut parent = None;
         if !begin.parent.is_empty() {
             name::check_snapshot(&begin.parent)?;
-            parent = self.live(&begin.parent).find(|(_, s)| s.state == State::Ready).map(|(id, _)| id);
+            // What others build on cannot be dropped.
+            let usable = |s: &Snapshot| s.state == State::Ready && (s.origin == *origin || **origin == *HERE);
+            parent = self.live(&begin.parent).find(|(_, s)| usable(s)).map(|(id, _)| id);
             let Some(found) = parent.and_then(|id| self.snapshots.get_mut(&id)) else {
                 let text = format!(
                     "snapshot {}: its parent {} is not in the cache; make a dump without a parent",
@@ -411,6 +416,13 @@ impl Snapshots {
         self.arriving.insert(self.last);
         self.changes += 1;
         Ok(self.last)
+    }
+
+    /// Whether a snapshot with this number has come before, as far as is remembered: one that is sent again by somebody who
+    /// recorded it would run a second time.
+    fn has_seen(&self, drawn: u64) -> bool {
+        let noted = || self.journal.as_ref().is_some_and(|journal| journal.knows(drawn));
+        drawn != 0 && (self.snapshots.of_dump(drawn).next().is_some() || noted())
     }
 
     /// Whether there is room for one more, and for all that it announces: before its tree has stood still for long.
@@ -689,9 +701,19 @@ impl Snapshots {
         next
     }
 
-    /// What became of a snapshot whose connection broke; the answer goes to `owner`.
-    pub(super) fn resume(&mut self, owner: Owner, resume: &pb::Resume) {
-        let same = |s: &Snapshot| resume.id != 0 && s.begin.name == resume.name;
+    /// What became of a snapshot whose connection broke; the answer goes to `owner`, which is a connection of `origin`. Whoever
+    /// has not brought it hears what they would hear if it were not here.
+    pub(super) fn resume(&mut self, owner: Owner, origin: &Origin, resume: &pb::Resume) {
+        let same = |s: &Snapshot| {
+            let named = resume.id != 0 && s.begin.name == resume.name;
+            if named && s.origin != *origin {
+                let (name, whose) = (&s.begin.name, &s.origin);
+                tracing::warn!(
+                    "{origin} says what becomes of snapshot {name}, which {whose} has brought: refused"
+                );
+            }
+            named && s.origin == *origin
+        };
         let found =
             self.snapshots.of_dump(resume.id).rev().find(|(_, s)| same(s)).map(|(id, s)| (id, s.state));
         let refuse = |snapshots: &mut Self, failure: Failure| {
@@ -700,7 +722,7 @@ impl Snapshots {
         };
         let Some((id, state)) = found else {
             if let Some(resume::Verdict::Go(_)) = resume.verdict
-                && let Some(answer) = self.of_journal(resume)
+                && let Some(answer) = self.of_journal(origin, resume)
             {
                 let frame = match answer {
                     Ok(restored) => wire::frame(Kind::Restored, owner.stream, 0, &restored),
@@ -708,7 +730,8 @@ impl Snapshots {
                 };
                 return self.letters.push((owner, frame));
             }
-            let text = format!("the cache knows no snapshot {} of that dump", label(&resume.name));
+            let name = label(&resume.name);
+            let text = format!("the cache knows no snapshot {name} of that dump that {origin} has brought");
             return refuse(self, Failure::new(FailCode::FailNotFound, text));
         };
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
@@ -752,15 +775,15 @@ impl Snapshots {
     }
 
     /// What an earlier cache has written down of a tree that its source waits for, if that says it all.
-    fn of_journal(&self, resume: &pb::Resume) -> Option<Result<pb::Restored, pb::Fell>> {
+    fn of_journal(&self, origin: &str, resume: &pb::Resume) -> Option<Result<pb::Restored, pb::Fell>> {
         let journal = self.journal.as_ref()?;
         let fell = |text: &str| Some(Err(pb::Fell { text: text.to_owned() }));
         let ran = |pid: i32| {
             let text = format!("runs as pid {pid}, let go under an earlier cache");
             Some(Ok(pb::Restored { ok: true, pid, text }))
         };
-        match journal.look_up(resume.id) {
-            None if resume.journal == journal.identity() => {
+        match journal.look_up(resume.id, origin) {
+            None if resume.journal == journal.identity() && !journal.knows(resume.id) => {
                 fell("the cache was started anew before the tree was let go there")
             }
             None => None,

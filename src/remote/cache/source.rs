@@ -343,7 +343,8 @@ impl Source {
             Kind::SnapshotBegin | Kind::Resume => {
                 let begun = if header.kind == Kind::Resume {
                     wire::message(header, payload).map(|resume| {
-                        snapshots.resume(Owner { source: self.streams.source, stream }, &resume);
+                        let owner = Owner { source: self.streams.source, stream };
+                        snapshots.resume(owner, &self.streams.origin, &resume);
                         None
                     })
                 } else {

@@ -16,7 +16,7 @@ use super::{NetError, Stream, peer_of, resolve, std_address};
 use crate::sys;
 
 /// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
+const BACKLOG: i32 = 1024;
 
 /// The sockets on which one daemon waits for connections; several if its name stands for several addresses.
 #[derive(Debug)]

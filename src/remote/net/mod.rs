@@ -198,6 +198,16 @@ impl Stream {
         self.tls.as_ref().and_then(|tls| tls.subject()).unwrap_or(&self.address)
     }
 
+    /// The other side has a certificate that is good.
+    pub fn is_proven(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.subject().is_some())
+    }
+
+    /// Where the other side is: an address without port.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// As if it came from there.
     pub fn from(self, origin: &str) -> Self {
         Self { address: origin.to_owned(), ..self }

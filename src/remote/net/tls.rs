@@ -604,4 +604,4 @@ pub fn looks_like_tls(first: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1062,7 +1062,8 @@ fn idle_processes_do_not_keep_others_out() {
     dump.opened();
     cache.begun();
     let idle: Vec<Dump> = (0..300).map(|_| Dump::connect(&proxy.path())).collect();
-    for asker in &idle[..20] {
+    // The first ones may have had to make room.
+    for asker in &idle[280..] {
         asker.send(Request::Status(pb::Empty {}), &[]);
     }
     // Whoever comes is served, and a dump at work is not sent away for it.

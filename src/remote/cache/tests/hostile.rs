@@ -10,7 +10,7 @@ fn frames_cut_at_every_byte() {
     let mut bench = Bench::new();
     let zeros = vec![0; 5000];
     let script =
-        small(1, "a").parts("b.img", &[Part::Data(b"bytes"), Part::Zeros(70_000), Part::Lz4(&zeros)]);
+        unnumbered(1, "a").parts("b.img", &[Part::Data(b"bytes"), Part::Zeros(70_000), Part::Lz4(&zeros)]);
     let whole = [hello(1), script.commit(), confirm(1)].concat();
     // One byte after the other.
     let mut peer = bench.stranger();
@@ -303,7 +303,7 @@ fn pings_are_answered_in_order() {
 }
 
 fn any_frame() -> impl Strategy<Value = Vec<u8>> {
-    let begin = pb::ImageBegin { name: "a.img".to_owned(), expected_bytes: 0 };
+    let image = pb::ImageBegin { name: "a.img".to_owned(), expected_bytes: 0 };
     let end = pb::ImageEnd { size: 0, crc32c: 0 };
     let commit = pb::Commit { images: vec![pb::commit::Image { image: 1, size: 0, crc32c: 0 }] };
     let resume = pb::Resume {
@@ -312,12 +312,14 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
         verdict: Some(pb::resume::Verdict::Confirm(pb::Confirm::default())),
         journal: 0,
     };
+    // None comes twice but those that are not numbered.
+    let of = |stream, name, id| Script::from(stream, &pb::SnapshotBegin { id, ..begin(name) }).frames;
     let kinds = vec![
-        Script::new(1, "s").frames,
-        Script::new(2, "s").frames,
-        Script::new(2, "t").frames,
-        wire::frame(Kind::ImageBegin, 1, 1, &begin),
-        wire::frame(Kind::ImageBegin, 2, 1, &begin),
+        of(1, "s", 0),
+        of(2, "s", 4711),
+        of(2, "t", 0),
+        wire::frame(Kind::ImageBegin, 1, 1, &image),
+        wire::frame(Kind::ImageBegin, 2, 1, &image),
         [&Header::data(1, 1, 3, crc::of(b"abc")).encode()[..], b"abc"].concat(),
         wire::bare(Kind::Zero, 1, 1, 100_000).to_vec(),
         wire::frame(Kind::ImageEnd, 1, 1, &end),

@@ -418,19 +418,6 @@ fn a_restore_must_show_its_root_and_what_it_decides() {
     decision.advance(Stage::LetGo).unwrap();
 }
 
-fn resume(stream: u32, name: &str, id: u64, verdict: pb::resume::Verdict) -> Vec<u8> {
-    let resume = pb::Resume { name: name.to_owned(), id, verdict: Some(verdict), journal: 0 };
-    wire::frame(Kind::Resume, stream, 0, &resume)
-}
-
-fn yes() -> pb::resume::Verdict {
-    pb::resume::Verdict::Confirm(pb::Confirm { survives: false })
-}
-
-fn no() -> pb::resume::Verdict {
-    pb::resume::Verdict::Abort(pb::Abort { reason: "it runs on".to_owned() })
-}
-
 #[test]
 fn a_broken_connection_is_resumed() {
     let mut bench = Bench::new();
@@ -443,7 +430,7 @@ fn a_broken_connection_is_resumed() {
         assert_eq!(code(&bench.failed(&mut new, 5)), FailCode::FailNotFound);
     }
     // The old connection is not yet known to be dead.
-    bench.send(&mut new, &resume(5, "a", 4711, yes()));
+    bench.send(&mut new, &resume(5, "a", drawn("a"), yes()));
     bench.prepared(&mut new, 5);
     assert_eq!(bench.state("a"), State::Ready);
     bench.send(&mut old, &abort(1));
@@ -453,7 +440,7 @@ fn a_broken_connection_is_resumed() {
     let restore = bench.take("a");
     bench.done(&restore, ran(9));
     assert!(bench.restored(&mut new, 5).ok);
-    bench.send(&mut new, &resume(7, "a", 4711, yes()));
+    bench.send(&mut new, &resume(7, "a", drawn("a"), yes()));
     assert!(bench.restored(&mut new, 7).ok);
 
     // In doubt.
@@ -463,7 +450,7 @@ fn a_broken_connection_is_resumed() {
         bench.prepare(&mut old, small(1, &name));
         drop(old);
         bench.wait_state(&name, State::InDoubt);
-        bench.send(&mut new, &resume(8, &name, 4711, verdict.clone()));
+        bench.send(&mut new, &resume(8, &name, drawn(&name), verdict.clone()));
         if state == State::Ready {
             bench.prepared(&mut new, 8);
         } else {
@@ -473,7 +460,7 @@ fn a_broken_connection_is_resumed() {
     }
     // While it arrives there is nothing to resume.
     bench.send(&mut new, &small(9, "c").frames);
-    bench.send(&mut new, &resume(10, "c", 4711, yes()));
+    bench.send(&mut new, &resume(10, "c", drawn("c"), yes()));
     assert_eq!(code(&bench.failed(&mut new, 10)), FailCode::FailProtocol);
     assert_eq!(bench.state("c"), State::Receiving);
 }
@@ -492,7 +479,7 @@ fn the_source_takes_back_what_does_not_run_yet() {
         bench.done(&operator, release("a"));
         assert_eq!(bench.state("a"), State::Ready);
         let restore = taken.then(|| bench.take("a"));
-        bench.send(&mut new, &resume(stream, "a", 4711, no()));
+        bench.send(&mut new, &resume(stream, "a", drawn("a"), no()));
         assert_eq!(code(&bench.failed(&mut new, stream)), FailCode::FailAborted);
         assert_eq!(bench.state("a"), State::Failed);
         if let Some(restore) = restore {
@@ -508,27 +495,6 @@ fn the_source_takes_back_what_does_not_run_yet() {
 mod run_first {
     use super::*;
 
-    fn go(stream: u32) -> Vec<u8> {
-        wire::frame(Kind::Go, stream, 0, &pb::Go {})
-    }
-
-    fn go_again() -> pb::resume::Verdict {
-        pb::resume::Verdict::Go(pb::Go {})
-    }
-
-    /// A restore that has all but let the tree go.
-    fn armed(bench: &mut Bench, peer: &mut Peer, name: &str) -> (Command, Root) {
-        bench.prepare(peer, run_first(1, name));
-        let restore = bench.take(name);
-        let root = Root::new();
-        say_starting(&restore, &root);
-        let armed: pb::Armed = bench.message(peer, Kind::Armed, 1);
-        assert_eq!(armed.pid, root.pid());
-        bench.no_answer(&restore);
-        assert_eq!(bench.state(name), State::Armed);
-        (restore, root)
-    }
-
     fn fell(bench: &mut Bench, peer: &mut Peer, stream: u32) {
         let _: pb::Fell = bench.message(peer, Kind::Fell, stream);
     }
@@ -543,14 +509,14 @@ mod run_first {
         assert_eq!(bench.state("a"), State::Starting);
         // Whoever asks meanwhile hears of it later.
         let mut again = bench.source();
-        bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+        bench.send(&mut again, &resume(2, "a", drawn("a"), go_again()));
         bench.no_frame(&mut again);
         bench.done(&restore, ran(root.pid()));
         assert!(bench.restored(&mut again, 2).ok);
-        bench.send(&mut again, &resume(3, "a", 4711, go_again()));
+        bench.send(&mut again, &resume(3, "a", drawn("a"), go_again()));
         assert!(bench.restored(&mut again, 3).ok);
         // Too late to have it back.
-        bench.send(&mut again, &resume(4, "a", 4711, no()));
+        bench.send(&mut again, &resume(4, "a", drawn("a"), no()));
         assert!(bench.restored(&mut again, 4).ok);
     }
 
@@ -574,7 +540,7 @@ mod run_first {
             assert_eq!(bench.state("a"), State::Failed);
             // Said before that was heard.
             let mut again = bench.source();
-            bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+            bench.send(&mut again, &resume(2, "a", drawn("a"), go_again()));
             fell(&mut bench, &mut again, 2);
         }
     }
@@ -605,7 +571,7 @@ mod run_first {
         assert_eq!(bench.state("a"), State::Armed);
         // It comes back.
         let mut again = bench.source();
-        bench.send(&mut again, &resume(2, "a", 4711, go_again()));
+        bench.send(&mut again, &resume(2, "a", drawn("a"), go_again()));
         assert_eq!(bench.answer(&restore).0, local_reply::What::Done(pb::Empty {}));
         bench.done(&restore, ran(root.pid()));
         assert!(bench.restored(&mut again, 2).ok);
@@ -617,9 +583,9 @@ mod run_first {
         assert_eq!(failed.code(), FailCode::FailInDoubt);
         assert_eq!(bench.state("b"), State::InDoubt);
         let mut again = bench.source();
-        bench.send(&mut again, &resume(2, "b", 4711, go_again()));
+        bench.send(&mut again, &resume(2, "b", drawn("b"), go_again()));
         fell(&mut bench, &mut again, 2);
-        bench.send(&mut again, &resume(3, "b", 4711, no()));
+        bench.send(&mut again, &resume(3, "b", drawn("b"), no()));
         assert_eq!(code(&bench.failed(&mut again, 3)), FailCode::FailAborted);
     }
 }
@@ -636,7 +602,7 @@ fn a_waiting_restore_outlives_the_doubt() {
     bench.wait_state("a", State::InDoubt);
     bench.no_answer(&restore);
     let mut new = bench.source();
-    bench.send(&mut new, &resume(1, "a", 4711, yes()));
+    bench.send(&mut new, &resume(1, "a", drawn("a"), yes()));
     assert!(matches!(bench.answer(&restore).0, local_reply::What::Snapshot(_)));
 
     let mut bench = Bench::with(None, Duration::from_millis(300));

@@ -4,11 +4,15 @@
 mod hostile;
 mod life;
 mod limit;
+mod owners;
 mod quota;
 mod readers;
 mod sizes;
+mod strangers;
 mod whole;
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -344,14 +348,27 @@ enum Part<'a> {
     Zeros(u64),
 }
 
+thread_local! {
+    /// What was drawn last for each name; every test has a thread of its own.
+    static DRAWN: RefCell<HashMap<String, u64>> = RefCell::default();
+}
+
+/// The number of the last snapshot of this name.
+fn drawn(name: &str) -> u64 {
+    DRAWN.with_borrow(|drawn| drawn[name])
+}
+
 fn begin(name: &str) -> pb::SnapshotBegin {
+    // Always as long when it is written.
+    let id = crate::remote::draw() | 1 << 63;
+    DRAWN.with_borrow_mut(|drawn| drawn.insert(name.to_owned(), id));
     pb::SnapshotBegin {
         name: name.to_owned(),
         pid: 77,
         comm: "counter".to_owned(),
         host: "there".to_owned(),
         created: 1,
-        id: 4711,
+        id,
         before_pages: "inventory.img".to_owned(),
         ..Default::default()
     }
@@ -439,6 +456,12 @@ impl Script {
         self.frames.extend(wire::frame(Kind::Commit, self.stream, 0, &commit));
         self.frames
     }
+}
+
+/// One that may come twice.
+fn unnumbered(stream: u32, name: &str) -> Script {
+    let begin = pb::SnapshotBegin { id: 0, ..begin(name) };
+    Script::from(stream, &begin).image("inventory.img", b"inventory")
 }
 
 /// A small whole one.
@@ -576,4 +599,38 @@ fn say_starting(command: &Command, root: &Root) -> Decision {
 /// What a failure's code is, for assertions that show the text.
 fn code(failure: &Failure) -> FailCode {
     failure.code
+}
+
+fn resume(stream: u32, name: &str, id: u64, verdict: pb::resume::Verdict) -> Vec<u8> {
+    let resume = pb::Resume { name: name.to_owned(), id, verdict: Some(verdict), journal: 0 };
+    wire::frame(Kind::Resume, stream, 0, &resume)
+}
+
+fn yes() -> pb::resume::Verdict {
+    pb::resume::Verdict::Confirm(pb::Confirm { survives: false })
+}
+
+fn no() -> pb::resume::Verdict {
+    pb::resume::Verdict::Abort(pb::Abort { reason: "it runs on".to_owned() })
+}
+
+fn go(stream: u32) -> Vec<u8> {
+    wire::frame(Kind::Go, stream, 0, &pb::Go {})
+}
+
+fn go_again() -> pb::resume::Verdict {
+    pb::resume::Verdict::Go(pb::Go {})
+}
+
+/// A restore that has all but let the tree go.
+fn armed(bench: &mut Bench, peer: &mut Peer, name: &str) -> (Command, Root) {
+    bench.prepare(peer, run_first(1, name));
+    let restore = bench.take(name);
+    let root = Root::new();
+    say_starting(&restore, &root);
+    let armed: pb::Armed = bench.message(peer, Kind::Armed, 1);
+    assert_eq!(armed.pid, root.pid());
+    bench.no_answer(&restore);
+    assert_eq!(bench.state(name), State::Armed);
+    (restore, root)
 }

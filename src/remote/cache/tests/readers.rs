@@ -344,7 +344,7 @@ fn what_is_consumed_cannot_be_restored_again() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
     let large = noise(1 << 20, 3);
-    let script = small(1, "s").image("pages-1.img", &large);
+    let script = unnumbered(1, "s").image("pages-1.img", &large);
     bench.bring(&mut peer, script.clone());
     let restore = bench.take("s");
     let (local_reply::What::Image(info), mut fds) = bench.ask(&restore, consume("pages-1.img")) else {

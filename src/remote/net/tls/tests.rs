@@ -16,13 +16,13 @@ use crate::remote::net::{Stream, peer_of};
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A CA with its files in a directory of its own.
-struct Ca {
+pub(crate) struct Ca {
     dir: tempfile::TempDir,
     issuer: CertifiedIssuer<'static, KeyPair>,
 }
 
 impl Ca {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -37,7 +37,7 @@ impl Ca {
     }
 
     /// Settings of one who has a certificate for `host` that ends in `year`, with number `serial`.
-    fn member(&self, host: &str, year: i32, serial: u64) -> TlsSettings {
+    pub(crate) fn member(&self, host: &str, year: i32, serial: u64) -> TlsSettings {
         self.member_for(host, year, serial, &[])
     }
 
