@@ -85,7 +85,8 @@ fn run(dir: &Path, memory: Memory) {
     let held = memory.bytes();
     let count = fs::File::create(dir.join("count")).expect("a file to count into");
     for number in 1u64.. {
-        count.write_all_at(number.to_string().as_bytes(), 0).expect("count");
+        // As long as ever: who is restored a second time finds its file with the size it had.
+        count.write_all_at(format!("{number:020}").as_bytes(), 0).expect("count");
         if dir.join("stop").exists() {
             break;
         }
