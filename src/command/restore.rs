@@ -8,6 +8,7 @@ use std::{
         unix::process::CommandExt as _,
     },
     process::Command,
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -53,8 +54,18 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
 fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Result<Restored> {
     // A script may do before a restore what it finds done only when the dump is over.
     let early = settings.common.action_scripts.scripts.is_empty();
-    let store = RemoteSnapshot::take(remote, early)?;
-    crate::restore::restore_from(&store, settings).inspect_err(|error| store.give_up(&format!("{error:#}")))
+    let begun = Instant::now();
+    loop {
+        let store =
+            RemoteSnapshot::take(remote, early, remote.wait_snapshot.saturating_sub(begun.elapsed()))?;
+        match crate::restore::restore_from(&store, settings) {
+            // Its tree runs on at the source, and may be sent again.
+            Err(error) if store.has_passed() && remote.snapshot_id == 0 => {
+                tracing::warn!("{:#}; waiting for the next one", explained(error));
+            }
+            restored => return restored.inspect_err(|error| store.give_up(&format!("{error:#}"))),
+        }
+    }
 }
 
 /// What remains when the tree with root `root` runs.

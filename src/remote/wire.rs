@@ -106,6 +106,11 @@ impl Kind {
         })
     }
 
+    /// Whether it brings images, and so is what a snapshot gets on by.
+    pub fn is_of_images(self) -> bool {
+        matches!(self, Self::ImageBegin | Self::Data | Self::Zero | Self::ImageEnd | Self::Commit)
+    }
+
     /// Longest payload.
     fn most(self) -> u32 {
         match self {

@@ -97,14 +97,22 @@ fn one(site: &mut Site, victim: Victim, name: &str) -> Result<(), String> {
         Victim::Dump => {
             dump.signal(Signal::SIGKILL);
             dump.end()?;
-            restore.end()?.failed(&format!("snapshot {name} failed: "))?;
             nothing_is_left(site)?;
-            site.works()
+            site.works()?;
+            // It waits for the next one.
+            site.begin_dump(Way::Proxied, name)?.end()?.succeeded()?;
+            restore.end()?.succeeded()?;
+            site.arrived()?;
+            slow(site, site.at, "64mbit")
         }
         Victim::Proxy | Victim::Cache => {
             let (host, daemon) = if victim == Victim::Proxy { (from, PROXY) } else { (to, CACHE) };
             kill_daemon(site.pid_of(host, daemon));
             dump.end()?.failed("")?;
+            nothing_is_left(site)?;
+            if victim == Victim::Proxy {
+                restore.signal(Signal::SIGTERM);
+            }
             restore.end()?.failed("")?;
             site.gone(host, daemon)?;
             nothing_is_left(site)?;

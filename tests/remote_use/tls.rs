@@ -107,6 +107,27 @@ pub fn both_named() {
     site.restore_and_end();
 }
 
+/// A name belongs to whom the certificate names, not to an address.
+pub fn names_have_owners() {
+    const OTHER: u64 = 3;
+    let mut site = Site::new(Memory::Text);
+    let ca = Ca::new(site.path());
+    let cache = site.cache(&ca.member(CACHE));
+    let port = cache.port().to_string();
+    let dump = |member: u64, more: &[&str]| {
+        let way = ["-D", "web", "--address", "127.0.0.1", "--port", &port].into_iter();
+        let words: Vec<String> = way.chain(more.iter().copied()).map(str::to_owned).collect();
+        Site::run(&mut site.dump(&[words, ca.member(member)].concat()))
+    };
+    dump(SOURCE, &["-R"]).succeeded();
+    let line = dump(OTHER, &["-R"]).failed();
+    let wanted = "the cache has a snapshot web of CN=member 1,O=Example, and only that source can replace it";
+    assert!(line.contains(wanted), "{line}");
+    dump(SOURCE, &["-R"]).succeeded();
+    site.counts();
+    site.end();
+}
+
 pub fn expired_list() {
     let ours = "TLS: the revocation list (--tls-cacrl) has expired";
     let theirs = "the other side refused our certificate (--tls-cert): it is not signed by the CA there, or";

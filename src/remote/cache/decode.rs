@@ -65,6 +65,11 @@ impl Decoder {
         self.have == 0 && self.body.is_none()
     }
 
+    /// The frame that has begun and not ended, once its header is there.
+    pub(super) fn current(&self) -> Option<Header> {
+        self.body.as_ref().map(|body| body.header)
+    }
+
     /// Bytes of memory that a frame takes which has not come whole.
     pub(super) fn gathered(&self) -> usize {
         self.body.as_ref().map_or(0, |body| body.gathered.capacity())

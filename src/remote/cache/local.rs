@@ -17,7 +17,7 @@ use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::poll::Interest;
 use super::super::witness::{Verdict, Witness, has_ended, pid_of};
 use super::super::{Failure, name};
-use super::snapshot::{Found, Reader};
+use super::snapshot::{Found, Reader, Snapshot};
 use super::snapshots::Snapshots;
 
 /// Bytes of names in one packet of a list; the rest of a packet is room for what surrounds them.
@@ -297,7 +297,7 @@ impl Client {
         }
         let id = snapshots.take_to_save(name, Reader { client: self.id, pid: self.pid })?;
         (self.taken, self.saves) = (Some(id), true);
-        let info = snapshots.get(id).map(super::snapshot::Snapshot::info);
+        let info = snapshots.get(id).map(Snapshot::info);
         answer(local_reply::What::Snapshot(info.unwrap_or_default()))
     }
 
@@ -355,13 +355,22 @@ impl Client {
     pub(super) fn retry(&mut self, snapshots: &mut Snapshots, now: Instant) {
         let reply = match self.pending.take() {
             None => Ok(None),
-            Some(Pending::Get { get, until, newest, mut seen, mut doubt }) => {
+            Some(Pending::Get { get, until, mut newest, mut seen, mut doubt }) => {
                 let reader = Reader { client: self.id, pid: self.pid };
                 seen = seen.or_else(|| snapshots.failed_since(&get.name, newest));
-                match snapshots.take(&get.name, &mut seen, get.early, reader) {
+                let failed = |s: &&Snapshot| s.state == State::Failed && get.id == 0;
+                if let Some(failed) = seen.and_then(|id| snapshots.get(id)).filter(failed) {
+                    let passed = local_reply::What::Passed(failed.ended().into());
+                    (newest, seen, doubt) = (snapshots.newest(), None, None);
+                    // Whoever reads nothing is not told of each.
+                    if self.out.is_empty() {
+                        self.push(answer(passed));
+                    }
+                }
+                match snapshots.take(&get, &mut seen, reader) {
                     Ok(Some(id)) => {
                         self.taken = Some(id);
-                        let info = snapshots.get(id).map(super::snapshot::Snapshot::info);
+                        let info = snapshots.get(id).map(Snapshot::info);
                         answer(local_reply::What::Snapshot(info.unwrap_or_default()))
                     }
                     Err(failure) => Err(failure),
@@ -418,6 +427,9 @@ impl Client {
         let Some(snapshot) = self.taken.and_then(|id| Some((id, snapshots.get(id)?))) else {
             return Err(wrong("no snapshot was asked for"));
         };
+        if snapshot.1.state == State::Failed {
+            return answer(local_reply::What::Passed(snapshot.1.ended().into()));
+        }
         if snapshots.can_be_restored(snapshot.0)? {
             return answer(local_reply::What::Snapshot(snapshot.1.info()));
         }

@@ -94,11 +94,6 @@ impl Images {
         self.all.len()
     }
 
-    /// Changes whenever something comes.
-    pub(super) fn progress(&self) -> (u64, usize) {
-        (self.size, self.all.len())
-    }
-
     /// How many have begun and not ended.
     pub(super) fn open(&self) -> usize {
         self.open
@@ -440,8 +435,9 @@ pub(super) struct Snapshot {
     pub(super) restored_pid: i32,
     /// Whose it is: only the same source can replace it.
     pub(super) origin: Origin,
-    /// When the last byte came.
+    /// When enough had come last, and how many bytes since then.
     pub(super) moved: Instant,
+    pub(super) came: u64,
     /// The service manager holds it.
     pub(super) kept: Option<Kept>,
     /// Who makes a copy of it.

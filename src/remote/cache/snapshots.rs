@@ -25,6 +25,9 @@ const REASON: usize = 1000;
 const LABEL: usize = 256;
 /// What a snapshot takes beside its images.
 pub(super) const SNAPSHOT_COST: u64 = 4096;
+/// What has to come of a snapshot in one lease, in bytes: a name and memory are not kept for less. A link of 100 kbit/s brings
+/// that in little more than a second.
+const LEAST: u64 = 16 << 10;
 /// Most options of a restore that a source may ask for.
 const OPTIONS: usize = 16;
 /// What sources hear once the cache is told to end.
@@ -278,12 +281,7 @@ impl Snapshots {
         let gone = || Failure::new(FailCode::FailInternal, "the images are gone");
         let snapshot = self.snapshots.get_mut(&id).ok_or_else(gone)?;
         let before = snapshot.reserved();
-        let images = snapshot.images.as_mut().ok_or_else(gone)?;
-        let came = images.progress();
-        let result = work(images);
-        if images.progress() != came {
-            snapshot.moved = Instant::now();
-        }
+        let result = work(snapshot.images.as_mut().ok_or_else(gone)?);
         let after = snapshot.reserved();
         self.ledger.change(&snapshot.origin, What::Memory, before, after);
         result
@@ -398,6 +396,7 @@ impl Snapshots {
             restored_pid: 0,
             origin: origin.clone(),
             moved: Instant::now(),
+            came: 0,
             kept: None,
             saver: None,
             saved: String::new(),
@@ -490,14 +489,25 @@ impl Snapshots {
             };
             let until = snapshot.moved + self.lease;
             if now >= until {
-                let lease = self.lease.as_secs_f32();
-                let text = format!("no byte of it came for {lease} s (6 times --timeout of the cache)");
+                let (came, lease) = (snapshot.came, self.lease.as_secs_f32());
+                let text = format!(
+                    "only {came} bytes of it came in {lease} s (6 times --timeout of the cache), {LEAST} are the least"
+                );
                 self.fail(id, Failure::new(FailCode::FailTimeout, text));
             } else if next.is_none_or(|next| until < next) {
                 next = Some(until);
             }
         }
         next
+    }
+
+    /// So many bytes have come of frames with its images.
+    pub(super) fn came(&mut self, id: u64, bytes: u64) {
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        snapshot.came += bytes;
+        if snapshot.came >= LEAST {
+            (snapshot.moved, snapshot.came) = (Instant::now(), 0);
+        }
     }
 
     /// Images of a snapshot that are still there.
@@ -888,6 +898,7 @@ impl Snapshots {
                 restored_pid: held.restored_pid,
                 origin: origin.clone(),
                 moved: Instant::now(),
+                came: 0,
                 kept,
                 saver: None,
                 saved: held.saved,
@@ -1058,19 +1069,23 @@ impl Snapshots {
 
     // ---- What a restore says.
 
-    /// Gives the snapshot of that name to a restore. `None`: it is not there yet. `seen` remembers the one that is
+    /// Gives a restore the snapshot that it wants. `None`: it is not there yet. `seen` remembers the one that is
     /// waited for, so that its end is told.
     pub(super) fn take(
         &mut self,
-        name: &str,
+        wanted: &pb::Get,
         seen: &mut Option<u64>,
-        early: bool,
         reader: Reader,
     ) -> Result<Option<u64>, Failure> {
+        let (name, early) = (wanted.name.as_str(), wanted.early);
         if let Some(ended) = seen.and_then(|id| self.snapshots.get(&id)).filter(|s| !s.is_live()) {
             return Err(ended.ended());
         }
-        let Some(id) = self.named(name) else { return Ok(None) };
+        let id = match wanted.id {
+            0 => self.named(name),
+            drawn => self.live(name).find(|(_, s)| s.begin.id == drawn).map(|(id, _)| id),
+        };
+        let Some(id) = id else { return Ok(None) };
         let waited = seen.replace(id).is_some();
         let Some(snapshot) = self.snapshots.get_mut(&id) else { return Ok(None) };
         if let Some(saver) = snapshot.saver {

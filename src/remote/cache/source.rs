@@ -273,7 +273,18 @@ impl Source {
                     Err(Failure::new(FailCode::FailProtocol, format!("{:?} frame before Hello", header.kind)))
                 }
             };
-            match decoder.next(&mut input, judge)? {
+            let before = input.len();
+            let item = decoder.next(&mut input, judge)?;
+            let header = match &item {
+                Some(Item::Part(header, ..) | Item::Frame(header, _)) => Some(*header),
+                None => decoder.current(),
+            };
+            if let Some(header) = header.filter(|header| header.kind.is_of_images())
+                && let Some(id) = streams.active.get(&header.stream)
+            {
+                snapshots.came(*id, (before - input.len()) as u64);
+            }
+            match item {
                 None => return Ok(()),
                 Some(Item::Part(header, bytes, last)) => self.part(snapshots, &header, bytes, last),
                 Some(Item::Frame(header, payload)) if stage == Stage::Hello => {

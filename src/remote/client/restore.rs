@@ -40,6 +40,8 @@ pub struct RemoteSnapshot {
     names: RwLock<BTreeSet<String>>,
     /// Not all images are there.
     arriving: AtomicBool,
+    /// They never will be: it has failed at its source.
+    passed: AtomicBool,
     /// Up the chain of parents.
     generation: u32,
     path: PathBuf,
@@ -137,12 +139,13 @@ impl Arrival for Session {
 }
 
 impl RemoteSnapshot {
-    /// Waits for the snapshot and takes it: as soon as it is described, if that is of use, else when it can be restored.
-    pub fn take(remote: &RemoteSettings, early: bool) -> Result<Self, Failure> {
+    /// Waits until a snapshot begins, `wait` at most, and takes it: as soon as it is described, if that is of use, else when it can
+    /// be restored. One that fails before is not the last of its name: the wait goes on.
+    pub fn take(remote: &RemoteSettings, early: bool, wait: Duration) -> Result<Self, Failure> {
         let name = checked(&remote.snapshot)?;
         let path = remote.work_dir.join(CACHE_SOCKET);
         let packets = Packets::connect("image-cache", &path, remote.timeout)?;
-        let wait_ms = u64::try_from(remote.wait_snapshot.as_millis()).unwrap_or(u64::MAX);
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         // What is freed as it is read could not be read again if the dump failed.
         let early = early && !remote.free_as_read;
         let get =
@@ -155,7 +158,16 @@ impl RemoteSnapshot {
             tell_what_is_awaited(remote);
         }
         // What has begun to arrive is waited for: the cache says when it does not come.
-        let (reply, _) = packets.receive(Instant::now() + remote.wait_snapshot + ARRIVAL)?;
+        let mut told: Option<Instant> = None;
+        let reply = loop {
+            let (reply, _) = packets.receive(Instant::now() + wait + ARRIVAL)?;
+            let local_reply::What::Passed(failed) = reply else { break reply };
+            // Not a line for each, if somebody sends many that come to nothing.
+            if told.is_none_or(|told| told.elapsed() >= QUIET) {
+                tracing::warn!("{}; waiting for the next one", Failure::from(failed));
+                told = Some(Instant::now());
+            }
+        };
         let local_reply::What::Snapshot(info) = reply else { return Err(packets.unexpected(&reply)) };
         let arriving = early && info.state() != State::Restoring;
         if !info.saved.is_empty() {
@@ -218,7 +230,13 @@ impl RemoteSnapshot {
         arriving: bool,
     ) -> Result<Self, Failure> {
         let (names, arriving) = (RwLock::new(session.names(generation)?), AtomicBool::new(arriving));
-        Ok(Self { session, names, arriving, generation, path, parent: OnceLock::new() })
+        let (passed, parent) = (AtomicBool::default(), OnceLock::new());
+        Ok(Self { session, names, arriving, passed, generation, path, parent })
+    }
+
+    /// Whether it has failed at its source before all of it had come: the tree runs on there.
+    pub fn has_passed(&self) -> bool {
+        self.passed.load(Ordering::Acquire)
     }
 
     /// Tells why the restore failed; the snapshot can be restored again.
@@ -268,7 +286,14 @@ impl Store for RemoteSnapshot {
         let get = pb::Get { name: self.session.name.clone(), id: 0, wait_ms: 0, early: false };
         let packets = self.session.packets();
         let (reply, _) = packets.ask(local_request::What::Get(get), &[], ARRIVAL).map_err(failed)?;
-        let local_reply::What::Snapshot(info) = reply else { return Err(failed(packets.unexpected(&reply))) };
+        let info = match reply {
+            local_reply::What::Snapshot(info) => info,
+            local_reply::What::Passed(why) => {
+                self.passed.store(true, Ordering::Release);
+                return Err(failed(why.into()));
+            }
+            other => return Err(failed(packets.unexpected(&other))),
+        };
         drop(packets);
         tell_what_there_is(&info);
         let names = self.session.names(self.generation).map_err(failed)?;

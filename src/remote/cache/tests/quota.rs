@@ -172,7 +172,7 @@ fn who_sends_no_bytes_keeps_no_memory() {
         assert!(Instant::now() < deadline);
     }
     let info = bench.info("idle");
-    assert!(info.text.contains("no byte of it came for 1.2 s"), "{}", info.text);
+    assert!(info.text.contains("bytes of it came in 1.2 s (6 times --timeout"), "{}", info.text);
     assert_eq!(info.resident, 0);
     // Who is complete may take time: a script copies files, and nothing comes meanwhile.
     let mut patient = bench.source_at("192.0.2.2");
@@ -183,6 +183,82 @@ fn who_sends_no_bytes_keeps_no_memory() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(bench.state("patient"), State::Prepared);
+}
+
+/// Bytes now and then, of every kind that costs little: a name is not kept for them, nor who waits for it.
+#[test]
+fn who_sends_too_few_bytes_keeps_no_name() {
+    for kind in 0..4 {
+        let mut bench = Bench::with(None, Duration::from_millis(100));
+        let restore = bench.command();
+        restore.say(get_within("a", 600_000));
+        let mut slow = bench.source_at("192.0.2.1");
+        let mut script = Script::new(0, "a");
+        let image = script.image_begin("a.img");
+        bench.send(&mut slow, &script.frames);
+        if kind == 3 {
+            // The header of a large one, whose bytes do not come.
+            bench.send(&mut slow, &Header::data(0, image, 1 << 20, 0).encode());
+        }
+        let (deadline, mut number) = (Instant::now() + PATIENCE, image);
+        while bench.state("a") != State::Failed {
+            number += 1;
+            let few = match kind {
+                0 => wire::bare(Kind::Zero, 0, image, 1 << 20).to_vec(),
+                1 => [&Header::data(0, image, 1, crc::of(b"x")).encode()[..], b"x"].concat(),
+                2 => {
+                    let begin = pb::ImageBegin { name: format!("i{number}"), expected_bytes: 0 };
+                    wire::frame(Kind::ImageBegin, 0, number, &begin)
+                }
+                _ => vec![0],
+            };
+            // What is answered to them counts for nothing, on whatever stream.
+            let ping = wire::bare(Kind::Ping, 0, 0, 0).repeat(if kind == 3 { 0 } else { 100 });
+            bench.send(&mut slow, &[few, ping].concat());
+            std::thread::sleep(Duration::from_millis(20));
+            slow.came.clear();
+            while slow.next().is_some() {}
+            assert!(Instant::now() < deadline, "{kind}");
+        }
+        let text = bench.info("a").text;
+        assert!(text.contains("16384 are the least"), "{kind}: {text}");
+        let (local_reply::What::Passed(_), _) = bench.answer(&restore) else { panic!() };
+        let mut good = bench.source_at("192.0.2.2");
+        bench.bring(&mut good, small(1, "a"));
+        assert!(matches!(bench.answer(&restore).0, local_reply::What::Snapshot(_)));
+    }
+}
+
+/// A large frame on a slow link is progress long before its end.
+#[test]
+fn who_is_slow_and_goes_on_is_let_be() {
+    const TIMEOUT: Duration = Duration::from_millis(300);
+    let lease = TIMEOUT * 6;
+    let half = [noise(MIB / 2, 1), vec![0; MIB / 2]].concat();
+    // A host that stands still itself, for as long as the cache waits, is no proof of anything.
+    for _ in 0..5 {
+        let mut bench = Bench::with(None, TIMEOUT);
+        let mut slow = bench.stranger();
+        let hello = pb::Hello { version: 1, timeout_ms: 60_000, ..Default::default() };
+        bench.send(&mut slow, &[&MAGIC[..], &wire::frame(Kind::Hello, 0, 0, &hello)].concat());
+        assert_eq!(bench.frame(&mut slow).0.kind, Kind::Hello);
+        let script = Script::new(1, "a").parts("a.img", &[Part::Lz4(&half)]);
+        let whole = script.commit();
+        let pieces: Vec<&[u8]> = whole.chunks(16 << 10).collect();
+        let pause = lease * 3 / 2 / u32::try_from(pieces.len()).unwrap();
+        let (begun, mut longest) = (Instant::now(), Duration::ZERO);
+        for piece in pieces {
+            let before = Instant::now();
+            std::thread::sleep(pause);
+            bench.send(&mut slow, piece);
+            longest = longest.max(before.elapsed());
+        }
+        if longest < lease / 3 {
+            assert!(begun.elapsed() > lease);
+            bench.prepared(&mut slow, 1);
+            return;
+        }
+    }
 }
 
 #[test]

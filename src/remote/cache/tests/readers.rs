@@ -40,16 +40,75 @@ fn what_is_not_there_is_told_with_what_is() {
 }
 
 #[test]
-fn a_waiting_restore_hears_of_the_end() {
+fn a_waiting_restore_hears_of_the_end_and_goes_on() {
+    for early in [false, true] {
+        let mut bench = Bench::new();
+        let restores = [bench.command(), bench.command()];
+        for restore in &restores {
+            let get = pb::Get { name: "a".to_owned(), wait_ms: 600_000, early, ..Default::default() };
+            restore.say(local_request::What::Get(get));
+        }
+        // Before it is described, of which nobody gets anything.
+        for end in 0..3 {
+            let mut peer = bench.source();
+            bench.send(&mut peer, &Script::new(1, "a").image("core-1.img", b"core").frames);
+            match end {
+                0 => drop(peer),
+                1 => bench.send(&mut peer, &abort(1)),
+                _ => bench.send(&mut peer, &confirm(1)),
+            }
+            for restore in &restores {
+                let (local_reply::What::Passed(failed), _) = bench.answer(restore) else { panic!() };
+                assert!(failed.text.contains("snapshot a failed"), "{}", failed.text);
+            }
+        }
+        let mut peer = bench.source();
+        bench.bring(&mut peer, small(1, "a"));
+        assert!(matches!(bench.answer(&restores[0]).0, local_reply::What::Snapshot(_)));
+        assert!(matches!(bench.answer(&restores[1]).0, local_reply::What::Failed(_)), "there is one only");
+    }
+}
+
+/// However many come to nothing: its own time is up, and it takes no memory.
+#[test]
+fn a_restore_that_waits_in_vain_waits_no_longer_than_it_said() {
+    let mut bench = Bench::new();
+    let restore = bench.command();
+    restore.say(get_within("a", 300));
+    let begun = Instant::now();
+    let mut passed = 0;
+    let refused = loop {
+        let mut peer = bench.source();
+        for stream in 0..10 {
+            bench.send(&mut peer, &[small(stream, "a").frames, abort(stream)].concat());
+        }
+        match restore.next() {
+            Some((local_reply::What::Passed(_), _)) => passed += 1,
+            Some((local_reply::What::Failed(failed), _)) => break failed,
+            other => assert!(other.is_none() && begun.elapsed() < PATIENCE, "{other:?}"),
+        }
+    };
+    assert!(passed > 0 && begun.elapsed() >= Duration::from_millis(300));
+    assert!(refused.text.contains("no snapshot a has come in 0.3 s"), "{}", refused.text);
+}
+
+/// Who wants one and no other does not wait for others of its name, and gets none of them.
+#[test]
+fn a_restore_of_one_snapshot_is_for_that_one() {
     let mut bench = Bench::new();
     let mut peer = bench.source();
-    let restore = bench.command();
-    restore.say(get_within("a", 600_000));
-    bench.send(&mut peer, &small(1, "a").frames);
-    drop(peer);
-    let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
-    assert_eq!(failed.code(), FailCode::FailLost);
-    assert!(failed.text.contains("snapshot a failed"), "{}", failed.text);
+    bench.prepare(&mut peer, small(1, "a"));
+    bench.send(&mut peer, &survive(1));
+    let older = drawn("a");
+    bench.send(&mut peer, &run_first(2, "a").frames);
+    let get = |id| local_request::What::Get(pb::Get { name: "a".to_owned(), id, ..Default::default() });
+    let (of_older, of_newer) = (bench.command(), bench.command());
+    of_newer.say(get(drawn("a")));
+    bench.no_answer(&of_newer);
+    let (local_reply::What::Snapshot(info), _) = bench.ask(&of_older, get(older)) else { panic!() };
+    assert_eq!(info.id, older);
+    bench.send(&mut peer, &abort(2));
+    assert!(matches!(bench.answer(&of_newer).0, local_reply::What::Failed(_)));
 }
 
 #[test]
@@ -65,7 +124,7 @@ fn a_waiting_restore_hears_of_one_that_came_and_went_at_once() {
     bench.no_answer(&restore);
     let both = [small(3, "a").frames, abort(3)].concat();
     std::io::Write::write_all(&mut peer.socket, &both).unwrap();
-    let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+    let (local_reply::What::Passed(failed), _) = bench.answer(&restore) else { panic!() };
     assert_eq!(failed.text, "snapshot a failed: changed its mind");
 }
 
@@ -291,7 +350,7 @@ fn what_was_read_while_it_arrived_may_never_be_complete() {
         } else {
             drop(peer);
         }
-        let (local_reply::What::Failed(failed), _) = bench.answer(&restore) else { panic!() };
+        let (local_reply::What::Passed(failed), _) = bench.answer(&restore) else { panic!() };
         let code = if wrong { FailCode::FailChecksum } else { FailCode::FailLost };
         assert_eq!(failed.code(), code);
         assert!(failed.text.starts_with("snapshot s failed: "), "{}", failed.text);
