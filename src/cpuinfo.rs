@@ -102,8 +102,7 @@ pub fn write(store: &dyn Store, caps: Option<CpuCap>) -> Result<(), ImageError> 
     if caps.is_none_or(|caps| caps == CpuCap::NONE) {
         return Ok(());
     }
-    let entry = pb::CpuinfoEntry { x86_entry: vec![describe()], ..Default::default() };
-    store.write_one(ImageKind::Cpuinfo, None, &entry)
+    store.write_one(ImageKind::Cpuinfo, None, &own())
 }
 
 /// Compares this processor with `cpuinfo.img` as far as a restore is asked to.
@@ -113,7 +112,17 @@ pub fn check(store: &dyn Store, caps: Option<CpuCap>) -> Result<(), CpuError> {
         // State is checked with the registers of every thread, image or not.
         return if caps.cpu || caps.ins { Err(CpuError::Absent) } else { Ok(()) };
     };
-    let [theirs] = entry.x86_entry.as_slice() else { return Err(CpuError::Foreign) };
+    compare_with_own(&entry, caps)
+}
+
+/// What `cpuinfo.img` would say of this processor.
+pub(crate) fn own() -> pb::CpuinfoEntry {
+    pb::CpuinfoEntry { x86_entry: vec![describe()], ..Default::default() }
+}
+
+/// Compares this processor with another one.
+pub(crate) fn compare_with_own(theirs: &pb::CpuinfoEntry, caps: CpuCap) -> Result<(), CpuError> {
+    let [theirs] = theirs.x86_entry.as_slice() else { return Err(CpuError::Foreign) };
     compare(theirs, &describe(), caps)
 }
 

@@ -216,6 +216,8 @@ pub struct CacheSettings {
     pub restore: Option<Vec<OsString>>,
     /// Most of those that one source may have; a part of the former if `None`.
     pub max_per_source: Option<u64>,
+    /// So many snapshots arrive at once; the trees of others run on until it is their turn.
+    pub at_once: usize,
     /// How it starts.
     pub daemon: DaemonSettings,
 }

@@ -30,7 +30,7 @@ fuzz_target!(|input: (bool, Vec<u8>, Vec<u8>)| {
     if good {
         mend(&mut frames);
     }
-    let hello = pb::Hello { version: 1, ..Default::default() };
+    let hello = pb::Hello { version: wire::VERSION, ..Default::default() };
     let bytes = [&MAGIC[..], &frame(Kind::Hello, 0, 0, &hello), &frames].concat();
     assert_eq!(swallow(&bytes, &cuts), 0);
 });

@@ -134,7 +134,7 @@ impl Said {
 fuzz_target!(|input: (Vec<u8>, Vec<Op>)| {
     let (cuts, ops) = input;
     let mut said = Said::default();
-    let hello = pb::Hello { version: 1, ..Default::default() };
+    let hello = pb::Hello { version: wire::VERSION, ..Default::default() };
     let mut bytes = [&MAGIC[..], &frame(Kind::Hello, 0, 0, &hello)].concat();
     for op in ops {
         bytes.extend(said.bytes(op));

@@ -288,6 +288,7 @@ pub(crate) static OWN_OPTIONS: &[Known] = &[
     value("max-per-source", For(&[ImageCache])),
     value("tls-allow", NET),
     value("spill", For(&[ImageCache])),
+    value("at-once", For(&[ImageCache])),
     plain("force", For(&[ImageCache])),
     value("snapshot-id", For(&[Restore])),
     plain("drop", For(&[ImageCache])),

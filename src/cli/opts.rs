@@ -146,6 +146,9 @@ pub(crate) struct Opts {
     /// image-cache: most of that for one source [default: three quarters]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Migration")]
     pub(crate) max_per_source: Option<u64>,
+    /// image-cache: so many snapshots arrive at once, others wait while their trees run [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Migration")]
+    pub(crate) at_once: Option<u32>,
     /// image-cache drop: also a snapshot that is the only one to have its tree
     #[arg(long, help_heading = "Migration")]
     pub(crate) force: bool,

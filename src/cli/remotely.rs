@@ -254,7 +254,8 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     if !opts.restore
         && let Some(request) = request(&opts)?
     {
-        let own = ["address", "ps-socket", "max-memory", "max-per-source", "spill", "restore-detached"];
+        let own =
+            ["address", "ps-socket", "max-memory", "max-per-source", "at-once", "spill", "restore-detached"];
         typed.needless(&own, "image-cache itself")?;
         typed.needless(&CONNECTION, "image-cache itself")?;
         return Ok(Task::AskCache(request, work_dir));
@@ -274,7 +275,9 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     let (max_memory, max_per_source) = (opts.max_memory, opts.max_per_source);
     let restore = opts.restore.then_some(opts.words);
     let spill = opts.spill.clone();
-    let settings = CacheSettings { net, work_dir, max_memory, max_per_source, spill, restore, daemon };
+    let at_once = usize::try_from(opts.at_once.unwrap_or(1)).unwrap_or(usize::MAX);
+    let settings =
+        CacheSettings { net, work_dir, max_memory, max_per_source, spill, restore, at_once, daemon };
     Ok(Task::Cache(Box::new(settings)))
 }
 

@@ -55,7 +55,7 @@ pub use kind::{DumpCx, FileKind, Opened, Place, Planned, RestoreCx};
 use kind::{Kind, kind};
 
 use crate::sys::pid::{HostPid, NsPid};
-pub(crate) use regular::FileUse;
+pub(crate) use regular::{FileUse, describe_file, would_find_file};
 pub use restore::FilesRestore;
 pub(crate) use tty::{JobGroups, JobTerminal};
 

@@ -255,6 +255,27 @@ fn find_with_stat(
     Ok((object, found))
 }
 
+/// As [`find`], for a restore with these settings that has not begun.
+pub(crate) fn would_find_file(settings: &RestoreSettings, entry: &pb::RegFileEntry) -> Result<(), FileError> {
+    let view = View::own(symlinks(settings)).map_err(FileError::path("open", b"/"))?;
+    find_with_stat(&view, settings, entry).map(drop)
+}
+
+/// What tells a regular file again that has the name `path`, without what belongs to a descriptor of it. The build id of programs
+/// and libraries only: to read it takes a while.
+pub(crate) fn describe_file(object: &OwnedFd, path: &[u8], code: bool) -> Option<pb::RegFileEntry> {
+    let found = Stat::new(&fstat(object).ok()?);
+    (found.kind() == libc::S_IFREG && found.nlink > 0).then(|| pb::RegFileEntry {
+        name: path.to_vec(),
+        mode: Some(found.mode),
+        uid: Some(found.uid),
+        gid: Some(found.gid),
+        size: Some(found.size),
+        build_id: if code { build_id::read(object).unwrap_or_default() } else { Vec::new() },
+        ..Default::default()
+    })
+}
+
 fn stat(object: &OwnedFd, entry: &pb::RegFileEntry) -> Result<Stat, FileError> {
     fstat(object).map(|stat| Stat::new(&stat)).map_err(FileError::path("stat", &entry.name))
 }

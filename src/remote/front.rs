@@ -244,6 +244,7 @@ mod tests {
             spill: None,
             restore: None,
             max_per_source: None,
+            at_once: 1,
             daemon: DaemonSettings::default(),
         }
     }

@@ -10,6 +10,7 @@
 //! - [`journal`]: what of a hand-over outlives its processes.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
+//! - `keepalive`: whether the other side of a connection lives.
 //! - [`poll`]: waiting for many descriptors at once.
 //! - `witness`: what became of a tree whose dump or restore is gone.
 //!
@@ -24,6 +25,7 @@ pub mod daemon;
 pub mod front;
 pub mod handover;
 pub mod journal;
+mod keepalive;
 mod last_words;
 pub mod local;
 pub mod name;
@@ -53,6 +55,13 @@ pub const DEFAULT_SNAPSHOT: &str = "default";
 /// The name of this host, for lists and messages.
 pub fn host() -> String {
     nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Tells the pid namespace of this process from all others, of other hosts too; empty if that cannot be known.
+fn namespace_of_pids() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let own = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    if boot.is_empty() { String::new() } else { format!("{} {}", boot.trim_end(), own.display()) }
 }
 
 /// Draws the identity of a snapshot or a journal; never 0.

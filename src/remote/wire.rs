@@ -19,9 +19,7 @@
 use super::{Failure, crc, pb::FailCode};
 
 /// Version of the protocol that this program speaks.
-pub const VERSION: u32 = 2;
-/// The first version that knows `run_first`.
-pub const RUN_FIRST: u32 = 2;
+pub const VERSION: u32 = 3;
 /// First bytes of a connection in both directions, before the first frame.
 pub const MAGIC: [u8; 8] = *b"crtool\x01\n";
 /// Bytes of a header.
@@ -45,7 +43,7 @@ pub const FEATURE_LZ4: u64 = 1;
 pub enum Kind {
     /// `pb::Hello`, both ways, first.
     Hello = 1,
-    /// `pb::SnapshotBegin`, to the cache.
+    /// `pb::SnapshotBegin`, to the cache: an offer.
     SnapshotBegin = 2,
     /// `pb::ImageBegin`, to the cache.
     ImageBegin = 3,
@@ -79,6 +77,10 @@ pub enum Kind {
     Go = 17,
     /// `pb::Fell`, from the cache.
     Fell = 18,
+    /// `pb::Room`, from the cache: the offer is taken.
+    Room = 19,
+    /// `pb::Queue`, from the cache: the offer has to wait.
+    Queue = 20,
 }
 
 impl Kind {
@@ -102,6 +104,8 @@ impl Kind {
             16 => Self::Armed,
             17 => Self::Go,
             18 => Self::Fell,
+            19 => Self::Room,
+            20 => Self::Queue,
             _ => return None,
         })
     }

@@ -244,6 +244,12 @@ fn who_is(pid: NsPid) -> Option<stat::Stat> {
     stat::parse(&std::fs::read(format!("/proc/{}/stat", on_host(pid))).ok()?).ok()
 }
 
+/// Why a process or thread with this pid could not be made here, if somebody has it.
+pub(crate) fn pid_is_taken(pid: i32) -> Option<String> {
+    let pid = NsPid::new(pid);
+    who_is(pid).map(|_| taken(pid, Errno::EEXIST).to_string())
+}
+
 /// Why a pid could not be had.
 fn taken(pid: NsPid, error: Errno) -> anyhow::Error {
     if error != Errno::EEXIST {

@@ -54,7 +54,7 @@ impl Source {
             match header.kind {
                 Kind::Ping => self.stream.write_all(&wire::bare(Kind::Pong, 0, 0, 0)).unwrap(),
                 // What became of an earlier one.
-                _ if header.stream != self.streams => {}
+                _ if header.stream != self.streams || header.kind == Kind::Room => {}
                 _ => return (header, payload),
             }
         }

@@ -64,7 +64,7 @@ fn others_still_can(site: &mut Site, cache: &Daemon) {
 /// Connections that each send a compressed frame but for its last byte.
 pub fn frames_that_never_end() {
     let mut site = Site::new(Memory::Text);
-    let cache = site.cache(&["--max-memory", "100M"]);
+    let cache = site.cache(&["--max-memory", "100M", "--at-once", "1000"]);
     let before = resident(&cache);
     let junk = vec![0; MAX_DATA as usize - 1];
     let mut sources = Vec::new();

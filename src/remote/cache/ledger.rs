@@ -153,6 +153,11 @@ impl Ledger {
         self.by_origin.get(origin).map_or(0, |used| Limits::get(used, what))
     }
 
+    /// Whether `more` could be taken if nothing else were there.
+    pub(super) fn could_ever(&self, origin: &Origin, what: What, more: u64) -> Result<(), Lack> {
+        Self::new(self.limits).room(origin, what, more)
+    }
+
     /// Whether `more` may be taken.
     pub(super) fn room(&self, origin: &Origin, what: What, more: u64) -> Result<(), Lack> {
         let lack = |used: u64, limit: u64, of| {

@@ -5,6 +5,7 @@
 //! - [`source`]: a connection from a source: which frame may follow which; [`decode`] takes them out of its bytes.
 //! - [`local`]: commands of this host.
 //! - [`restorer`]: restores that it starts by itself.
+//! - [`needs`]: whether an offered tree could be restored here.
 //! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
 //! - [`keep`]: what outlives the cache.
 //! - [`ledger`]: what each source takes, and may take.
@@ -17,6 +18,7 @@ mod keep;
 mod ledger;
 mod local;
 mod memory;
+mod needs;
 mod restorer;
 mod run;
 mod serve;

@@ -60,10 +60,11 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
             tracing::warn!("a source cannot be told after a restart what became of its tree: journal: {e}")
         }
     }
+    cache.set_at_once(settings.at_once);
     let mut restorer =
         settings.restore.as_ref().map(|words| Restorer::new(&settings.work_dir, words, RESTORES));
-    if restorer.is_some() {
-        cache.restore_all();
+    if let Some(words) = &settings.restore {
+        cache.restore_all(words);
     }
     let manager = Notify::from_env();
     if let (Some(manager), most @ 1..) = (Notify::from_env(), notify::most_kept()) {

@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -19,6 +20,7 @@ use super::super::{Failure, local, pb};
 use super::keep::{self, Keeper};
 use super::ledger::{HERE, Lack, Limits, What};
 use super::local::{Client, Watch};
+use super::needs::Looks;
 use super::restorer::Wanted;
 use super::snapshots::Snapshots;
 use super::source::Source;
@@ -27,8 +29,6 @@ use super::source::Source;
 const BUFFER: usize = 512 << 10;
 /// How often one connection is read before others have their turn.
 const TURN: usize = 8;
-/// So many times the time-out may a snapshot that arrives stand still.
-const LEASE: u32 = 6;
 /// Most commands that have nothing to do here.
 const MAX_IDLE: usize = 256;
 /// Most commands at once.
@@ -37,6 +37,10 @@ const MAX_CLIENTS: usize = 4096;
 const MAX_ACQUAINTED: usize = 1024;
 /// Connections of one address that are not too many, though none of them has said who it is.
 const FEW: usize = 8;
+/// How long the file systems of this host may take to say what is there.
+const LOOK: Duration = Duration::from_secs(5);
+/// Tokens below are the caller's.
+const LOOKS: u64 = 1 << 32;
 /// How long the reason of a refusal may take to arrive.
 const LAST_WORD: Duration = Duration::from_secs(2);
 
@@ -64,6 +68,7 @@ struct Line {
 pub struct Cache {
     poll: Poll,
     snapshots: Snapshots,
+    looks: Looks,
     most_strangers: usize,
     /// Addresses from which somebody has said who they are, and the last connection that did.
     acquainted: HashMap<String, u64>,
@@ -87,9 +92,12 @@ pub struct Cache {
 impl Cache {
     /// One without any socket. `timeout` is the longest silence of a source.
     pub fn new(limits: Limits, timeout: Duration, place: String) -> io::Result<Self> {
+        let (poll, looks) = (Poll::new()?, Looks::new(LOOK.min(timeout / 2))?);
+        poll.add(looks.fd(), LOOKS, Interest::READ)?;
         Ok(Self {
-            poll: Poll::new()?,
-            snapshots: Snapshots::new(limits, timeout * LEASE),
+            poll,
+            snapshots: Snapshots::new(limits, timeout),
+            looks,
             most_strangers: limits.strangers(),
             acquainted: HashMap::new(),
             due: None,
@@ -97,8 +105,7 @@ impl Cache {
             lines: BTreeMap::new(),
             clients: BTreeMap::new(),
             watches: BTreeMap::new(),
-            // Tokens below are the caller's.
-            last: 1 << 32,
+            last: LOOKS,
             timeout,
             buffer: vec![0; BUFFER],
             place,
@@ -283,7 +290,7 @@ impl Cache {
                 if let Some(client) = self.clients.get_mut(&event.token) {
                     client.ready(&mut self.snapshots, &daemon);
                 }
-            } else if event.token < 1 << 32 {
+            } else if event.token < LOOKS {
                 others.push(event.token);
             }
         }
@@ -297,7 +304,7 @@ impl Cache {
             [line.ending, Some(line.patience()), line.stream.pending().then_some(line.heard)]
         });
         let clients = self.clients.values().map(Client::deadline);
-        lines.chain(clients).chain([self.abandon_at, self.due]).flatten().min()
+        lines.chain(clients).chain([self.abandon_at, self.due, self.looks.deadline()]).flatten().min()
     }
 
     /// Reads a connection.
@@ -335,6 +342,12 @@ impl Cache {
     fn settle(&mut self, now: Instant) {
         for (token, line) in &mut self.lines {
             line.look_at_time(*token, &mut self.snapshots, now);
+        }
+        for look in self.snapshots.take_to_look() {
+            self.looks.start(look, now);
+        }
+        for (id, looked) in self.looks.take(now) {
+            self.snapshots.looked(id, looked);
         }
         self.abandon_at = self.snapshots.abandon(now, self.timeout);
         self.due = self.snapshots.expire(now);
@@ -420,8 +433,14 @@ impl Cache {
         self.snapshots.keep_journal(journal);
     }
 
-    /// From now on the caller starts a restore for each of those: [`Self::take_wanted`].
-    pub(super) fn restore_all(&mut self) {
+    /// From now on no more than so many snapshots arrive at once.
+    pub fn set_at_once(&mut self, at_once: usize) {
+        self.snapshots.set_at_once(at_once);
+    }
+
+    /// From now on the caller starts a restore for each of those, with these options: [`Self::take_wanted`].
+    pub(super) fn restore_all(&mut self, words: &[OsString]) {
+        self.looks.with_options(words);
         self.snapshots.restore_all();
     }
 

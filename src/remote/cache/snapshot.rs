@@ -391,6 +391,17 @@ pub(super) struct Owner {
     pub(super) stream: u32,
 }
 
+/// How the offer of a snapshot stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// What its tree needs is being looked at.
+    Looked,
+    /// It waits, and its source was told how many are before it.
+    Waits(Option<u32>),
+    /// There is room for it: images come, or came.
+    Given,
+}
+
 /// A restore that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reader {
@@ -406,6 +417,9 @@ pub(super) struct Snapshot {
     /// Seconds since 1970.
     pub(super) since: u64,
     pub(super) began: Instant,
+    pub(super) turn: Turn,
+    /// What its tree needs and did not find when that was looked at. For people.
+    pub(super) lacks: Vec<String>,
     /// What there is to say, and of which kind if it is a failure.
     pub(super) text: String,
     pub(super) code: FailCode,
@@ -523,7 +537,7 @@ impl Snapshot {
 
     /// Bytes of memory that are kept for it, when it takes so many more than now.
     pub(super) fn reserved_with(&self, more: u64) -> u64 {
-        let promised = self.begin.expected_bytes;
+        let promised = if self.turn == Turn::Given { self.begin.expected_bytes } else { 0 };
         let kept = self.kept.as_ref().map_or(0, Kept::size);
         let held =
             |images: &Images| SNAPSHOT_COST.saturating_add(promised.max(images.charged() + kept + more));

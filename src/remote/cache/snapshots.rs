@@ -2,6 +2,10 @@
 //!
 //! What becomes of each is decided by the table in [`handover`](super::super::handover); here that is carried out. No sockets are read or
 //! written; what a source has to be told waits in [`Snapshots::take_letters`].
+//!
+//! What begins is an offer first: its tree runs, and no image comes before the source was told that there is room. Offers get
+//! their turn in the order in which they came, so many at once as the operator allows; memory is kept for one from its
+//! turn on. One that stands still does not keep those behind it waiting for long.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::Path;
@@ -15,8 +19,9 @@ use super::super::wire::{self, Kind};
 use super::super::{Failure, name};
 use super::keep::{self, Keeper, Record};
 use super::ledger::{HERE, Lack, Ledger, Limits, Origin, What};
+use super::needs::{Looked, ToLook};
 use super::restorer::Wanted;
-use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot};
+use super::snapshot::{Found, IMAGE_COST, Images, Owner, Reader, Snapshot, Turn};
 use super::table::Table;
 
 /// Longest reason kept, in bytes.
@@ -32,6 +37,8 @@ const LEAST: u64 = 16 << 10;
 const OPTIONS: usize = 16;
 /// What sources hear once the cache is told to end.
 const CLOSING: &str = "the cache is told to end, and takes nothing any more";
+/// So many times the time-out may a snapshot that arrives stand still; its turn it has only for one.
+const LEASE: u32 = 6;
 /// How many other names a refusal tells.
 const NAMES: usize = 8;
 
@@ -41,10 +48,18 @@ pub(super) struct Snapshots {
     snapshots: Table,
     last: u64,
     ledger: Ledger,
-    /// How long one that arrives may stand still.
-    lease: Duration,
+    /// Of the cache.
+    timeout: Duration,
     /// Those that arrive, and some that did.
     arriving: BTreeSet<u64>,
+    /// Offers that have not had their turn, in order.
+    queue: VecDeque<u64>,
+    /// How many are before the first of them, as it was told; none if it is not that queue any more.
+    before_queue: Option<u32>,
+    /// So many may arrive at once.
+    at_once: usize,
+    /// Offers whose needs are to be looked at.
+    to_look: Vec<ToLook>,
     /// Those that have ended and whose images are freed, oldest first.
     ended: VecDeque<u64>,
     /// Those whose tree waits here and whose source is gone, and some that were such.
@@ -103,14 +118,18 @@ fn reason(text: &str) -> String {
 }
 
 impl Snapshots {
-    /// An empty one. What arrives may stand still for `lease`.
-    pub(super) fn new(limits: Limits, lease: Duration) -> Self {
+    /// An empty one, of a cache with this time-out.
+    pub(super) fn new(limits: Limits, timeout: Duration) -> Self {
         Self {
             snapshots: Table::default(),
             last: 0,
             ledger: Ledger::new(limits),
-            lease,
+            timeout,
             arriving: BTreeSet::new(),
+            queue: VecDeque::new(),
+            before_queue: None,
+            at_once: usize::MAX,
+            to_look: Vec::new(),
             ended: VecDeque::new(),
             alone: BTreeSet::new(),
             consumed: BTreeSet::new(),
@@ -121,6 +140,11 @@ impl Snapshots {
             journal: None,
             restores: None,
         }
+    }
+
+    /// From now on no more than so many arrive at once; others wait.
+    pub(super) fn set_at_once(&mut self, at_once: usize) {
+        self.at_once = at_once;
     }
 
     /// From now on what is let go is written down.
@@ -190,6 +214,12 @@ impl Snapshots {
     /// Frames for sources, in order.
     pub(super) fn take_letters(&mut self) -> Vec<(Owner, Vec<u8>)> {
         std::mem::take(&mut self.letters)
+    }
+
+    /// Those for one connection.
+    pub(super) fn take_letters_to(&mut self, source: u64) -> Vec<u8> {
+        let theirs = self.letters.extract_if(.., |(owner, _)| owner.source == source);
+        theirs.flat_map(|(_, letter)| letter).collect()
     }
 
     /// One snapshot, also one that has ended.
@@ -357,6 +387,7 @@ impl Snapshots {
         if self.max().is_none() {
             begin.expected_bytes = 0;
         }
+        let needs = begin.needs.take();
         if let Err(failure) = self.admit(origin, &begin) {
             if let Some(found) = parent.and_then(|id| self.snapshots.get_mut(&id)) {
                 found.children -= 1;
@@ -364,17 +395,15 @@ impl Snapshots {
             return Err(failure);
         }
         self.last += 1;
-        tracing::info!(
-            "snapshot {} of task {} ({}) at {} begins to arrive",
-            begin.name,
-            begin.pid,
-            begin.comm,
-            begin.host
-        );
-        tracing::debug!("it comes from {origin}, {} bytes are expected", begin.expected_bytes);
         let survives = begin.source_survives;
+        let turn = if needs.is_some() { Turn::Looked } else { Turn::Waits(None) };
+        if let Some(needs) = needs {
+            self.to_look.push(ToLook { id: self.last, needs, restored: self.restores() && begin.run_first });
+        }
         let snapshot = Snapshot {
             begin,
+            turn,
+            lacks: Vec::new(),
             state: State::Receiving,
             since: seconds(),
             began: Instant::now(),
@@ -401,20 +430,123 @@ impl Snapshots {
             saver: None,
             saved: String::new(),
         };
+        self.ledger.add(origin, What::Snapshots);
+        self.ledger.change(origin, What::Memory, 0, snapshot.reserved());
+        self.snapshots.insert(self.last, snapshot);
+        self.changes += 1;
+        let (id, now) = (self.last, Instant::now());
+        if &**origin == HERE {
+            self.give_turn(id, now);
+        } else {
+            self.queue.push_back(id);
+            self.before_queue = None;
+            self.advance(now);
+        }
+        Ok(id)
+    }
+
+    /// Whether one more may wait for its turn: not if it never could have one.
+    fn admit(&mut self, origin: &Origin, begin: &pb::SnapshotBegin) -> Result<(), Failure> {
+        let refuse = |code| move |lack| not_taken(&begin.name, code, &lack);
+        self.ledger.room(origin, What::Snapshots, 1).map_err(refuse(FailCode::FailBusy))?;
+        let wanted = SNAPSHOT_COST.saturating_add(begin.expected_bytes);
+        self.ledger.could_ever(origin, What::Memory, wanted).map_err(refuse(FailCode::FailMemory))?;
+        self.room_after_a_look(origin, SNAPSHOT_COST).map_err(refuse(FailCode::FailMemory))
+    }
+
+    /// Offers whose needs are to be looked at, once.
+    pub(super) fn take_to_look(&mut self) -> Vec<ToLook> {
+        std::mem::take(&mut self.to_look)
+    }
+
+    /// What an offer needs has been looked at.
+    pub(super) fn looked(&mut self, id: u64, looked: Looked) {
+        let Some(snapshot) = self.snapshots.get_mut(&id).filter(|s| s.turn == Turn::Looked) else { return };
+        match looked {
+            Looked::Lacks(text) => {
+                let text = format!("snapshot {} is not taken: {text}", snapshot.begin.name);
+                self.fail(id, Failure::new(FailCode::FailLacks, text));
+            }
+            Looked::May(lacks) => {
+                snapshot.lacks = lacks;
+                snapshot.turn = Turn::Waits(None);
+                self.before_queue = None;
+            }
+        }
+    }
+
+    /// Whether images of it may come.
+    pub(super) fn has_turn(&self, id: u64) -> bool {
+        self.snapshots.get(&id).is_some_and(|s| s.turn == Turn::Given)
+    }
+
+    /// Those that have their turn: they arrive, and do not stand still.
+    fn at_work(&self, now: Instant) -> impl Iterator<Item = &Snapshot> {
+        let works = move |s: &&Snapshot| {
+            s.state == State::Receiving && &*s.origin != HERE && now < s.moved + self.timeout
+        };
+        self.arriving.iter().filter_map(|id| self.snapshots.get(id)).filter(works)
+    }
+
+    /// Gives offers their turn, and tells the others how many are before them. When the next turn may be over without
+    /// anything being said.
+    fn advance(&mut self, now: Instant) -> Option<Instant> {
+        let waits =
+            |s: &Self, id: &u64| s.snapshots.get(id).is_some_and(|s| matches!(s.turn, Turn::Waits(_)));
+        while !self.queue.is_empty() && self.at_work(now).count() < self.at_once {
+            // What is still being looked at holds up nobody.
+            let Some(at) = self.queue.iter().position(|id| waits(self, id)) else { break };
+            if let Some(id) = self.queue.remove(at) {
+                self.before_queue = None;
+                self.give_turn(id, now);
+            }
+        }
+        if self.queue.is_empty() {
+            return None;
+        }
+        let before = u32::try_from(self.at_work(now).count()).unwrap_or(u32::MAX);
+        if self.before_queue.replace(before) != Some(before) {
+            for (place, id) in (before..).zip(self.queue.clone()) {
+                let Some(snapshot) = self.snapshots.get_mut(&id) else { continue };
+                if matches!(snapshot.turn, Turn::Waits(told) if told != Some(place)) {
+                    snapshot.turn = Turn::Waits(Some(place));
+                    snapshot.text = format!("waits for its turn, {place} before it (--at-once)");
+                    self.tell(id, Kind::Queue, &pb::Queue { place });
+                }
+            }
+        }
+        self.at_work(now).map(|s| s.moved + self.timeout).min()
+    }
+
+    /// It may come, if there is room for all that it announces.
+    fn give_turn(&mut self, id: u64, now: Instant) {
+        let Some(snapshot) = self.snapshots.get(&id) else { return };
+        let (origin, wanted) = (snapshot.origin.clone(), snapshot.begin.expected_bytes);
+        let name = snapshot.begin.name.clone();
+        if let Err(lack) = self.room_after_a_look(&origin, wanted) {
+            return self.fail(id, not_taken(&name, FailCode::FailMemory, &lack));
+        }
+        let Some(snapshot) = self.snapshots.get_mut(&id) else { return };
+        let before = snapshot.reserved();
+        snapshot.turn = Turn::Given;
+        (snapshot.began, snapshot.moved) = (now, now);
+        snapshot.text.clear();
+        self.ledger.change(&origin, What::Memory, before, snapshot.reserved());
+        let pb::SnapshotBegin { pid, comm, host, expected_bytes, .. } = &snapshot.begin;
+        tracing::info!("snapshot {name} of task {pid} ({comm}) at {host} begins to arrive");
+        tracing::debug!("it comes from {origin}, {expected_bytes} bytes are expected");
         if let (true, Some(wanted)) = (snapshot.begin.run_first, &mut self.restores) {
             wanted.push(Wanted {
-                id: self.last,
-                name: snapshot.begin.name.clone(),
+                id,
+                name,
                 drawn: snapshot.begin.id,
                 options: snapshot.begin.options.clone(),
             });
         }
-        self.ledger.add(origin, What::Snapshots);
-        self.ledger.change(origin, What::Memory, 0, snapshot.reserved());
-        self.snapshots.insert(self.last, snapshot);
-        self.arriving.insert(self.last);
+        let room = pb::Room { lacks: std::mem::take(&mut snapshot.lacks) };
+        self.arriving.insert(id);
         self.changes += 1;
-        Ok(self.last)
+        self.tell(id, Kind::Room, &room);
     }
 
     /// Whether a snapshot with this number has come before, as far as is remembered: one that is sent again by somebody who
@@ -424,14 +556,18 @@ impl Snapshots {
         drawn != 0 && (self.snapshots.of_dump(drawn).next().is_some() || noted())
     }
 
-    /// Whether there is room for one more, and for all that it announces: before its tree has stood still for long.
-    fn admit(&mut self, origin: &Origin, begin: &pb::SnapshotBegin) -> Result<(), Failure> {
-        let refuse =
-            |code, lack: Lack| Failure::new(code, format!("snapshot {} is not taken: {lack}", begin.name));
-        let room = self.ledger.room(origin, What::Snapshots, 1);
-        room.map_err(|lack| refuse(FailCode::FailBusy, lack))?;
-        let wanted = SNAPSHOT_COST.saturating_add(begin.expected_bytes);
-        self.room_after_a_look(origin, wanted).map_err(|lack| refuse(FailCode::FailMemory, lack))
+    /// An offer that comes to nothing leaves nothing: whoever waits for the name waits on.
+    fn forget_offer(&mut self, id: u64) {
+        self.queue.retain(|waits| *waits != id);
+        self.before_queue = None;
+        if let Some(snapshot) = self.snapshots.get_mut(&id) {
+            snapshot.state = State::Failed;
+        }
+        self.settle(id, false);
+        self.ended.retain(|ended| *ended != id);
+        if let Some(snapshot) = self.snapshots.remove(id) {
+            self.ledger.remove(&snapshot.origin, What::Records);
+        }
     }
 
     /// Whether so many bytes fit; restores that free what they have read do not say how much.
@@ -479,26 +615,28 @@ impl Snapshots {
         }
     }
 
-    /// Gives up what has stood still for too long: it keeps memory from others. When the next one is due.
+    /// Gives up what has stood still for too long: it keeps memory from others. Others get their turn before. When the next
+    /// one is due.
     pub(super) fn expire(&mut self, now: Instant) -> Option<Instant> {
+        let lease = self.timeout * LEASE;
         let mut next = None;
         for id in self.arriving.clone() {
             let Some(snapshot) = self.snapshots.get(&id).filter(|s| s.state == State::Receiving) else {
                 self.arriving.remove(&id);
                 continue;
             };
-            let until = snapshot.moved + self.lease;
+            let until = snapshot.moved + lease;
             if now >= until {
-                let (came, lease) = (snapshot.came, self.lease.as_secs_f32());
+                let (came, lease) = (snapshot.came, lease.as_secs_f32());
                 let text = format!(
-                    "only {came} bytes of it came in {lease} s (6 times --timeout of the cache), {LEAST} are the least"
+                    "only {came} bytes of it came in {lease} s ({LEASE} times --timeout of the cache), {LEAST} are the least"
                 );
                 self.fail(id, Failure::new(FailCode::FailTimeout, text));
             } else if next.is_none_or(|next| until < next) {
                 next = Some(until);
             }
         }
-        next
+        self.advance(now).into_iter().chain(next).min()
     }
 
     /// So many bytes have come of frames with its images.
@@ -629,6 +767,9 @@ impl Snapshots {
     pub(super) fn abort(&mut self, id: u64, why: &str) {
         let why = reason(why);
         let text = if why.is_empty() { "the source gave up".to_owned() } else { why };
+        if self.is_offer(id) {
+            return self.forget_offer(id);
+        }
         if self.happen(id, Event::Abort, "").is_some_and(|held| held.state == State::Failed) {
             self.forget_owner(id);
             self.end(id, State::Failed, Failure::new(FailCode::FailAborted, text));
@@ -642,9 +783,18 @@ impl Snapshots {
         }
     }
 
+    /// Whether it has not had its turn.
+    fn is_offer(&self, id: u64) -> bool {
+        self.snapshots.get(&id).is_some_and(|s| s.turn != Turn::Given)
+    }
+
     /// It cannot be used; the source hears why.
     pub(super) fn fail(&mut self, id: u64, failure: Failure) {
         self.tell(id, Kind::Failed, &pb::Failed::from(failure.clone()));
+        if self.is_offer(id) {
+            tracing::warn!("a snapshot was refused: {failure}");
+            return self.forget_offer(id);
+        }
         self.forget_owner(id);
         self.end(id, State::Failed, failure);
     }
@@ -654,6 +804,10 @@ impl Snapshots {
         for id in self.snapshots.forget_source(source) {
             let theirs = |s: &&Snapshot| s.owner.is_some_and(|owner| owner.source == source);
             if self.snapshots.get(&id).filter(theirs).is_none() {
+                continue;
+            }
+            if self.is_offer(id) {
+                self.forget_offer(id);
                 continue;
             }
             self.forget_owner(id);
@@ -876,6 +1030,8 @@ impl Snapshots {
             }
             let origin: Origin = old.origin.into();
             let snapshot = Snapshot {
+                turn: Turn::Given,
+                lacks: Vec::new(),
                 begin,
                 state,
                 since: held.since,
@@ -926,7 +1082,8 @@ impl Snapshots {
     /// The cache is told to end: nothing begins any more, and what has not come whole fails, so that its tree runs on.
     pub(super) fn close(&mut self) {
         self.closing = true;
-        for id in std::mem::take(&mut self.arriving) {
+        let offers = std::mem::take(&mut self.queue);
+        for id in std::mem::take(&mut self.arriving).into_iter().chain(offers) {
             if self.snapshots.get(&id).is_some_and(|s| s.state == State::Receiving) {
                 self.fail(id, Failure::new(FailCode::FailBusy, CLOSING));
             }
@@ -1428,6 +1585,10 @@ impl Snapshots {
     pub(super) fn has_live(&self) -> bool {
         self.snapshots.values().any(Snapshot::is_live)
     }
+}
+
+fn not_taken(name: &str, code: FailCode, lack: &Lack) -> Failure {
+    Failure::new(code, format!("snapshot {name} is not taken: {lack}"))
 }
 
 fn saving(name: &str, saver: Reader) -> Failure {

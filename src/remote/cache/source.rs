@@ -17,8 +17,8 @@ use super::ledger::{Origin, What};
 use super::snapshot::{Images, Owner};
 use super::snapshots::Snapshots;
 
-/// Most snapshots on their way at once on one connection.
-pub(super) const MAX_STREAMS: usize = 64;
+/// Most snapshots on their way, or waiting for their turn, at once on one connection.
+pub(super) const MAX_STREAMS: usize = 512;
 /// Most images that have begun and not ended on one connection.
 pub(super) const MAX_OPEN: usize = 4096;
 /// Most bytes of answers that a connection may leave unread while it asks for more.
@@ -92,7 +92,14 @@ impl Streams {
     ) -> Result<Take, Failure> {
         match header.kind {
             Kind::SnapshotBegin | Kind::Resume | Kind::Ping | Kind::Pong => return Ok(Take::Whole),
-            Kind::Hello | Kind::Prepared | Kind::Failed | Kind::Restored | Kind::Armed | Kind::Fell => {
+            Kind::Hello
+            | Kind::Prepared
+            | Kind::Failed
+            | Kind::Restored
+            | Kind::Armed
+            | Kind::Fell
+            | Kind::Room
+            | Kind::Queue => {
                 let text = format!("{:?} frame from a source", header.kind);
                 return Err(Failure::new(FailCode::FailProtocol, text));
             }
@@ -116,6 +123,10 @@ impl Streams {
         let Some(id) = self.receiving(snapshots, stream) else { return Ok(Take::Skip) };
         let (raw, image) = (header.raw, header.image);
         let room = match header.kind {
+            _ if !snapshots.has_turn(id) => {
+                let text = "images came before the cache had said that there is room";
+                Err(Failure::new(FailCode::FailProtocol, text))
+            }
             Kind::ImageBegin if self.open_images(snapshots) >= MAX_OPEN => Err(Failure::new(
                 FailCode::FailProtocol,
                 format!("more than {MAX_OPEN} images begun and not ended"),
@@ -298,8 +309,12 @@ impl Source {
     fn hello(&mut self, snapshots: &mut Snapshots, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let hello: pb::Hello = wire::message(header, payload)?;
         self.out.extend(MAGIC);
-        if hello.version == 0 {
-            let text = format!("no common version of the protocol: this cache speaks 1 to {}", wire::VERSION);
+        if hello.version < wire::VERSION {
+            let text = format!(
+                "this cache speaks version {} of the protocol, and the source version {}: use the same crtool on both hosts",
+                wire::VERSION,
+                hello.version
+            );
             return Err(Failure::new(FailCode::FailVersion, text));
         }
         let origin = &self.streams.origin;
@@ -310,7 +325,7 @@ impl Source {
         snapshots.ledger().add(origin, What::Connections);
         self.counted = true;
         let answer = pb::Hello {
-            version: hello.version.min(wire::VERSION),
+            version: wire::VERSION,
             features: FEATURE_LZ4,
             software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
             host: host(),
@@ -349,7 +364,11 @@ impl Source {
             Kind::Ping if self.out.len() > MAX_OUT => {
                 return Err(Failure::new(FailCode::FailProtocol, "it does not read what it is told"));
             }
-            Kind::Ping => self.out.extend(wire::bare(Kind::Pong, 0, 0, 0)),
+            Kind::Ping => {
+                // The answer proves that what came before has been dealt with: what there is to say of that goes first.
+                self.out.extend(snapshots.take_letters_to(self.streams.source));
+                self.out.extend(wire::bare(Kind::Pong, 0, 0, 0));
+            }
             Kind::Pong => {}
             Kind::SnapshotBegin | Kind::Resume => {
                 let begun = if header.kind == Kind::Resume {

@@ -14,14 +14,15 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::super::keepalive::{Keepalive, Look};
 use super::super::net::{Stream, tls::looks_like_tls};
 use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
 use super::super::{Failure, host};
-use super::link::{Fate, Link};
+use super::link::{Fate, Link, lacking, waits};
 use super::packets::wait_for;
-use crate::interrupt;
 use crate::settings::NetSettings;
+use crate::{interrupt, sys};
 
 /// The only stream of the connection.
 const STREAM: u32 = 1;
@@ -66,13 +67,17 @@ struct Heard {
     restored: Option<pb::Restored>,
     armed: Option<pb::Armed>,
     fell: Option<pb::Fell>,
+    room: Option<pb::Room>,
+    /// How many are before it, when that was said.
+    place: Option<u32>,
     failed: Option<Failure>,
     /// The cache itself has said that nothing will come of the snapshot.
     refused: bool,
-    last_heard: Instant,
-    last_sent: Instant,
-    pings: u64,
-    pongs: u64,
+    /// A Ping has come.
+    asked: bool,
+    keepalive: Keepalive,
+    /// All bytes that the socket has taken.
+    sent: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -101,12 +106,13 @@ impl Shared {
             restored: None,
             armed: None,
             fell: None,
+            room: None,
+            place: None,
             failed: None,
             refused: false,
-            last_heard: now,
-            last_sent: now,
-            pings: 0,
-            pongs: 0,
+            asked: false,
+            keepalive: Keepalive::new(net.timeout, now),
+            sent: 0,
         };
         let mut shared = Self {
             stream: Mutex::new(stream),
@@ -133,6 +139,7 @@ impl Shared {
         let hello = wire::frame(Kind::Hello, 0, 0, &hello);
         shared.send(&mut [IoSlice::new(&MAGIC), IoSlice::new(&hello)])?;
         shared.hello = shared.greeted(Instant::now() + net.timeout)?;
+        lock(&shared.heard).keepalive.heed(shared.hello.timeout_ms);
         Ok(shared)
     }
 
@@ -159,8 +166,13 @@ impl Shared {
         match header.kind {
             Kind::Hello => {
                 let hello: pb::Hello = wire::message(&header, &payload)?;
-                if hello.version == 0 || hello.version > wire::VERSION {
-                    let text = format!("{} speaks version {} only", self.peer, hello.version);
+                if hello.version != wire::VERSION {
+                    let text = format!(
+                        "{} speaks version {} of the protocol and this program {}: use the same crtool on both hosts",
+                        self.peer,
+                        hello.version,
+                        wire::VERSION
+                    );
                     return Err(Failure::new(FailCode::FailVersion, text));
                 }
                 Ok(hello)
@@ -189,18 +201,6 @@ impl Shared {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(lost(&self.peer, &e)),
             }
-        }
-        Ok(())
-    }
-
-    /// An error if the cache can hand over only after the source has ended its tree.
-    fn knows_run_first(&self) -> Result<(), Failure> {
-        if self.hello.version < wire::RUN_FIRST {
-            let text = format!(
-                "{} is an image-cache of {}, which does not know migrate: use the same crtool on both hosts",
-                self.peer, self.hello.software
-            );
-            return Err(Failure::new(FailCode::FailVersion, text));
         }
         Ok(())
     }
@@ -248,11 +248,9 @@ impl Shared {
                 }
             };
             match done {
-                Ok(Some(0)) if left.is_empty() => {
-                    lock(&self.heard).last_sent = Instant::now();
-                    return Ok(());
-                }
+                Ok(Some(0)) if left.is_empty() => return Ok(()),
                 Ok(Some(written)) if written > 0 => {
+                    lock(&self.heard).sent += written as u64;
                     IoSlice::advance_slices(&mut left, written);
                     until = Instant::now() + patience;
                     continue;
@@ -293,7 +291,7 @@ impl Shared {
             match got {
                 Ok(0) => return Ok(false),
                 Ok(n) => {
-                    lock(&self.heard).last_heard = Instant::now();
+                    lock(&self.heard).keepalive.heard(Instant::now());
                     parser.bytes.extend_from_slice(piece.get(..n).unwrap_or_default());
                     while let Some((header, payload)) = parser.next()? {
                         self.take(&header, &payload)?;
@@ -313,18 +311,17 @@ impl Shared {
             Kind::Restored => heard.restored = Some(wire::message(header, payload)?),
             Kind::Armed => heard.armed = Some(wire::message(header, payload)?),
             Kind::Fell => heard.fell = Some(wire::message(header, payload)?),
+            Kind::Room => heard.room = Some(wire::message(header, payload)?),
+            Kind::Queue => heard.place = Some(wire::message::<pb::Queue>(header, payload)?.place),
             Kind::Failed => {
                 let failed: pb::Failed = wire::message(header, payload)?;
                 heard.refused |= header.stream == STREAM;
                 heard.failed.get_or_insert(failed.into());
             }
-            Kind::Pong => heard.pongs += 1,
-            // What is sent anyway answers it.
-            Kind::Ping => {
-                heard.last_sent = heard.last_sent.checked_sub(self.timeout).unwrap_or(heard.last_sent)
-            }
+            Kind::Pong if heard.keepalive.pong() => {}
+            Kind::Ping => heard.asked = true,
             other => {
-                let text = format!("{} sent {other:?}, which only a source sends", self.peer);
+                let text = format!("{} sent {other:?}, which no cache sends", self.peer);
                 return Err(Failure::new(FailCode::FailProtocol, text));
             }
         }
@@ -352,27 +349,37 @@ impl Shared {
                     Err(failure) => return self.fail(failure),
                 }
             }
-            let (idle, silent, waiting) = {
-                let heard = lock(&self.heard);
-                (heard.last_sent.elapsed(), heard.last_heard.elapsed(), heard.pings > heard.pongs)
-            };
-            // Nobody pings while frames are being sent: they say as much, and may wait for a full cache.
-            if idle > self.timeout / 3
-                && let Ok(_frame) = self.frame.try_lock()
-            {
-                if waiting && silent > self.timeout {
-                    let text = format!("{} has said nothing for {} s", self.peer, silent.as_secs());
-                    return self.fail(Failure::new(FailCode::FailTimeout, text));
-                }
-                if let Err(failure) = self.ping_held() {
-                    return self.fail(failure);
-                }
+            if let Err(failure) = self.keep_alive() {
+                return self.fail(failure);
+            }
+        }
+    }
+
+    /// Pings if it is time; an error if the cache is silent.
+    fn keep_alive(&self) -> Result<(), Failure> {
+        let unsent = sys::fd::unsent(self.fd.as_fd()).unwrap_or(0);
+        // Nobody pings while a frame is being sent: that must get on.
+        let frame = self.frame.try_lock().ok();
+        let look = {
+            let mut heard = lock(&self.heard);
+            let progress = (heard.sent, unsent);
+            heard.keepalive.look(Instant::now(), progress, frame.is_none())
+        };
+        if frame.is_some() && std::mem::take(&mut lock(&self.heard).asked) {
+            self.send_held(&mut [IoSlice::new(&wire::bare(Kind::Pong, 0, 0, 0))])?;
+        }
+        match look {
+            Look::Ping if frame.is_some() => self.ping_held(),
+            Look::Ping | Look::Fine => Ok(()),
+            Look::Dead => {
+                let text = format!("nothing came from {} for {} s", self.peer, self.timeout.as_secs_f32());
+                Err(Failure::new(FailCode::FailTimeout, text))
             }
         }
     }
 
     fn ping_held(&self) -> Result<(), Failure> {
-        lock(&self.heard).pings += 1;
+        lock(&self.heard).keepalive.pinged(Instant::now());
         let ping = wire::bare(Kind::Ping, 0, 0, 0);
         self.send_held(&mut [IoSlice::new(&ping)])
     }
@@ -434,14 +441,11 @@ impl Parser {
 }
 
 impl Direct {
-    /// Connects and opens the snapshot. A refusal may come as late as its first image.
+    /// Connects, offers the snapshot, and waits until there is room for it: nothing is frozen before.
     pub(super) fn open(net: &NetSettings, begin: pb::SnapshotBegin) -> Result<Self, Failure> {
         let id = begin.id;
         let name = begin.name.clone();
         let shared = Arc::new(Shared::connect(net)?);
-        if begin.run_first {
-            shared.knows_run_first()?;
-        }
         let frame = wire::frame(Kind::SnapshotBegin, STREAM, 0, &begin);
         let of_thread = shared.clone();
         let hearer = std::thread::Builder::new()
@@ -449,20 +453,38 @@ impl Direct {
             .spawn(move || of_thread.keep())
             .map_err(|e| Failure::new(FailCode::FailInternal, format!("thread: {e}")))?;
         let direct = Self { shared, net: net.clone(), name, id, hearer: Some(hearer) };
-        // The answer to the ping proves that the name is accepted, before anything is frozen.
-        let shared = &direct.shared;
-        {
-            let _frame = lock(&shared.frame);
-            shared.send_held(&mut [IoSlice::new(&frame)])?;
-            shared.ping_held()?;
+        direct.shared.send(&mut [IoSlice::new(&frame)])?;
+        match direct.has_room() {
+            Ok(room) => lacking(&room.lacks),
+            Err(failure) => {
+                if failure.code == FailCode::FailAborted {
+                    direct.abort("the dump was interrupted while it waited for its turn; the tree runs on");
+                }
+                return Err(failure);
+            }
         }
-        direct.answered()?;
         Ok(direct)
+    }
+
+    /// Waits for the answer to the offer. That may take as long as others need: the hearer notices if the cache is gone.
+    fn has_room(&self) -> Result<pb::Room, Failure> {
+        let mut told = None;
+        loop {
+            let patience = if told.is_none() { self.net.timeout * 3 } else { FOREVER };
+            let answer = self.shared.wait(patience, "answer", |heard| match heard.room.take() {
+                Some(room) => Some(Ok(room)),
+                None => heard.place.take().map(Err),
+            })?;
+            match answer {
+                Ok(room) => return Ok(room),
+                Err(place) => waits(&mut told, place, &self.shared.peer),
+            }
+        }
     }
 
     /// Waits until everything sent so far has been taken.
     fn answered(&self) -> Result<(), Failure> {
-        self.shared.wait(self.net.timeout, "answer", |heard| (heard.pongs >= heard.pings).then_some(()))?;
+        self.shared.wait(self.net.timeout, "answer", |heard| heard.keepalive.is_answered().then_some(()))?;
         // A refusal comes before the answer to the ping behind what is refused.
         self.shared.failure()
     }
@@ -510,11 +532,8 @@ fn again<T>(
         if let Some(failure) = &heard.failed {
             return Err(failure.clone());
         }
-        let idle = heard.last_sent.elapsed() > net.timeout / 3;
         drop(heard);
-        if idle {
-            shared.ping_held()?;
-        }
+        shared.keep_alive()?;
         let left = until.saturating_duration_since(Instant::now());
         if !open || left.is_zero() {
             return Err(Failure::new(FailCode::FailTimeout, format!("{} does not answer", shared.peer)));

@@ -14,7 +14,7 @@ use super::link::Fate;
 use super::packets::checked;
 use super::proxied::Proxied;
 use super::sink::{Outgoing, Pages, Small};
-use super::{control, estimate, image_error};
+use super::{control, image_error, needs};
 use crate::image::{BEFORE_PAGES, ImageError, ImageFile, ImageSink, PagesSink, Store};
 use crate::settings::{DEFAULT_REMOTE_TIMEOUT, DumpSettings, Leave, NetSettings, RemoteSettings};
 
@@ -41,19 +41,21 @@ impl RemoteDump {
         let pid = dump.pid.as_raw();
         let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
         let created = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let expected = needs::expected(dump);
         let begin = pb::SnapshotBegin {
             parent: String::new(),
             pid,
             comm: String::from_utf8_lossy(comm.trim_ascii_end()).into_owned(),
             host: host(),
             source_survives: dump.leave != Leave::Killed,
-            expected_bytes: estimate::bytes(pid),
+            expected_bytes: expected.bytes,
             created: created.as_secs(),
             before_pages: BEFORE_PAGES.to_owned(),
             id: draw(),
             name,
             run_first,
             options: if run_first { options(dump) } else { Vec::new() },
+            needs: Some(expected.needs),
         };
         let (id, name) = (begin.id, begin.name.clone());
         let link: Box<dyn super::link::Link> = match &remote.direct {

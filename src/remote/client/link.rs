@@ -20,6 +20,23 @@ pub enum Fate {
     Fell(String),
 }
 
+/// What the destination says to an offer: it waits, and so many are before it.
+pub(super) fn waits(told: &mut Option<u32>, place: u32, at: &str) {
+    match told.replace(place) {
+        // The tree runs on, and it may take long.
+        None => tracing::warn!("waiting for its turn at {at}: {place} before it; the tree runs on"),
+        Some(before) if before != place => tracing::info!("waiting for its turn at {at}: {place} before it"),
+        Some(_) => {}
+    }
+}
+
+/// What it would not do without, and may yet find.
+pub(super) fn lacking(lacks: &[String]) {
+    for lack in lacks {
+        tracing::warn!("at the destination now: {lack}");
+    }
+}
+
 /// One snapshot's way to the cache.
 pub(super) trait Link: Send + Sync + Debug {
     /// What frames go under.

@@ -7,8 +7,8 @@
 pub mod control;
 mod direct;
 mod dump;
-mod estimate;
 mod link;
+mod needs;
 mod packets;
 mod proxied;
 mod restore;

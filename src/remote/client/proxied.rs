@@ -19,7 +19,7 @@ use super::super::last_words::{Confirm, LastWord};
 use super::super::pb::{self, FailCode, local_reply, local_request, snapshot_info::State};
 use super::super::{Failure, PROXY_SOCKET};
 use super::control::{self, Daemon};
-use super::link::{Fate, Link};
+use super::link::{Fate, Link, lacking, waits};
 use super::packets::{Packets, wait_for};
 use super::ring::{Ring, Taken};
 use crate::sys::mapping::Slot;
@@ -72,8 +72,20 @@ impl Proxied {
         let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), timeout)?;
         let patience = timeout * 3;
         let (work_dir, name, id, pid) = (work_dir.to_owned(), begin.name.clone(), begin.id, begin.pid);
-        let (reply, mut fds) = packets.ask(local_request::What::Open(begin), &[], patience)?;
-        let local_reply::What::Opened(opened) = reply else { return Err(packets.unexpected(&reply)) };
+        let (mut asked, mut told) = (Some(local_request::What::Open(begin)), None);
+        let (opened, mut fds) = loop {
+            let until = Instant::now() + patience;
+            if let Some(open) = asked.take() {
+                packets.send(open, &[], until)?;
+            }
+            match packets.receive(until)? {
+                (local_reply::What::Opened(opened), fds) => break (opened, fds),
+                // It says so again as long as it hears of the cache.
+                (local_reply::What::Queue(queue), _) => waits(&mut told, queue.place, "the image-cache"),
+                (other, _) => return Err(packets.unexpected(&other)),
+            }
+        };
+        lacking(&opened.lacks);
         let lacks = |what| {
             Failure::new(FailCode::FailProtocol, format!("image-proxy sent no {what} with its answer"))
         };

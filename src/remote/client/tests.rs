@@ -28,6 +28,10 @@ enum Twist {
     RefuseCommit,
     CloseAfterFrames(usize),
     SayNothing,
+    /// Has the source wait for so many Pings.
+    Queue(usize),
+    /// Reads no more once there is room, as behind a cable that is cut.
+    Stop,
 }
 
 /// What it got.
@@ -70,8 +74,12 @@ impl Peer {
             return self.got;
         }
         self.stream.write_all(&MAGIC).unwrap();
-        let hello =
-            pb::Hello { version: 1, features: wire::FEATURE_LZ4, timeout_ms: 30_000, ..Default::default() };
+        let hello = pb::Hello {
+            version: wire::VERSION,
+            features: wire::FEATURE_LZ4,
+            timeout_ms: 30_000,
+            ..Default::default()
+        };
         self.say(Kind::Hello, &hello);
         let mut frames = 0;
         while let Some((header, payload)) = self.frame() {
@@ -80,6 +88,10 @@ impl Peer {
                 return self.got;
             }
             self.take(twist, header, &payload);
+            if twist == Twist::Stop {
+                std::mem::forget(self.stream.try_clone().unwrap());
+                return self.got;
+            }
         }
         self.got
     }
@@ -88,6 +100,16 @@ impl Peer {
         match header.kind {
             Kind::SnapshotBegin if twist == Twist::RefuseName => {
                 self.say(Kind::Failed, &failed(FailCode::FailExists));
+            }
+            Kind::SnapshotBegin => {
+                if let Twist::Queue(pings) = twist {
+                    self.say(Kind::Queue, &pb::Queue { place: 1 });
+                    for _ in 0..pings {
+                        assert_eq!(self.frame().unwrap().0.kind, Kind::Ping);
+                        self.stream.write_all(&wire::bare(Kind::Pong, 0, 0, 0)).unwrap();
+                    }
+                }
+                self.say(Kind::Room, &pb::Room::default());
             }
             Kind::ImageBegin => {
                 let begin: pb::ImageBegin = wire::message(&header, payload).unwrap();
@@ -299,4 +321,34 @@ fn a_peer_that_says_nothing_is_given_up() {
     let failure = connect(port, false, Duration::from_millis(300)).unwrap_err();
     assert_eq!(failure.code, FailCode::FailTimeout, "{failure}");
     played.join().unwrap();
+}
+
+#[test]
+fn a_dump_waits_for_its_turn_as_long_as_the_cache_is_there() {
+    // Longer than it waits for anything else.
+    let timeout = Duration::from_millis(600);
+    let (port, played) = cache(Twist::Queue(12));
+    let begun = std::time::Instant::now();
+    let store = connect(port, false, timeout).unwrap();
+    assert!(begun.elapsed() >= timeout * 3, "{:?}", begun.elapsed());
+    drop(store);
+    assert_eq!(played.join().unwrap().verdict, Some(Kind::Abort));
+}
+
+#[test]
+fn a_cut_is_noticed_within_the_time_out() {
+    let timeout = Duration::from_secs(2);
+    for busy in [true, false] {
+        let (port, played) = cache(Twist::Stop);
+        let store = connect(port, false, timeout).unwrap();
+        played.join().unwrap();
+        let cut = std::time::Instant::now();
+        if busy {
+            while write_pages(&store).is_ok() {}
+        } else {
+            assert!(store.armed(None).is_err());
+        }
+        let took = cut.elapsed();
+        assert!(took >= timeout / 2 && took < timeout * 2, "{busy} {took:?}");
+    }
 }

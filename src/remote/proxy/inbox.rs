@@ -22,6 +22,10 @@ pub enum Heard {
     Armed(u32, pb::Armed),
     /// It does not run there and is not going to.
     Fell(u32, pb::Fell),
+    /// There is room for the snapshot of this stream.
+    Room(u32, pb::Room),
+    /// It has to wait.
+    Queue(u32, pb::Queue),
     /// Wants a Pong.
     Ping,
     /// Answers a Ping.
@@ -69,7 +73,9 @@ impl Inbox {
         let header = Header::decode(head)?;
         let form = match header.kind {
             Kind::Hello | Kind::Ping | Kind::Pong => header.stream == 0,
-            Kind::Prepared | Kind::Restored | Kind::Armed | Kind::Fell => header.stream != 0,
+            Kind::Prepared | Kind::Restored | Kind::Armed | Kind::Fell | Kind::Room | Kind::Queue => {
+                header.stream != 0
+            }
             Kind::Failed => true,
             _ => false,
         };
@@ -87,6 +93,8 @@ impl Inbox {
             Kind::Restored => Heard::Restored(stream, wire::message(&header, payload)?),
             Kind::Armed => Heard::Armed(stream, wire::message(&header, payload)?),
             Kind::Fell => Heard::Fell(stream, wire::message(&header, payload)?),
+            Kind::Room => Heard::Room(stream, wire::message(&header, payload)?),
+            Kind::Queue => Heard::Queue(stream, wire::message(&header, payload)?),
             Kind::Ping => Heard::Ping,
             _ => Heard::Pong,
         }))
@@ -119,7 +127,7 @@ mod tests {
     fn talk() -> Vec<u8> {
         [
             MAGIC.to_vec(),
-            wire::frame(Kind::Hello, 0, 0, &pb::Hello { version: 1, ..Default::default() }),
+            wire::frame(Kind::Hello, 0, 0, &pb::Hello { version: wire::VERSION, ..Default::default() }),
             wire::bare(Kind::Ping, 0, 0, 0).to_vec(),
             wire::frame(Kind::Prepared, 1, 0, &pb::Prepared { bytes: 7 }),
             wire::frame(Kind::Failed, 2, 0, &pb::Failed { code: 3, text: "why".to_owned() }),

@@ -1,9 +1,7 @@
 //! The one connection to the cache: made when it is needed, greeted, kept alive, and given up when the other side
 //! is silent.
 //!
-//! A Ping goes out every third of the time-out, also while much else does. The other side lives if anything
-//! comes from it, or if it takes what lies in the socket; otherwise the connection is given up after the time-out.
-//! Pings are answered in order, so the answer to one proves that all that went before it has been dealt with.
+//! Whether it lives is for [`Keepalive`] to say. Pings are answered in order, so the answer to one proves that all that went before it has been dealt with.
 
 use std::fmt::Debug;
 use std::io;
@@ -12,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::inbox::{Heard, Inbox};
 use super::outbox::{Outbox, Pumped, Sink};
+use crate::remote::keepalive::{Keepalive, Look};
 use crate::remote::net::Stream;
 use crate::remote::net::connect::{Connector, Progress};
 use crate::remote::poll::{Interest, Poll};
@@ -26,9 +25,6 @@ pub(super) const CLOSED: &str = "the cache closed the connection";
 const CHUNK: usize = 16 << 10;
 /// Reads in a row before others get their turn.
 const READS: usize = 8;
-/// A silence is believed when it is still there after this: this process may have been stopped, and what came in
-/// the meantime is read first.
-const DOUBT: Duration = Duration::from_millis(200);
 /// Between two connections, growing as long as none is greeted.
 const PAUSE: Duration = Duration::from_millis(200);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
@@ -213,18 +209,10 @@ pub(super) struct Link<D: Dial> {
     watched: Interest,
     token: u64,
     blocked: bool,
-    alive: Instant,
-    /// Since when it has been silent too long.
-    suspect: Option<Instant>,
+    keepalive: Keepalive,
     /// Before the next connection.
     pause: Duration,
     not_before: Instant,
-    ping_every: Duration,
-    pinged: Instant,
-    pings: u64,
-    pongs: u64,
-    /// Taken by the socket, and not yet by the other side, when last looked at.
-    progress: (u64, u32),
     error: Option<String>,
     /// There was no cache when it was last tried.
     nobody: bool,
@@ -246,15 +234,9 @@ impl<D: Dial> Link<D> {
             watched: Interest::NONE,
             token,
             blocked: false,
-            alive: now,
-            suspect: None,
+            keepalive: Keepalive::new(timeout, now),
             pause: PAUSE,
             not_before: now,
-            ping_every: timeout / 3,
-            pinged: now,
-            pings: 0,
-            pongs: 0,
-            progress: (0, 0),
             error: None,
             nobody: false,
         }
@@ -328,14 +310,12 @@ impl<D: Dial> Link<D> {
     /// Sends a Ping; the number that [`Self::pongs`] has reached once it is answered.
     pub(super) fn ping(&mut self, now: Instant) -> u64 {
         self.out.push(&wire::bare(Kind::Ping, 0, 0, 0));
-        self.pings += 1;
-        self.pinged = now;
-        self.pings
+        self.keepalive.pinged(now)
     }
 
     /// How many Pings have been answered.
     pub(super) fn pongs(&self) -> u64 {
-        self.pongs
+        self.keepalive.pongs()
     }
 
     /// The next step can be taken at once.
@@ -373,8 +353,7 @@ impl<D: Dial> Link<D> {
             self.error = Some(e.to_string());
             return None;
         }
-        (self.alive, self.pinged) = (now, now);
-        (self.pings, self.pongs, self.progress, self.suspect) = (0, 0, (0, 0), None);
+        self.keepalive = Keepalive::new(self.timeout, now);
         self.inbox = Inbox::default();
         self.out = Outbox::default();
         self.out.push(&MAGIC);
@@ -407,7 +386,7 @@ impl<D: Dial> Link<D> {
                 }
                 Err(e) => return Err(lost(e.to_string())),
             };
-            self.alive = now;
+            self.keepalive.heard(now);
             self.inbox.feed(chunk.get(..n).unwrap_or_default());
             while let Some(heard) = self.inbox.next()? {
                 match heard {
@@ -420,8 +399,7 @@ impl<D: Dial> Link<D> {
                             );
                             return Err(Failure::new(FailCode::FailVersion, text));
                         }
-                        let theirs = Duration::from_millis(hello.timeout_ms.max(300).into());
-                        self.ping_every = self.timeout.min(theirs) / 3;
+                        self.keepalive.heed(hello.timeout_ms);
                         self.peer = Some(hello);
                         self.error = None;
                         self.pause = PAUSE;
@@ -431,8 +409,7 @@ impl<D: Dial> Link<D> {
                     Heard::Ping if self.peer.is_some() => {
                         self.out.push(&wire::bare(Kind::Pong, 0, 0, 0));
                     }
-                    Heard::Pong if self.pongs < self.pings => {
-                        self.pongs += 1;
+                    Heard::Pong if self.keepalive.pong() => {
                         news.push(News::Heard(Heard::Pong));
                     }
                     Heard::Hello(_) | Heard::Pong => {
@@ -476,27 +453,14 @@ impl<D: Dial> Link<D> {
     pub(super) fn keep_alive(&mut self, now: Instant) -> Result<(), Failure> {
         let Some(conn) = &self.conn else { return Ok(()) };
         let waiting = sys::fd::unsent(conn.fd()).unwrap_or(0);
-        let progress = (self.out.sent(), waiting);
-        if progress != self.progress {
-            self.progress = progress;
-            self.alive = now;
-        }
         let greeted = self.peer.is_some();
-        if greeted && self.pongs == self.pings {
-            if now.saturating_duration_since(self.pinged) >= self.ping_every {
+        match self.keepalive.look(now, (self.out.sent(), waiting), !greeted) {
+            Look::Fine => return Ok(()),
+            Look::Ping => {
                 self.ping(now);
+                return Ok(());
             }
-            self.suspect = None;
-            return Ok(());
-        }
-        let since = self.alive.max(self.pinged);
-        if now.saturating_duration_since(since) < self.timeout {
-            self.suspect = None;
-            return Ok(());
-        }
-        let suspect = *self.suspect.get_or_insert(now);
-        if now.saturating_duration_since(suspect) < DOUBT {
-            return Ok(());
+            Look::Dead => {}
         }
         let text =
             if greeted { "nothing came from it" } else { "it accepted the connection and said nothing" };
@@ -508,12 +472,7 @@ impl<D: Dial> Link<D> {
         if self.conn.is_none() {
             return self.dial_at;
         }
-        if self.peer.is_some() && self.pongs == self.pings {
-            return Some(self.pinged + self.ping_every);
-        }
-        // Progress of the socket is seen only by looking, so it is looked at well before the end.
-        let step = if self.suspect.is_some() { DOUBT / 2 } else { self.timeout / 4 };
-        Some(now + step)
+        Some(self.keepalive.next(now, self.peer.is_none()))
     }
 
     /// Drops the connection. What has not gone out is lost.

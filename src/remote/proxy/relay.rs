@@ -27,7 +27,7 @@ use crate::remote::wire::{self, FEATURE_LZ4, Kind, MAX_DATA};
 use crate::remote::witness::{Verdict, Witness};
 use crate::remote::{Failure, draw, name, pb, pb::FailCode};
 
-/// Snapshots on their way at once; each may hold a frame of [`MAX_DATA`] in memory.
+/// Snapshots at once of which images come; each may hold a frame of [`MAX_DATA`] in memory.
 const MAX_DUMPS: usize = 64;
 /// Dumps at once that have a ring each.
 const MAX_RINGS: usize = 8;
@@ -495,9 +495,26 @@ impl<D: Dial> Relay<D> {
         self.link.orphan(id, pipe.into_fd());
     }
 
-    /// Opens the stream of a snapshot that has waited for the connection.
-    fn begin(&mut self, id: u64) {
+    /// Opens the stream of a snapshot that has waited for the connection, and asks whether there is room for it.
+    fn offer(&mut self, id: u64) {
         let stream = self.next_stream;
+        let Some(s) = self.snapshots.get_mut(&id) else { return };
+        (s.phase, s.stream) = (Phase::Offered, Some(stream));
+        s.show(State::Receiving, "waits for the answer of the cache");
+        self.link.out.push(&wire::frame(Kind::SnapshotBegin, stream, 0, &s.begin));
+        s.begin.needs = None;
+        self.streams.insert(stream, id);
+        self.next_stream += 1;
+    }
+
+    /// The cache has room: the dump may begin.
+    fn begin(&mut self, id: u64, room: pb::Room) {
+        let at_work = |s: &&Snapshot| matches!(s.phase, Phase::Sending | Phase::Committed);
+        let dumps = self.snapshots.values().filter(at_work).count();
+        if dumps >= MAX_DUMPS {
+            let text = format!("image-proxy has {dumps} dumps at work, which is all it takes; try later");
+            return self.fail(id, &Failure::new(FailCode::FailBusy, text));
+        }
         let features = if self.rules.compress { self.link.features() & FEATURE_LZ4 } else { 0 };
         let rings =
             self.snapshots.values().filter_map(|s| s.pipe.as_ref()).filter(|pipe| pipe.has_ring()).count();
@@ -507,16 +524,13 @@ impl<D: Dial> Relay<D> {
             .then(|| Ring::new().inspect_err(failed).ok())
             .flatten();
         let hello = self.link.peer().cloned().unwrap_or_default();
-        if self.snapshots.get(&id).is_some_and(|s| s.begin.run_first) && hello.version < wire::RUN_FIRST {
-            let text = format!("the image-cache is {}, which does not know migrate", hello.software);
-            return self.fail(id, &Failure::new(FailCode::FailVersion, text));
-        }
         let opened = pb::Opened {
             features,
             ring: ring.is_some(),
             journal: hello.journal,
             restores: hello.restores,
             target: self.link.target(),
+            lacks: room.lacks,
         };
         let (ring, ends) = ring.map_or((None, Vec::new()), |(ring, ends)| (Some(ring), Vec::from(ends)));
         let pipe = Pipe::new(ring).map(|(pipe, end)| (pipe, ends, end));
@@ -537,13 +551,19 @@ impl<D: Dial> Relay<D> {
         };
         s.pipe = Some(pipe);
         s.phase = Phase::Sending;
-        s.stream = Some(stream);
+        s.place = None;
+        s.begun = Instant::now();
         s.show(State::Receiving, "");
         tracing::info!("{}: begins, {} (pid {})", s.name(), s.begin.comm, s.begin.pid);
-        self.link.out.push(&wire::frame(Kind::SnapshotBegin, stream, 0, &s.begin));
         client.reply_with(Reply::Opened(opened), ends);
-        self.streams.insert(stream, id);
-        self.next_stream += 1;
+    }
+
+    /// Says to a dump that waits for its turn how many are before it, and with that that the cache is there.
+    fn say_place(&mut self, id: u64) {
+        let Some(s) = self.snapshots.get(&id).filter(|s| s.phase == Phase::Offered) else { return };
+        if let (Some(place), Some(client)) = (s.place, s.dump.and_then(|dump| self.clients.get_mut(&dump))) {
+            client.reply(Reply::Queue(pb::Queue { place }));
+        }
     }
 
     /// The last word about a snapshot is known.
@@ -701,7 +721,7 @@ impl<D: Dial> Relay<D> {
         }
         for id in ids {
             if self.snapshots.get(&id).is_some_and(|s| s.phase == Phase::Waiting) {
-                self.begin(id);
+                self.offer(id);
             }
         }
     }
@@ -713,9 +733,15 @@ impl<D: Dial> Relay<D> {
             | Heard::Failed(stream, _)
             | Heard::Restored(stream, _)
             | Heard::Armed(stream, _)
-            | Heard::Fell(stream, _) => stream,
+            | Heard::Fell(stream, _)
+            | Heard::Room(stream, _)
+            | Heard::Queue(stream, _) => stream,
             _ => {
                 self.acked();
+                let waits = |s: &Snapshot| s.phase == Phase::Offered && s.place.is_some();
+                let ids: Vec<u64> =
+                    self.snapshots.iter().filter(|(_, s)| waits(s)).map(|(id, _)| *id).collect();
+                ids.into_iter().for_each(|id| self.say_place(id));
                 return Ok(());
             }
         };
@@ -728,6 +754,14 @@ impl<D: Dial> Relay<D> {
         };
         let Some(s) = self.snapshots.get_mut(&id) else { return Ok(()) };
         match (heard, s.phase) {
+            (Heard::Room(_, room), Phase::Offered) => self.begin(id, room),
+            (Heard::Queue(_, queue), Phase::Offered) => {
+                s.place = Some(queue.place);
+                s.show(State::Receiving, format!("waits for its turn, {} before it", queue.place));
+                self.say_place(id);
+            }
+            // It was given up here meanwhile.
+            (Heard::Room(..) | Heard::Queue(..), Phase::Settled) => {}
             (Heard::Prepared(_, prepared), Phase::Committed) => {
                 s.phase = Phase::Prepared;
                 s.show(State::Prepared, "");
@@ -928,7 +962,7 @@ impl<D: Dial> Relay<D> {
                     self.fail(id, &failure);
                 }
                 Phase::Waiting | Phase::Over => {}
-                Phase::Sending => {
+                Phase::Offered | Phase::Sending => {
                     self.spoilt = true;
                     if let Some(client) = s.dump.take().and_then(|dump| self.clients.get_mut(&dump)) {
                         refuse(client, &failure);
@@ -1194,11 +1228,6 @@ impl<D: Dial> Relay<D> {
         if client.snapshot.is_some() {
             return Err(Failure::new(FailCode::FailProtocol, "one connection is for one snapshot"));
         }
-        let dumps = self.snapshots.values().filter(|s| s.phase < Phase::Prepared).count();
-        if dumps >= MAX_DUMPS {
-            let text = format!("image-proxy has {dumps} dumps at work, which is all it takes; try later");
-            return Err(Failure::new(FailCode::FailBusy, text));
-        }
         if self.ending.is_some() || self.link.is_spent() {
             return Err(Failure::new(FailCode::FailLost, "image-proxy is about to end"));
         }
@@ -1222,7 +1251,7 @@ impl<D: Dial> Relay<D> {
         self.snapshots.insert(key, snapshot);
         self.forget();
         if self.link.is_up() {
-            self.begin(key);
+            self.offer(key);
         } else {
             self.link.need(now);
         }
@@ -1237,7 +1266,7 @@ impl<D: Dial> Relay<D> {
         let Some(s) = self.snapshots.get_mut(&own) else { return };
         s.dump = None;
         match s.phase {
-            Phase::Waiting | Phase::Sending => {
+            Phase::Waiting | Phase::Offered | Phase::Sending => {
                 let reason = format!("the dump (pid {}) ended before the snapshot was complete", s.dump_pid);
                 tracing::error!("{}: {reason}; the tree runs on", s.name());
                 self.settle(own, Word::Abort { reason }, now);

@@ -1,8 +1,8 @@
 //! One snapshot on its way through the proxy, from `open` to what became of it, and what lists show of it.
 //!
 //! ```text
-//! Waiting ─▶ Sending ─▶ Committed ─▶ Prepared ─▶ Settled ─▶ Over
-//!    └──────────┴───────────┴──────────────────────┘▲
+//! Waiting ─▶ Offered ─▶ Sending ─▶ Committed ─▶ Prepared ─▶ Settled ─▶ Over
+//!    └──────────┴──────────┴───────────┴──────────────────────┘▲
 //! ```
 //!
 //! Up to `Prepared` nothing has happened to the tree: whatever goes wrong, the dump is told and the snapshot is
@@ -21,6 +21,8 @@ use crate::remote::witness::Witness;
 pub(super) enum Phase {
     /// There is no connection yet.
     Waiting,
+    /// The cache is asked whether it has room; until it has, the tree runs and nothing is sent.
+    Offered,
     /// Frames are relayed.
     Sending,
     /// The list of images has been relayed, or begun to be: the cache may have it all.
@@ -70,6 +72,8 @@ pub(super) struct Snapshot {
     /// Since when the dump is gone without a word.
     pub(super) watch: Option<Instant>,
     pub(super) next_look: Instant,
+    /// How many the cache has before it, as long as it has to wait.
+    pub(super) place: Option<u32>,
     /// Since when a frame is there in part.
     pub(super) partial: Option<Instant>,
     /// In the queue of those that may have a frame.
@@ -105,6 +109,7 @@ impl Snapshot {
             witness: None,
             watch: None,
             next_look: now,
+            place: None,
             partial: None,
             queued: false,
             deadline,

@@ -273,8 +273,16 @@ impl Cache {
         (header.stream, wire::message(&header, &payload).unwrap())
     }
 
-    fn begun(&mut self) -> (u32, pb::SnapshotBegin) {
+    /// A snapshot is offered.
+    fn offered(&mut self) -> (u32, pb::SnapshotBegin) {
         self.expect(Kind::SnapshotBegin)
+    }
+
+    /// A snapshot is offered, and there is room for it.
+    fn begun(&mut self) -> (u32, pb::SnapshotBegin) {
+        let (stream, begin) = self.offered();
+        self.say(Kind::Room, stream, &pb::Room::default());
+        (stream, begin)
     }
 
     /// The proxy has hung up.
@@ -389,8 +397,8 @@ fn image(number: u32, name: &str, parts: &[Vec<u8>]) -> Vec<u8> {
 /// Takes a snapshot to the point where the dump has the last word.
 fn prepared(proxy: &Proxy, cache: &mut Cache, name: &str) -> (Dump, u32) {
     let mut dump = proxy.dump(name);
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
@@ -404,8 +412,8 @@ fn the_whole_way() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    assert_eq!(dump.opened(), wire::FEATURE_LZ4);
     let (stream, begun) = cache.begun();
+    assert_eq!(dump.opened(), wire::FEATURE_LZ4);
     assert_eq!((begun.name.as_str(), begun.host.as_str()), ("a", "here"));
     assert!(stream != 0 && begun.id != 0 && begun.created != 0);
     dump.write(&image(1, "x.img", &[vec![1; 5], vec![2; 100_000]]));
@@ -441,8 +449,8 @@ fn a_dump_waits_for_the_connection() {
     let mut dump = proxy.dump("a");
     assert_eq!(proxy.until("a", State::Receiving).text, "waits for the connection to the cache");
     let mut cache = proxy.cache();
-    dump.opened();
     assert_eq!(cache.begun().1.name, "a");
+    dump.opened();
 }
 
 #[test]
@@ -481,8 +489,8 @@ fn a_connection_lost_before_the_last_frame() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.write(&image(1, "x.img", &[vec![1; 100]]));
     for _ in 0..3 {
         cache.frame();
@@ -502,8 +510,8 @@ fn a_connection_lost_before_the_last_frame() {
     let mut cache = proxy.lay();
     let mut again = proxy.dump("a");
     cache.greet();
-    again.opened();
     assert_eq!(cache.begun().1.name, "a");
+    again.opened();
 }
 
 #[test]
@@ -511,8 +519,8 @@ fn a_connection_lost_with_the_answer() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let id = cache.begun().1.id;
+    dump.opened();
     dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
@@ -665,8 +673,8 @@ fn a_silent_cache_is_given_up() {
     let proxy = Proxy::start(Duration::from_millis(300));
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     // It neither answers Pings nor takes bytes.
     let failed = dump.failed();
     assert!(failed.text.ends_with("nothing came from it for 0.3 s"), "{}", failed.text);
@@ -682,8 +690,8 @@ fn a_cache_that_answers_is_kept() {
     let proxy = Proxy::start(Duration::from_millis(300));
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     while cache.pings < 20 {
         let (header, _) = cache.raw();
         assert_eq!(header.kind, Kind::Ping);
@@ -722,15 +730,15 @@ fn a_dump_that_goes_before_the_end_is_aborted() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut other = proxy.dump("other");
-    other.opened();
     let (beside, _) = cache.begun();
+    other.opened();
     let whole = image(1, "x.img", &[vec![3; 300_000]]);
     // At the ends of frames, inside of heads, and inside of payloads large and small.
     for (round, cut) in [0, 10, 24, 30, 60, 80, 5000, 200_000, whole.len()].into_iter().enumerate() {
         let name = format!("a{round}");
         let mut dump = proxy.dump(&name);
-        dump.opened();
         let (stream, _) = cache.begun();
+        dump.opened();
         dump.write(&whole[..cut]);
         other.write(&wire::bare(Kind::Zero, 0, 1, 4096));
         drop(dump);
@@ -763,8 +771,8 @@ fn a_dump_that_gives_up_is_aborted() {
     let mut cache = proxy.cache();
     let abort = || Request::Abort(pb::Abort { reason: "why not".to_owned() });
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.send(abort(), &[]);
     assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).1.reason, "why not");
     assert_eq!(proxy.until("a", State::Failed).text, "why not");
@@ -835,8 +843,8 @@ fn as_another_process() {
 fn another(proxy: &Proxy, cache: &mut Cache, name: &str, told: bool) -> (Other, Dump, Decision, u32) {
     let (other, mut dump) = Other::connect(&proxy.path());
     dump.send(Request::Open(begin(name)), &[]);
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     let decision = dump.guard();
     dump.commit();
     cache.expect::<pb::Commit>(Kind::Commit);
@@ -973,8 +981,8 @@ fn a_refusal_reaches_a_dump_that_writes() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     let refusal = pb::Failed { code: FailCode::FailMemory.into(), text: "too large".to_owned() };
     cache.say(Kind::Failed, stream, &refusal);
     // The cache goes on reading, and throws away.
@@ -1017,8 +1025,8 @@ fn dumps_that_break_the_rules() {
         ),
     ] {
         let mut dump = proxy.dump("a");
-        dump.opened();
         let (stream, _) = cache.begun();
+        dump.opened();
         dump.write(&bytes);
         let failed = dump.failed();
         assert_eq!((failed.code(), failed.text.as_str()), (FailCode::FailProtocol, why));
@@ -1026,8 +1034,8 @@ fn dumps_that_break_the_rules() {
         assert_eq!((on, abort.reason.as_str()), (stream, why));
     }
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.write(&[0xff; HEADER]);
     let failed = dump.failed();
     let why = "bad frame: wrong checksum of its header";
@@ -1035,8 +1043,8 @@ fn dumps_that_break_the_rules() {
     cache.expect::<pb::Abort>(Kind::Abort);
     // Nothing comes after the list.
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.guard();
     dump.commit();
     dump.write(&wire::bare(Kind::Zero, 0, 1, 1));
@@ -1045,8 +1053,8 @@ fn dumps_that_break_the_rules() {
     cache.expect::<pb::Abort>(Kind::Abort);
     // A pipe that ends too early, with the socket still open.
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.write(&[1; 3]);
     dump.pipe = None;
     assert_eq!(dump.failed().text, "the dump closed its pipe in the middle of a frame");
@@ -1059,8 +1067,8 @@ fn idle_processes_do_not_keep_others_out() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     let idle: Vec<Dump> = (0..300).map(|_| Dump::connect(&proxy.path())).collect();
     // The first ones may have had to make room.
     for asker in &idle[280..] {
@@ -1092,8 +1100,8 @@ fn requests_out_of_turn() {
     stranger.send(Request::Open(begin("")), &[]);
     assert_eq!(stranger.failed().code(), FailCode::FailName);
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     let null = std::fs::File::open("/dev/null").unwrap();
     dump.send(Request::Guard(pb::Empty {}), &[null.as_fd()]);
     assert!(dump.failed().text.contains("it holds no decision"));
@@ -1140,8 +1148,8 @@ fn caches_that_break_the_rules() {
         (after(hello(1)), "unexpected Hello"),
         (after(wire::bare(Kind::Pong, 0, 0, 0).to_vec()), "unexpected Pong"),
         (after(wire::frame(Kind::Prepared, 77, 0, &pb::Prepared::default())), "for no stream of ours"),
-        (after(wire::frame(Kind::Prepared, 1, 0, &pb::Prepared::default())), "that is Sending"),
-        (after(wire::frame(Kind::Restored, 1, 0, &pb::Restored::default())), "that is Sending"),
+        (after(wire::frame(Kind::Prepared, 1, 0, &pb::Prepared::default())), "that is Offered"),
+        (after(wire::frame(Kind::Restored, 1, 0, &pb::Restored::default())), "that is Offered"),
     ] {
         let proxy = Proxy::start(LONG);
         let mut dump = proxy.dump("a");
@@ -1161,8 +1169,8 @@ fn caches_that_break_the_rules() {
         let mut cache = proxy.lay();
         let mut dump = proxy.dump("b");
         cache.greet();
-        dump.opened();
         cache.begun();
+        dump.opened();
     }
 }
 
@@ -1178,15 +1186,15 @@ fn a_stalled_dump_holds_up_nobody() {
     let mut stalled = Vec::new();
     for (bytes, cut) in [(&large, 40), (&fits, 30_000), (&large, 500_000)] {
         let mut dump = proxy.dump("stalled");
-        dump.opened();
         let (stream, _) = cache.begun();
+        dump.opened();
         dump.write(&bytes[..cut]);
         assert_eq!(cache.expect::<pb::ImageBegin>(Kind::ImageBegin).0, stream);
         stalled.push((dump, stream, bytes[cut..].to_vec()));
     }
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     for _ in 0..50 {
         dump.write(&image(1, "y.img", &[vec![1; 100_000]]));
         let mut ends = 0;
@@ -1220,8 +1228,8 @@ fn a_stalled_cache_holds_up_the_dump() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     let pipe = dump.pipe.take().unwrap();
     let one = image(1, "x.img", &[vec![5; MAX_DATA as usize], vec![6; 200_000]]);
     let rounds = 64;
@@ -1255,8 +1263,8 @@ fn a_list_longer_than_a_frame() {
     assert!(bytes.len() > 3 << 20);
     for cut in [None, Some(30), Some(2 << 20)] {
         let mut dump = proxy.dump("a");
-        dump.opened();
         let (stream, _) = cache.begun();
+        dump.opened();
         dump.guard();
         let part = bytes[..cut.unwrap_or(bytes.len())].to_vec();
         let writer = std::thread::spawn(move || {
@@ -1287,6 +1295,7 @@ fn a_list_longer_than_a_frame() {
             let mut after = [cache.frame().0, cache.frame().0];
             after.sort_by_key(|h| h.stream);
             assert_eq!(after.map(|h| h.kind), [Kind::Abort, Kind::SnapshotBegin]);
+            cache.say(Kind::Room, after[1].stream, &pb::Room::default());
             other.opened();
             other.send(Request::Abort(pb::Abort::default()), &[]);
             cache.expect::<pb::Abort>(Kind::Abort);
@@ -1303,8 +1312,8 @@ fn a_list_that_stops_in_the_middle() {
     let entry = pb::commit::Image { image: 1_999_999, size: 1 << 40, crc32c: u32::MAX };
     let bytes = wire::frame(Kind::Commit, 0, 0, &pb::Commit { images: vec![entry; 100_000] });
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     dump.guard();
     dump.write(&bytes[..100_000]);
     assert_eq!(dump.failed().text, "the dump stopped in the middle of the list of images");
@@ -1340,8 +1349,8 @@ proptest! {
         let (mut opened, mut writers) = (Vec::new(), Vec::new());
         for (bytes, cuts) in dumps {
             let mut dump = proxy.dump("a");
-            dump.opened();
             let (stream, _) = cache.begun();
+            dump.opened();
             dump.guard();
             let bytes = [bytes, wire::frame(Kind::Commit, 0, 0, &pb::Commit::default())].concat();
             sent.insert(stream, bytes.clone());
@@ -1387,8 +1396,8 @@ fn a_long_list_comes_in_parts() {
     let mut cache = proxy.cache();
     for number in 0..100 {
         let mut dump = proxy.dump(&format!("{number}{}", "x".repeat(1000)));
-        dump.opened();
         cache.begun();
+        dump.opened();
         dump.send(Request::Abort(pb::Abort { reason: "y".repeat(5000) }), &[]);
         cache.expect::<pb::Abort>(Kind::Abort);
     }
@@ -1403,8 +1412,8 @@ fn told_to_end_it_settles_what_it_can() {
     let mut cache = proxy.cache();
     let (last, stream) = prepared(&proxy, &mut cache, "last");
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (early, _) = cache.begun();
+    dump.opened();
     nix::unistd::write(&proxy.stop, b"x").unwrap();
     assert_eq!(dump.failed().text, "image-proxy was told to end");
     assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).0, early);
@@ -1419,4 +1428,41 @@ fn told_to_end_it_settles_what_it_can() {
     });
     assert_eq!(proxy.join(), Ended::Well);
     answers.join().unwrap();
+}
+
+#[test]
+fn a_dump_waits_for_its_turn() {
+    let proxy = Proxy::start(Duration::from_secs(3));
+    let mut cache = proxy.cache();
+    let dump = proxy.dump("a");
+    let (stream, _) = cache.offered();
+    assert!(!dump.is_ready(Duration::from_millis(50)), "nobody has said that there is room");
+    let place = |dump: &Dump| match dump.receive().0 {
+        Reply::Queue(queue) => queue.place,
+        other => panic!("{other:?}"),
+    };
+    cache.say(Kind::Queue, stream, &pb::Queue { place: 2 });
+    assert_eq!(place(&dump), 2);
+    // Again as long as the cache answers.
+    for _ in 0..3 {
+        assert_eq!(cache.raw().0.kind, Kind::Ping);
+        cache.send(&wire::bare(Kind::Pong, 0, 0, 0));
+        assert_eq!(place(&dump), 2);
+    }
+    cache.say(Kind::Room, stream, &pb::Room { lacks: vec!["pid 7 is taken".to_owned()] });
+    let _pipe = loop {
+        match dump.receive() {
+            (Reply::Opened(opened), fds) => {
+                assert_eq!(opened.lacks, ["pid 7 is taken"]);
+                break fds;
+            }
+            (Reply::Queue(_), _) => {}
+            (other, _) => panic!("{other:?}"),
+        }
+    };
+    // Who waits and gives up is forgotten there too.
+    let other = proxy.dump("b");
+    let (stream, _) = cache.offered();
+    drop(other);
+    assert_eq!(cache.expect::<pb::Abort>(Kind::Abort).0, stream);
 }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::remote::cache::source::MAX_STREAMS;
 use crate::remote::cache::swallow;
 
 #[test]
@@ -11,7 +12,7 @@ fn frames_cut_at_every_byte() {
     let zeros = vec![0; 5000];
     let script =
         unnumbered(1, "a").parts("b.img", &[Part::Data(b"bytes"), Part::Zeros(70_000), Part::Lz4(&zeros)]);
-    let whole = [hello(1), script.commit(), confirm(1)].concat();
+    let whole = [hello(wire::VERSION), script.commit(), confirm(1)].concat();
     // One byte after the other.
     let mut peer = bench.stranger();
     for byte in &whole {
@@ -33,10 +34,13 @@ fn frames_cut_at_every_byte() {
 #[test]
 fn a_version_that_nobody_knows() {
     let mut bench = Bench::new();
-    let mut peer = bench.stranger();
-    bench.send(&mut peer, &hello(0));
-    assert_eq!(code(&bench.failed(&mut peer, 0)), FailCode::FailVersion);
-    bench.until("the end", |_| peer.is_closed().then_some(()));
+    let mut peer;
+    for old in [0, wire::VERSION - 1] {
+        peer = bench.stranger();
+        bench.send(&mut peer, &hello(old));
+        assert_eq!(code(&bench.failed(&mut peer, 0)), FailCode::FailVersion);
+        bench.until("the end", |_| peer.is_closed().then_some(()));
+    }
     // A newer one is met where we are.
     let mut peer = bench.stranger();
     bench.send(&mut peer, &hello(77));
@@ -74,7 +78,7 @@ fn frames_that_lose_the_thread_end_the_connection() {
     for bad in [
         unknown,
         huge,
-        hello(1)[MAGIC.len()..].to_vec(),
+        hello(wire::VERSION)[MAGIC.len()..].to_vec(),
         wire::frame(Kind::Prepared, 1, 0, &pb::Prepared::default()),
     ] {
         let mut bench = Bench::new();
@@ -218,7 +222,7 @@ fn as_many_streams_as_may_be() {
     let wholes: Vec<Vec<u8>> = scripts.into_iter().map(Script::commit).collect();
     // One frame of each in turn.
     let mut left: Vec<&[u8]> = wholes.iter().map(|whole| &whole[..]).collect();
-    let mut one_more = true;
+    let (mut one_more, most) = (true, u32::try_from(MAX_STREAMS).unwrap());
     while left.iter().any(|left| !left.is_empty()) {
         for rest in &mut left {
             if rest.is_empty() {
@@ -230,8 +234,11 @@ fn as_many_streams_as_may_be() {
             *rest = others;
         }
         if std::mem::take(&mut one_more) {
-            bench.send(&mut peer, &small(64, "too-many").frames);
-            assert_eq!(code(&bench.failed(&mut peer, 64)), FailCode::FailProtocol);
+            for n in 64..most {
+                bench.send(&mut peer, &Script::new(n, &format!("s{n}")).frames);
+            }
+            bench.send(&mut peer, &small(most, "too-many").frames);
+            assert_eq!(code(&bench.failed(&mut peer, most)), FailCode::FailProtocol);
         }
     }
     for n in 0..64 {
@@ -378,7 +385,7 @@ proptest! {
         flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         cuts in any::<Vec<u8>>(),
     ) {
-        let mut bytes = [hello(1), frames.concat(), noise].concat();
+        let mut bytes = [hello(wire::VERSION), frames.concat(), noise].concat();
         prop_assert_eq!(swallow(&bytes, &cuts), 0);
         for (at, with) in flips {
             let at = at.index(bytes.len());

@@ -68,7 +68,7 @@ fn what_is_announced_is_kept_or_refused() {
     let failed = bench.failed(&mut two, 1);
     assert_eq!(code(&failed), FailCode::FailMemory);
     let wanted =
-        "snapshot second is not taken: 5 MiB more are wanted, and the cache holds 6 of 8 MiB (--max-memory)";
+        "snapshot second is not taken: 4 MiB more are wanted, and the cache holds 6 of 8 MiB (--max-memory)";
     assert!(failed.text.contains(wanted), "{failed}");
     // Nor does what was not announced take what was kept for another.
     bench.send(&mut two, &Script::new(2, "third").image("a.img", &noise(4 * MIB, 3)).frames);

@@ -4,6 +4,7 @@
 mod hostile;
 mod life;
 mod limit;
+mod offers;
 mod owners;
 mod quota;
 mod readers;
@@ -47,6 +48,8 @@ struct Peer {
     socket: UnixStream,
     came: Vec<u8>,
     greeted: bool,
+    /// Streams whose offers were taken, and what was said with that.
+    rooms: Vec<(u32, pb::Room)>,
 }
 
 /// The other end of a command's connection.
@@ -102,7 +105,7 @@ impl Bench {
         ours.set_nonblocking(true).unwrap();
         let stream = Stream::new(theirs.into(), "a test".to_owned(), LONG).unwrap().from(origin);
         self.cache.add_source(stream).unwrap();
-        Peer { socket: ours, came: Vec::new(), greeted: false }
+        Peer { socket: ours, came: Vec::new(), greeted: false, rooms: Vec::new() }
     }
 
     /// A connection that has said Hello.
@@ -113,7 +116,7 @@ impl Bench {
     /// The same from another host.
     fn source_at(&mut self, origin: &str) -> Peer {
         let mut peer = self.stranger_at(origin);
-        self.send(&mut peer, &hello(1));
+        self.send(&mut peer, &hello(wire::VERSION));
         let (header, _) = self.frame(&mut peer);
         assert_eq!(header.kind, Kind::Hello);
         peer
@@ -134,7 +137,7 @@ impl Bench {
         self.run();
     }
 
-    /// The next frame from the cache.
+    /// The next frame from the cache that does not say that there is room.
     fn frame(&mut self, peer: &mut Peer) -> (Header, Vec<u8>) {
         self.until("a frame", |_| peer.next())
     }
@@ -294,6 +297,10 @@ impl Peer {
         let end = HEADER + header.len as usize;
         let payload = self.came.get(HEADER..end)?.to_vec();
         self.came.drain(..end);
+        if header.kind == Kind::Room {
+            self.rooms.push((header.stream, wire::message(&header, &payload).unwrap()));
+            return self.next();
+        }
         Some((header, payload))
     }
 

@@ -44,6 +44,8 @@ fn held(state: State, linked: bool) -> Held {
     };
     let owner = linked.then_some(owner);
     bench.wait_state("a", state);
+    // Of a connection that has ended too.
+    bench.run();
     Held { bench, owner, _restore: restore }
 }
 

@@ -40,7 +40,7 @@ fn one_source_cannot_have_all_the_connections() {
     let mut greedy: Vec<Peer> = Vec::new();
     let refused = loop {
         let mut peer = bench.stranger_at("192.0.2.1");
-        bench.send(&mut peer, &hello(1));
+        bench.send(&mut peer, &hello(wire::VERSION));
         let (header, payload) = bench.frame(&mut peer);
         if let Some(failure) = failure(&header, &payload) {
             break failure;
@@ -239,7 +239,7 @@ fn who_is_slow_and_goes_on_is_let_be() {
     for _ in 0..5 {
         let mut bench = Bench::with(None, TIMEOUT);
         let mut slow = bench.stranger();
-        let hello = pb::Hello { version: 1, timeout_ms: 60_000, ..Default::default() };
+        let hello = pb::Hello { version: wire::VERSION, timeout_ms: 60_000, ..Default::default() };
         bench.send(&mut slow, &[&MAGIC[..], &wire::frame(Kind::Hello, 0, 0, &hello)].concat());
         assert_eq!(bench.frame(&mut slow).0.kind, Kind::Hello);
         let script = Script::new(1, "a").parts("a.img", &[Part::Lz4(&half)]);
@@ -289,7 +289,7 @@ fn strangers_push_out_their_own() {
     bench.run();
     assert!(!other.is_closed() && !spoke.is_closed());
     assert!(bench.cache.lines() <= 256);
-    bench.send(&mut spoke, &hello(1)[3..]);
+    bench.send(&mut spoke, &hello(wire::VERSION)[3..]);
     assert_eq!(bench.frame(&mut spoke).0.kind, Kind::Hello);
     drop(strangers);
 }

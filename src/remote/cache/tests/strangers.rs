@@ -44,7 +44,7 @@ fn greet(bench: &mut Bench, member: &mut Stream) {
 /// Whether the cache has heard its Hello.
 fn hears(bench: &mut Bench, mut member: Stream) -> bool {
     let deadline = Instant::now() + PATIENCE;
-    let mut left = hello(1);
+    let mut left = hello(wire::VERSION);
     let mut came = [0; 1];
     loop {
         assert!(Instant::now() < deadline);
@@ -102,7 +102,7 @@ fn who_does_not_say_who_they_are_has_to_go() {
         let bytes = match (which, &says) {
             (0 | 2 | 4, _) => Vec::new(),
             (_, Says::Raw(_)) => first.clone(),
-            _ => hello(1),
+            _ => hello(wire::VERSION),
         };
         let mut bytes = bytes.iter();
         let deadline = Instant::now() + PATIENCE;

@@ -28,6 +28,7 @@ fn start(dir: &Path) -> (UnixStream, JoinHandle<Result<(), Failure>>) {
         max_memory: None,
         max_per_source: None,
         spill: None,
+        at_once: 1,
         restore: None,
         daemon,
     };
@@ -46,7 +47,7 @@ fn frame(peer: &mut UnixStream) -> (Header, Vec<u8>) {
 }
 
 fn greet(peer: &mut UnixStream) {
-    peer.write_all(&hello(1)).unwrap();
+    peer.write_all(&hello(wire::VERSION)).unwrap();
     let mut magic = [0; MAGIC.len()];
     peer.read_exact(&mut magic).unwrap();
     assert_eq!((magic, frame(peer).0.kind), (MAGIC, Kind::Hello));
@@ -58,6 +59,7 @@ fn one_given_connection_to_the_end() {
     let (mut peer, daemon) = start(dir.path());
     greet(&mut peer);
     peer.write_all(&small(1, "a").commit()).unwrap();
+    assert_eq!(frame(&mut peer).0.kind, Kind::Room);
     assert_eq!(frame(&mut peer).0.kind, Kind::Prepared);
     peer.write_all(&confirm(1)).unwrap();
     peer.write_all(&wire::bare(Kind::Ping, 0, 0, 0)).unwrap();

@@ -41,13 +41,17 @@ fn take_one(count: &OwnedFd) {
 #[test]
 fn only_who_does_not_compress_gets_one() {
     let proxy = Proxy::start(LONG);
-    let _cache = proxy.cache();
+    let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
+    cache.begun();
     assert_ne!(dump.opened(), 0);
     assert!(dump.ring.is_none());
     let proxy = Proxy::start(LONG);
-    let _cache = proxy.plain_cache();
+    let mut cache = proxy.plain_cache();
     let mut dumps: Vec<Dump> = (0..9).map(|i| proxy.dump(&format!("b{i}"))).collect();
+    for _ in &dumps {
+        cache.begun();
+    }
     for dump in &mut dumps {
         assert_eq!(dump.opened(), 0);
     }
@@ -64,8 +68,8 @@ fn places_that_are_none() {
     let of_another_kind = wire::bare(Kind::Zero, 1, 1, 4096).to_vec();
     for bytes in [beyond, far, of_another_kind] {
         let mut dump = proxy.dump("a");
-        dump.opened();
         cache.begun();
+        dump.opened();
         dump.write(&bytes);
         let failed = dump.failed();
         assert_eq!(failed.code(), FailCode::FailProtocol);
@@ -76,8 +80,8 @@ fn places_that_are_none() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     dump.write(&placed(1, 0, &[1]));
     assert_eq!(dump.failed().text, "bad frame: Data for stream 1 from a dump");
     cache.expect::<pb::Abort>(Kind::Abort);
@@ -88,8 +92,8 @@ fn the_ring_keeps_its_length() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.plain_cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     let (memory, _) = dump.ring.as_ref().unwrap();
     assert!(nix::unistd::ftruncate(memory, 0).is_err());
     assert!(nix::unistd::ftruncate(memory, 1 << 30).is_err());
@@ -101,8 +105,8 @@ fn a_payload_is_freed_when_the_connection_has_it() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.plain_cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     let map = dump.map();
     // More than the sockets hold.
     let rounds = 4 * SLOTS;
@@ -141,8 +145,8 @@ fn a_dump_that_goes_leaves_whole_frames() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.plain_cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     cache.begun();
+    dump.opened();
     fill(&mut dump);
     // The connection is full in the middle of one of them.
     std::thread::sleep(Duration::from_millis(100));
@@ -158,8 +162,8 @@ fn a_dump_that_goes_leaves_whole_frames() {
     }
     // The connection is as good as before.
     let mut next = proxy.dump("b");
-    next.opened();
     cache.begun();
+    next.opened();
 }
 
 #[test]
@@ -168,8 +172,8 @@ fn a_dump_that_makes_holes_harms_only_itself() {
     let proxy = Proxy::start(LONG);
     let mut cache = proxy.plain_cache();
     let mut dump = proxy.dump("a");
-    dump.opened();
     let (stream, _) = cache.begun();
+    dump.opened();
     fill(&mut dump);
     std::thread::sleep(Duration::from_millis(100));
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -182,8 +186,8 @@ fn a_dump_that_makes_holes_harms_only_itself() {
     }
     assert_ne!(wrong, 0, "the checksums give it away");
     let mut next = proxy.dump("b");
-    next.opened();
     cache.begun();
+    next.opened();
 }
 
 proptest! {
@@ -201,8 +205,8 @@ proptest! {
         let (mut opened, mut writers) = (Vec::new(), Vec::new());
         for frames in dumps {
             let mut dump = proxy.dump("a");
-            dump.opened();
             let (stream, _) = cache.begun();
+            dump.opened();
             dump.guard();
             sent.insert(stream, frames.iter().map(|(len, byte, _)| (*len, *byte)).collect::<Vec<_>>());
             opened.push((dump, frames));

@@ -1,0 +1,245 @@
+//! Whether this host has what an offered tree needs, as its restore would find out when the tree stands still already.
+//!
+//! What is compared is compared by the code of the restore: files of `files`, the processor of `cpuinfo`. What is certain
+//! to fail refuses the offer. What may be otherwise by the time of the restore is told to the source and refuses nothing: pids
+//! that somebody has, files that a script of the source may bring, and whatever a cache sees that could not restore
+//! itself, since it may see other files than those who can.
+//!
+//! A file system that does not answer must not keep the cache waiting. Each offer is looked at by a thread of its own, which is
+//! given up after a while. Nothing is opened but as a path, and a source learns of a file no more than a restore would say.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use prost::Message as _;
+
+use super::super::{name, namespace_of_pids, pb};
+use crate::image::pb as images;
+use crate::proc::status;
+use crate::settings::{CpuCap, RestoreSettings};
+use crate::{cpuinfo, files, restore};
+
+/// Threads at once; those that hang are among them.
+const MOST: usize = 16;
+/// Most files and most pids that are looked at for one offer.
+const MOST_OF_ONE: usize = 4096;
+/// Longest list of what is lacking, in bytes, and longest entry of it.
+const LIST: usize = 800;
+const ENTRY: usize = 300;
+/// Number of the capability CAP_SYS_ADMIN.
+const CAP_SYS_ADMIN: u32 = 21;
+/// Options of a restore after which it does not find files as they are found here.
+const ELSEWHERE: [&str; 7] = [
+    "-r",
+    "--root",
+    "--external",
+    "--inherit-fd",
+    "--skip-file-rwx-check",
+    "--allow-symlinks",
+    "--file-validation",
+];
+
+/// An offer whose needs are to be looked at.
+#[derive(Debug)]
+pub(super) struct ToLook {
+    /// Its number in the cache.
+    pub(super) id: u64,
+    pub(super) needs: pb::Needs,
+    /// It is restored as it comes, by the cache itself.
+    pub(super) restored: bool,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Looked {
+    /// A restore would fail: why.
+    Lacks(String),
+    /// It can be restored, as far as is known; what it lacks now.
+    May(Vec<String>),
+}
+
+/// All that are being looked at.
+#[derive(Debug)]
+pub(super) struct Looks {
+    wake: Arc<EventFd>,
+    tell: Sender<(u64, Looked)>,
+    told: Receiver<(u64, Looked)>,
+    /// Until when each is waited for.
+    waiting: BTreeMap<u64, Instant>,
+    /// One more for each thread that works.
+    threads: Arc<()>,
+    patience: Duration,
+    /// Files are found as by a restore here.
+    certain: bool,
+}
+
+impl Looks {
+    /// For a cache that waits for a file system so long.
+    pub(super) fn new(patience: Duration) -> io::Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let (tell, told) = mpsc::channel();
+        Ok(Self {
+            wake: Arc::new(wake),
+            tell,
+            told,
+            waiting: BTreeMap::new(),
+            threads: Arc::default(),
+            patience,
+            certain: may_restore(),
+        })
+    }
+
+    /// The restores that this cache starts are given these options.
+    pub(super) fn with_options(&mut self, words: &[OsString]) {
+        let elsewhere = |word: &OsString| {
+            let word = word.to_string_lossy();
+            let word = word.split('=').next().unwrap_or_default();
+            // They may be abbreviated.
+            ELSEWHERE.iter().any(|option| *option == word || word.len() > 3 && option.starts_with(word))
+        };
+        self.certain &= !words.iter().any(elsewhere);
+    }
+
+    /// Readable when something was found.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Begins to look.
+    pub(super) fn start(&mut self, look: ToLook, now: Instant) {
+        let ToLook { id, needs, restored } = look;
+        let (tell, wake, certain) = (self.tell.clone(), self.wake.clone(), self.certain);
+        self.waiting.insert(id, now + self.patience);
+        let unseen = |why: &str| Looked::May(vec![format!("what the tree needs was not looked at: {why}")]);
+        if Arc::strong_count(&self.threads) > MOST {
+            let _ = self.tell.send((id, unseen("file systems of the destination do not answer")));
+            let _ = self.wake.write(1);
+            return;
+        }
+        let count = self.threads.clone();
+        let work = move || {
+            let found = look_at(&needs, restored, certain);
+            let _ = tell.send((id, found));
+            drop(count);
+            let _ = wake.write(1);
+        };
+        if let Err(e) = std::thread::Builder::new().name("needs".to_owned()).spawn(work) {
+            let _ = self.tell.send((id, unseen(&e.to_string())));
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// What was found since, and what is not waited for any longer.
+    pub(super) fn take(&mut self, now: Instant) -> Vec<(u64, Looked)> {
+        let _ = self.wake.read();
+        let mut all: Vec<_> = self.told.try_iter().collect();
+        all.retain(|(id, _)| self.waiting.remove(id).is_some());
+        let late: Vec<u64> =
+            self.waiting.iter().filter(|(_, until)| now >= **until).map(|(id, _)| *id).collect();
+        let patience = self.patience.as_secs_f32();
+        all.extend(late.into_iter().map(|id| {
+            self.waiting.remove(&id);
+            let text = format!(
+                "a file system of the destination has not answered for {patience} s when it was asked for a file that the \
+                 tree has open"
+            );
+            (id, Looked::Lacks(text))
+        }));
+        all
+    }
+
+    /// When the first is not waited for any longer.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.waiting.values().min().copied()
+    }
+}
+
+/// Whether this process could restore a tree. One that runs without the capabilities for it runs shut off, and its view of the
+/// files is no proof.
+fn may_restore() -> bool {
+    let own = std::fs::read("/proc/self/status").ok().and_then(|text| status::parse(&text).ok());
+    own.is_some_and(|own| own.cap_eff >> CAP_SYS_ADMIN & 1 == 1)
+}
+
+/// Looks at everything.
+fn look_at(needs: &pb::Needs, restored: bool, certain: bool) -> Looked {
+    let (mut lacks, mut may) = (List::default(), List::default());
+    if let Err(error) = processor(needs) {
+        let asked = needs.cpu_caps != 0;
+        if asked { &mut lacks } else { &mut may }.push(error);
+    }
+    let taken = pids(needs, restored);
+    let into = if restored { &mut lacks } else { &mut may };
+    taken.into_iter().for_each(|text| into.push(text));
+    let settings = RestoreSettings::new(std::path::Path::new("."));
+    for file in needs.files.iter().take(MOST_OF_ONE) {
+        // What cannot be understood is for the restore to refuse.
+        let Ok(entry) = images::RegFileEntry::decode(&file.entry[..]) else { continue };
+        if let Err(error) = files::would_find_file(&settings, &entry) {
+            let into = if certain && !file.may_come { &mut lacks } else { &mut may };
+            into.push(format!("{:#}", anyhow::Error::from(error)));
+        }
+    }
+    match lacks.all.is_empty() {
+        true => Looked::May(may.done()),
+        false => {
+            Looked::Lacks(format!("the destination lacks what the tree needs: {}", lacks.done().join("; ")))
+        }
+    }
+}
+
+/// The processor, as far as the user wants it compared; otherwise what programs may use that this one has not.
+fn processor(needs: &pb::Needs) -> Result<(), String> {
+    let Some(entry) = images::CpuinfoEntry::decode(&needs.cpu[..]).ok().filter(|_| !needs.cpu.is_empty())
+    else {
+        return Ok(());
+    };
+    let bit = |bit: u32| needs.cpu_caps & bit != 0;
+    let asked = CpuCap { fpu: bit(1), ins: bit(2), cpu: bit(4) };
+    let caps = if asked == CpuCap::NONE { CpuCap { fpu: true, ins: true, cpu: false } } else { asked };
+    cpuinfo::compare_with_own(&entry, caps).map_err(|e| e.to_string())
+}
+
+/// Pids that somebody has.
+fn pids(needs: &pb::Needs, restored: bool) -> Vec<String> {
+    if needs.pids_of == namespace_of_pids() {
+        let text = "source and destination share their pids, which are those of the tree itself as long as that runs: \
+                    image-cache --restore must run in another pid namespace";
+        return if restored && !needs.pids.is_empty() { vec![text.to_owned()] } else { Vec::new() };
+    }
+    needs.pids.iter().take(MOST_OF_ONE).filter_map(|pid| restore::pid_is_taken(*pid)).collect()
+}
+
+/// What is lacking, no longer than what can be told.
+#[derive(Debug, Default)]
+struct List {
+    all: Vec<String>,
+    len: usize,
+    more: usize,
+}
+
+impl List {
+    fn push(&mut self, text: String) {
+        let mut text: String = text.chars().filter(|c| !name::is_hidden(*c)).collect();
+        name::shorten(&mut text, ENTRY);
+        if self.len + text.len() > LIST {
+            self.more += 1;
+        } else {
+            self.len += text.len();
+            self.all.push(text);
+        }
+    }
+
+    fn done(mut self) -> Vec<String> {
+        if self.more > 0 {
+            self.all.push(format!("and {} more", self.more));
+        }
+        self.all
+    }
+}
