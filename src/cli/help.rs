@@ -35,8 +35,8 @@ Who may bring snapshots:
       --tls-cacrl FILE     certificates that are no longer good [default: /etc/pki/CA/cacrl.pem, if it is there]
       --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
       --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
-      --tls-allow SUBJECT  only who is named so by that certificate: SUBJECT is its CN or a DNS name in it, or with a = in
-                           it the whole subject as list shows it; repeatable [default: everybody it is signed for]
+      --tls-allow SUBJECT  only who is named so by that certificate: SUBJECT is its CN or a DNS name in it, or with a = or :
+                           the whole subject as list shows it; repeatable [default: everybody who has one]
 Without --tls everybody who reaches the port may: keep others off with --address or a firewall.
 What comes with `crtool migrate`:
       --restore            restore it here. Words after `--` are further options of that restore:
@@ -104,7 +104,7 @@ Who it is:
       --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
       --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
       --tls-no-cn-verify   its certificate need not carry the name in --address
-      --tls-allow SUBJECT  its certificate must name SUBJECT: its CN or a DNS name in it, or with a = in it the whole
+      --tls-allow SUBJECT  its certificate must name SUBJECT: its CN or a DNS name in it, or with a = or : the whole
                            subject as the log shows it; repeatable
 How it runs:
   -W, --work-dir DIR       its socket for dumps, img-proxy.sock, is here; so are logs and pid file [default: the

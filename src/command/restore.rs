@@ -8,7 +8,7 @@ use std::{
         unix::process::CommandExt as _,
     },
     process::Command,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -54,14 +54,15 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
 fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Result<Restored> {
     // A script may do before a restore what it finds done only when the dump is over.
     let early = settings.common.action_scripts.scripts.is_empty();
-    let begun = Instant::now();
+    let (begun, mut wait) = (Instant::now(), remote.wait_snapshot);
     loop {
-        let store =
-            RemoteSnapshot::take(remote, early, remote.wait_snapshot.saturating_sub(begun.elapsed()))?;
+        let store = RemoteSnapshot::take(remote, early, wait)?;
         match crate::restore::restore_from(&store, settings) {
             // Its tree runs on at the source, and may be sent again.
             Err(error) if store.has_passed() && remote.snapshot_id == 0 => {
                 tracing::warn!("{:#}; waiting for the next one", explained(error));
+                // In whole seconds, for messages.
+                wait = remote.wait_snapshot.saturating_sub(Duration::from_secs(begun.elapsed().as_secs()));
             }
             restored => return restored.inspect_err(|error| store.give_up(&format!("{error:#}"))),
         }
