@@ -18,6 +18,7 @@ mod external;
 mod fd_view;
 mod fifo;
 mod flags;
+mod flush;
 mod fown;
 mod ghost;
 mod inotify;

@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     DumpCx, DumpTables, FdView, FileError, FileKind, Opened, Place, RestoreCx, Stat, build_id, device,
-    external, flags,
+    external, flags, flush,
     kind::{packed_in, symlinks},
     path::{proc_pid, to_path},
     procfs, remap,
@@ -87,6 +87,9 @@ impl FileKind for Regular {
             entry.name = name;
             entry.mode = Some(mode);
             return Ok(entry);
+        }
+        if regular && cx.frozen && cx.settings.remote.is_some() {
+            flush::flush(fd)?;
         }
         entry.name = remap::name(cx, fd, id)?;
         if regular && entry.size.is_some() {

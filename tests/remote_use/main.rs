@@ -11,6 +11,7 @@ mod chain;
 mod compress;
 mod copies;
 mod endings;
+mod flushed;
 mod given;
 mod greedy;
 mod manager;
@@ -63,6 +64,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("two_trees_that_do_not_fit_together", greedy::two_trees),
     ("frames_that_never_end", greedy::frames_that_never_end),
     ("images_without_end", greedy::images_without_end),
+    ("what_was_written_is_there_first", flushed::before_the_hand_over),
     ("saved", copies::saved),
     ("saved_dropped_and_loaded", copies::saved_dropped_and_loaded),
     ("saved_in_doubt", copies::saved_in_doubt),
@@ -77,6 +79,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("spilled_where_nothing_can_be", endings::spilled_where_nothing_can_be),
 ];
 
+/// What single trials need of the machine.
+const NEEDS: &[(&str, &str, fn() -> bool)] =
+    &[("what_was_written_is_there_first", "/dev/fuse and python3", flushed::can_be_tried)];
+
 fn main() -> ExitCode {
     if let Some(status) = program::main() {
         return status;
@@ -86,6 +92,11 @@ fn main() -> ExitCode {
         Trial::ignorable_test(name, move || {
             if !nix::unistd::geteuid().is_root() {
                 return Ok(Completion::ignored_with("needs root"));
+            }
+            if let Some((_, need, there)) = NEEDS.iter().find(|(trial, ..)| *trial == name)
+                && !there()
+            {
+                return Ok(Completion::ignored_with(format!("needs {need}")));
             }
             run();
             Ok(Completion::Completed)
