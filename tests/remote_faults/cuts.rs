@@ -79,9 +79,9 @@ fn certain(way: Way, spot: Spot, hit: Option<Kind>) -> Option<Outcome> {
         None => Some(Outcome::Moved),
         // A proxy may try to connect again before the first snapshot.
         Some(Kind::Hello) => None,
-        Some(Kind::SnapshotBegin | Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd) => {
-            Some(Outcome::Stayed)
-        }
+        Some(
+            Kind::SnapshotBegin | Kind::Room | Kind::ImageBegin | Kind::Data | Kind::Zero | Kind::ImageEnd,
+        ) => Some(Outcome::Stayed),
         Some(Kind::Commit) if cut => Some(Outcome::Stayed),
         Some(Kind::Commit) => None,
         // The source never hears that it can go on.
@@ -107,7 +107,7 @@ fn one(road: &Road, site: &mut Site, way: Way, spot: Spot, name: &str, early: bo
 const CUTS: [Fault; 4] = [Fault::Before, Fault::InHeader, Fault::BeforeEnd, Fault::After];
 
 /// Kinds of frames of a migration; which come in any.
-pub const KINDS: [(bool, Kind, bool); 11] = [
+pub const KINDS: [(bool, Kind, bool); 12] = [
     (true, Kind::Hello, true),
     (true, Kind::SnapshotBegin, true),
     (true, Kind::ImageBegin, true),
@@ -117,6 +117,7 @@ pub const KINDS: [(bool, Kind, bool); 11] = [
     (true, Kind::Commit, true),
     (true, Kind::Confirm, true),
     (false, Kind::Hello, true),
+    (false, Kind::Room, true),
     (false, Kind::Prepared, true),
     (false, Kind::Restored, false),
 ];

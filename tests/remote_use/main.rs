@@ -15,6 +15,7 @@ mod flushed;
 mod given;
 mod greedy;
 mod manager;
+mod offers;
 mod program;
 mod site;
 #[path = "../live/chain.rs"]
@@ -65,6 +66,11 @@ const TRIALS: &[(&str, Run)] = &[
     ("frames_that_never_end", greedy::frames_that_never_end),
     ("images_without_end", greedy::images_without_end),
     ("what_was_written_is_there_first", flushed::before_the_hand_over),
+    ("a_file_is_missing", offers::a_file_is_missing),
+    ("a_pid_is_taken", offers::a_pid_is_taken),
+    ("too_little_memory", offers::too_little_memory),
+    ("turns", offers::turns),
+    ("a_turn_that_is_not_used", offers::a_turn_that_is_not_used),
     ("saved", copies::saved),
     ("saved_dropped_and_loaded", copies::saved_dropped_and_loaded),
     ("saved_in_doubt", copies::saved_in_doubt),
