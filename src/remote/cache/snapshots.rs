@@ -885,7 +885,9 @@ impl Snapshots {
             snapshots.letters.push((owner, wire::frame(Kind::Failed, owner.stream, 0, &failed)));
         };
         let Some((id, state)) = found else {
-            if let Some(resume::Verdict::Go(_)) = resume.verdict
+            // What is here may still be let go by the word of its own source: nobody is told that it never was.
+            let is_here = self.snapshots.of_dump(resume.id).next().is_some();
+            if let (Some(resume::Verdict::Go(_)), false) = (&resume.verdict, is_here)
                 && let Some(answer) = self.of_journal(origin, resume)
             {
                 let frame = match answer {

@@ -9,6 +9,8 @@ const OTHER: &str = "CN=other,O=Example";
 /// What a source and a restore have done to snapshot "a", and what still belongs to that.
 struct Held {
     bench: Bench,
+    /// Which journal the cache keeps, and where.
+    journal: (u64, tempfile::TempDir),
     owner: Option<Peer>,
     _restore: Option<(Command, Option<Root>)>,
 }
@@ -16,6 +18,10 @@ struct Held {
 /// All states in which a snapshot can be that has come whole.
 fn held(state: State, linked: bool) -> Held {
     let mut bench = Bench::new();
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    let identity = journal.identity();
+    bench.cache.keep_journal(journal);
     let mut owner = bench.source_at(OWNER);
     let restore = match state {
         State::Armed => {
@@ -43,10 +49,12 @@ fn held(state: State, linked: bool) -> Held {
         }
     };
     let owner = linked.then_some(owner);
+    bench
+        .until("the end of a connection", |bench| (bench.cache.lines() == usize::from(linked)).then_some(()));
     bench.wait_state("a", state);
     // Of a connection that has ended too.
     bench.run();
-    Held { bench, owner, _restore: restore }
+    Held { bench, journal: (identity, dir), owner, _restore: restore }
 }
 
 const STATES: [(State, bool); 9] = [
@@ -66,10 +74,18 @@ const STATES: [(State, bool); 9] = [
 fn what_another_source_says_of_it_counts_for_nothing() {
     for (state, linked) in STATES {
         for verdict in [yes(), no(), go_again()] {
-            let Held { mut bench, owner, _restore } = held(state, linked);
+            let Held { mut bench, journal, owner, _restore } = held(state, linked);
             let before = bench.info("a");
             let mut other = bench.source_at(OTHER);
-            bench.send(&mut other, &resume(1, "a", drawn("a"), verdict.clone()));
+            // Who says which journal is meant would be told of a tree that is not here that it was never let go.
+            let verdict = Some(verdict);
+            let said = pb::Resume {
+                name: "a".to_owned(),
+                id: drawn("a"),
+                verdict: verdict.clone(),
+                journal: journal.0,
+            };
+            bench.send(&mut other, &wire::frame(Kind::Resume, 1, 0, &said));
             let failed = bench.failed(&mut other, 1);
             assert_eq!(code(&failed), FailCode::FailNotFound, "{state:?} {verdict:?}");
             // As if it were not here.
@@ -108,7 +124,7 @@ fn what_another_source_says_of_it_counts_for_nothing() {
 #[test]
 fn what_its_own_source_says_counts() {
     for (state, linked) in STATES {
-        let Held { mut bench, owner: _owner, _restore } = held(state, linked);
+        let Held { mut bench, owner: _owner, _restore, journal: _journal } = held(state, linked);
         let mut again = bench.source_at(OWNER);
         bench.send(&mut again, &resume(1, "a", drawn("a"), no()));
         let failed = !matches!(state, State::Starting | State::Restored);
@@ -120,7 +136,7 @@ fn what_its_own_source_says_counts() {
 #[test]
 fn nobody_else_replaces_it_or_builds_on_it() {
     for (state, linked) in STATES {
-        let Held { mut bench, owner: _owner, _restore } = held(state, linked);
+        let Held { mut bench, owner: _owner, _restore, journal: _journal } = held(state, linked);
         let before = bench.info("a");
         let mut other = bench.source_at(OTHER);
         bench.send(&mut other, &small(1, "a").frames);
