@@ -1,14 +1,14 @@
 //! Live migration over loopback, in turn with what it is measured against, in one run.
 //!
 //! `cargo bench --bench remote -- [--sizes 256m,1g,4g] [--ways NAME,...] [--runs N] [--dir DIR] [--ours PATH]
-//! [--peer PATH] [--list]`
+//! [--peer PATH] [--rate RATE] [--list]`
 //!
 //! The target holds so much random memory, looks at the clock every half millisecond and remembers the longest gap,
 //! which is the time from freeze to running as the target itself lived it; when told to end it checks every byte.
 //! For each size and run, one way after the other (who is first changes with each run) moves a fresh target. The
 //! floor only reads the memory of the target, which keeps running, sends it and writes it into a memfd. What is
 //! printed are medians. Everything happens on tmpfs and in a pid namespace of its own, targets and dumps in one below
-//! that: destinations have pids of their own. docs/benchmarks.md says what each figure means.
+//! that: destinations have pids of their own. With `--rate` loopback is a link of that rate (iproute2). docs/benchmarks.md says what each figure means.
 
 // A benchmark exports nothing; `pub` here means "for the other modules".
 #![allow(unreachable_pub)]
@@ -51,6 +51,8 @@ struct Options {
     ours: PathBuf,
     peer: PathBuf,
     list: bool,
+    /// Of loopback, as tc(8) writes it.
+    rate: Option<String>,
 }
 
 /// Marks the process that is init of the benchmark's own pid namespace, and tells its parent's pid, which is unique.
@@ -77,7 +79,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if env::var_os(INSIDE).is_none() {
-        return inside();
+        return inside(options.rate.as_deref());
     }
     let ours = (options.ours.clone(), Tool::new("crtool", &options.ours));
     let peer = options.peer.exists().then(|| Tool::new("CRIU", &options.peer));
@@ -102,6 +104,7 @@ fn options() -> Result<Options, String> {
         ours: env!("CARGO_BIN_EXE_crtool").into(),
         peer: "/opt/criu-peer/bin/criu".into(),
         list: false,
+        rate: None,
     };
     let mut words = env::args().skip(1);
     while let Some(word) = words.next() {
@@ -119,6 +122,7 @@ fn options() -> Result<Options, String> {
                 let way = |name: &str| Way::named(name).ok_or(format!("no way {name}; --list names them"));
                 options.ways = value()?.split(',').map(way).collect::<Result<_, _>>()?;
             }
+            "--rate" => options.rate = Some(value()?),
             "--runs" => options.runs = value()?.parse().map_err(|e| format!("--runs: {e}"))?,
             "--dir" => options.dir = value()?.into(),
             "--ours" => options.ours = path::absolute(value()?).map_err(|e| format!("--ours: {e}"))?,
@@ -140,9 +144,19 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Starts this program again in namespaces of its own: pids are free, and nothing survives.
-fn inside() -> ExitCode {
-    let status = Command::new("unshare")
-        .args(["--pid", "--fork", "--mount", "--mount-proc", "--kill-child=KILL", "--"])
+fn inside(rate: Option<&str>) -> ExitCode {
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount", "--mount-proc", "--kill-child=KILL"]);
+    match rate {
+        None => command.arg("--"),
+        Some(rate) => {
+            let script = format!(
+                "ip link set lo up && tc qdisc add dev lo root tbf rate {rate} burst 1mb latency 50ms && exec \"$@\""
+            );
+            command.args(["--net", "--", "sh", "-c", &script, "sh"])
+        }
+    };
+    let status = command
         .arg(env::current_exe().expect("own path"))
         .args(env::args_os().skip(1))
         .env(INSIDE, std::process::id().to_string())

@@ -32,6 +32,10 @@ pub enum Way {
     Proxy,
     /// crtool, through image-proxy, TLS between proxy and cache.
     ProxyTls,
+    /// crtool migrate, which speaks to the cache: the source ends last.
+    Migrate,
+    /// The same through image-proxy.
+    MigrateProxy,
     /// CRIU and its page server.
     PageServer,
     /// CRIU, tar over TCP.
@@ -48,6 +52,8 @@ pub const WAYS: &[Way] = &[
     Way::DirectTls,
     Way::Proxy,
     Way::ProxyTls,
+    Way::Migrate,
+    Way::MigrateProxy,
     Way::PageServer,
     Way::Tar,
 ];
@@ -63,6 +69,8 @@ impl Way {
             Self::DirectTls => "direct-tls",
             Self::Proxy => "proxy",
             Self::ProxyTls => "proxy-tls",
+            Self::Migrate => "migrate",
+            Self::MigrateProxy => "migrate-proxy",
             Self::PageServer => "page-server",
             Self::Tar => "tar",
         }
@@ -78,6 +86,8 @@ impl Way {
             Self::DirectTls => "crtool, direct, TLS",
             Self::Proxy => "crtool, through the proxy",
             Self::ProxyTls => "crtool, through the proxy, TLS",
+            Self::Migrate => "crtool, `migrate`, direct",
+            Self::MigrateProxy => "crtool, `migrate`, through the proxy",
             Self::PageServer => "CRIU, page server",
             Self::Tar => "CRIU, tar over TCP",
         }
@@ -145,7 +155,13 @@ impl Place<'_> {
                     ..Sample::default()
                 })
             }
-            Way::Direct | Way::Free | Way::DirectTls | Way::Proxy | Way::ProxyTls => self.ours(target, way),
+            Way::Direct
+            | Way::Free
+            | Way::DirectTls
+            | Way::Proxy
+            | Way::ProxyTls
+            | Way::Migrate
+            | Way::MigrateProxy => self.ours(target, way),
             Way::PageServer => self.page_server(target),
             Way::Tar => self.tar(target),
         }
@@ -178,7 +194,8 @@ impl Place<'_> {
     }
 
     fn ours(&self, target: &Target, way: Way) -> Result<Sample, String> {
-        let through_proxy = matches!(way, Way::Proxy | Way::ProxyTls);
+        let through_proxy = matches!(way, Way::Proxy | Way::ProxyTls | Way::MigrateProxy);
+        let run_first = matches!(way, Way::Migrate | Way::MigrateProxy);
         let tls = if matches!(way, Way::DirectTls | Way::ProxyTls) { self.tls()? } else { Vec::new() };
         let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
         let port = daemon::free_port()?;
@@ -187,7 +204,9 @@ impl Place<'_> {
             let words: Vec<&str> = words.iter().chain(&tls).copied().collect();
             Daemon::start(name, self.ours_path, &words, self.dir, ready, self.reaper)
         };
-        let cache_words = ["image-cache", "--address", "127.0.0.1", "--port", &port_word, "-o", "cache.log"];
+        let mut cache_words =
+            vec!["image-cache", "--address", "127.0.0.1", "--port", &port_word, "-o", "cache.log"];
+        cache_words.extend(run_first.then_some("--restore"));
         let cache = start("image-cache", &cache_words, &|| daemon::listens(port))?;
         let proxy_socket = self.path("img-proxy.sock");
         let proxy_words = ["image-proxy", "--address", "127.0.0.1", "--port", &port_word, "-o", "proxy.log"];
@@ -197,7 +216,12 @@ impl Place<'_> {
 
         let work = self.dir.to_string_lossy();
         let mut words = vec!["dump", "-t", &pid, "--remote", "-W", &work, "-o", "dump.log", "-v4"];
-        if !through_proxy {
+        let to = format!("127.0.0.1:{port}");
+        if run_first {
+            words[0] = "migrate";
+            words.remove(3);
+            words.extend((!through_proxy).then_some(["--to", &to]).into_iter().flatten());
+        } else if !through_proxy {
             words.extend(["--address", "127.0.0.1", "--port", &port_word]);
             words.extend(&tls);
         }
@@ -206,13 +230,17 @@ impl Place<'_> {
         // It may be started first, and then it is: nobody waits for it to start, as nobody would have to.
         let mut restore_words = vec!["restore", "-d", "--remote", "-W", &work, "-o", "restore.log"];
         restore_words.extend((way == Way::Free).then_some("--free-as-read"));
-        let restore = self.ours.start(&restore_words, &self.path("out.restore"))?;
+        let restore = match run_first {
+            false => Some(self.ours.start(&restore_words, &self.path("out.restore"))?),
+            // The cache starts it.
+            true => None,
+        };
         let before = daemon::cpu(target.at);
         let dump = self.ours.behind(&self.source.prefix()).run(self.reaper, &words, &out, false)?;
         let sent = Instant::now();
         let in_its_name = self.gone(target, before)?;
-        let restore = restore.end(self.reaper, false)?;
-        let restored = cpu(restore) + daemon::cpu(target.pid);
+        let restore = restore.map(|restore| restore.end(self.reaper, false)).transpose()?;
+        let restored = restore.map(|restore| cpu(restore) + daemon::cpu(target.pid));
         let kept = watch.end(sent.elapsed(), Duration::from_secs(5));
         let sample = Sample {
             sent: acknowledged(&self.path("dump.log"))?,
@@ -220,7 +248,7 @@ impl Place<'_> {
             cpu_dump: cpu(dump) + in_its_name,
             cpu_proxy: proxy.as_ref().map(Daemon::cpu),
             cpu_cache: Some(cache.cpu()),
-            cpu_restore: Some(restored),
+            cpu_restore: restored,
             proxy_peak: proxy.as_ref().map(Daemon::peak_kib),
             cache: Some(kept),
         };
