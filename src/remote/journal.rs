@@ -254,6 +254,23 @@ pub enum Reached {
     Fell,
 }
 
+/// Removes the oldest files of these names but [`HISTORY`] of them; whether there were too many.
+pub fn trim(work_dir: &Path, prefix: &str, suffix: &str) -> bool {
+    let Ok(entries) = fs::read_dir(work_dir) else { return false };
+    let ours = |name: &str| name.starts_with(prefix) && name.ends_with(suffix);
+    let mut all: Vec<_> = entries
+        .flatten()
+        .filter(|entry| ours(&entry.file_name().to_string_lossy()))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    all.sort();
+    let surplus = all.len().saturating_sub(HISTORY);
+    for (_, path) in all.iter().take(surplus) {
+        let _ = fs::remove_file(path);
+    }
+    surplus > 0
+}
+
 /// The journal of a cache.
 #[derive(Debug)]
 pub struct Journal {
@@ -268,7 +285,7 @@ impl Journal {
         let path = work_dir.join("handover.id");
         // Without some of its records it is another journal.
         let known = fs::read_to_string(&path).ok().and_then(|id| parse_id(id.trim()));
-        let known = known.filter(|_| !Self::trim(work_dir));
+        let known = known.filter(|_| !trim(work_dir, "handover-", ".journal"));
         let identity = match known {
             Some(identity) => identity,
             None => {
@@ -288,23 +305,6 @@ impl Journal {
 
     fn path(work_dir: &Path, id: u64) -> PathBuf {
         work_dir.join(format!("handover-{}.journal", shown(id)))
-    }
-
-    /// Removes the oldest records; whether there were too many.
-    fn trim(work_dir: &Path) -> bool {
-        let Ok(entries) = fs::read_dir(work_dir) else { return false };
-        let ours = |name: &str| name.starts_with("handover-") && name.ends_with(".journal");
-        let mut all: Vec<_> = entries
-            .flatten()
-            .filter(|entry| ours(&entry.file_name().to_string_lossy()))
-            .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-            .collect();
-        all.sort();
-        let surplus = all.len().saturating_sub(HISTORY);
-        for (_, path) in all.iter().take(surplus) {
-            let _ = fs::remove_file(path);
-        }
-        surplus > 0
     }
 
     /// Writes down how far a tree has come that `origin` has brought.

@@ -59,6 +59,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("slow_network", cases::slow_network),
     ("large", cases::large),
     ("soak", soak::soak),
+    ("soak_of_migrate", soak::migrate),
     ("dump_killed", kills::dump),
     ("dump_killed_direct", kills::dump_direct),
     ("proxy_killed", kills::proxy),

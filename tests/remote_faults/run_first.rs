@@ -146,7 +146,7 @@ fn settle(site: &mut Site, name: &str, end: End) -> Result<bool, String> {
 }
 
 /// One migration without trouble; how long it took.
-fn plain(site: &mut Site, way: Way, name: &str) -> Result<Duration, String> {
+pub fn plain(site: &mut Site, way: Way, name: &str) -> Result<Duration, String> {
     site.daemons(way)?;
     let ended = begin(site, way, name)?.end()?.succeeded()?;
     site.arrived()?;

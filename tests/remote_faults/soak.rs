@@ -11,12 +11,13 @@ use std::{
 };
 
 use crate::hosts::Host;
-use crate::site::{CACHE, LIMIT, PROXY, Site, TIMEOUT, Way};
+use crate::run_first;
+use crate::site::{CACHE, LIMIT, PROXY, Site, Way};
 
 /// MiB that change all the time.
 const CHANGING: usize = 16;
-/// By then everything has happened once on each host, and on one of them twice.
-const WARM: usize = 3;
+/// By then everything has happened on each host, in each way.
+const WARM: usize = 5;
 /// What the memory in use by a process may grow: the allocator's waste, and a daemon's history of snapshots.
 const SLACK_KIB: u64 = 2 << 10;
 /// Mappings that the allocator of a daemon may make besides.
@@ -33,11 +34,35 @@ pub fn limit() -> Duration {
     Duration::from_secs(5) * u32::try_from(rounds()).unwrap_or(u32::MAX)
 }
 
+/// Dumps and restores, through proxies.
 pub fn soak(site: &mut Site) -> Result<(), String> {
-    for host in [Host::Left, Host::Right] {
-        site.daemon(host, CACHE, &["--port", "9996", "--timeout", TIMEOUT])?;
-        let address = host.other().ipv4();
-        site.daemon(host, PROXY, &["--address", address, "--port", "9996", "--timeout", TIMEOUT])?;
+    to_and_fro(site, |site, name| {
+        let (dump, restore) = site.migrate(Way::Proxied, name)?;
+        Ok(dump + restore)
+    })
+}
+
+/// The same with `migrate`, without and with a proxy in turn.
+pub fn migrate(site: &mut Site) -> Result<(), String> {
+    site.restores = true;
+    let mut way = Way::Direct;
+    to_and_fro(site, move |site, name| {
+        // Two rounds each: to and fro.
+        let took = run_first::plain(site, way, name)?;
+        if site.at == Host::Left {
+            way = if way == Way::Direct { Way::Proxied } else { Way::Direct };
+        }
+        Ok(took)
+    })
+}
+
+fn to_and_fro(
+    site: &mut Site,
+    mut move_it: impl FnMut(&mut Site, &str) -> Result<Duration, String>,
+) -> Result<(), String> {
+    for _ in [Host::Left, Host::Right] {
+        site.daemons(Way::Proxied)?;
+        site.at = site.at.other();
     }
     site.start_tree_with(CHANGING, 0)?;
     let rounds = rounds();
@@ -45,9 +70,7 @@ pub fn soak(site: &mut Site) -> Result<(), String> {
     let (mut warm, mut times) = (None, Vec::new());
     for round in 1..=rounds {
         let name = format!("soak {round}");
-        let (dump, restore) =
-            site.migrate(Way::Proxied, &name).map_err(|e| format!("round {round} of {rounds}: {e}"))?;
-        times.push(dump + restore);
+        times.push(move_it(site, &name).map_err(|e| format!("round {round} of {rounds}: {e}"))?);
         site.daemons_live()?;
         if round == WARM {
             warm = Some(settled(site)?);
@@ -58,7 +81,7 @@ pub fn soak(site: &mut Site) -> Result<(), String> {
     times.sort();
     let (middle, longest) = (times.get(rounds / 2), times.last());
     let [middle, longest] = [middle, longest].map(|time| time.copied().unwrap_or_default());
-    println!("{rounds} rounds in {took:.1?}, dump and restore {middle:.0?}, at most {longest:.0?}");
+    println!("{rounds} rounds in {took:.1?}, each {middle:.0?}, at most {longest:.0?}");
     println!("after round {WARM}, and after round {rounds}:");
     let mut more = Vec::new();
     for (then, now) in warm.iter().zip(&now) {
@@ -128,7 +151,13 @@ impl Figures {
             |name: &str| fs::read_to_string(format!("/proc/{}/{name}", site.init(host))).unwrap_or_default();
         let established = of("net/tcp").lines().filter(|l| l.split_whitespace().nth(3) == Some("01")).count();
         let names = fs::read_dir(site.work_there(host)).into_iter().flatten().flatten();
-        let files: BTreeSet<_> = names.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        let names = names.map(|e| e.file_name().to_string_lossy().into_owned());
+        // Of these the newest thousand are kept.
+        let kept = |name: &str| {
+            name.starts_with("handover-") && name.ends_with(".journal")
+                || name.starts_with("restore-") && name.ends_with(".log")
+        };
+        let files: BTreeSet<_> = names.filter(|name| !kept(name)).collect();
         let counted = vec![
             ("mounts", of("mountinfo").lines().count() as u64),
             ("connections", established as u64),

@@ -107,6 +107,7 @@ impl Restorer {
     pub(super) fn ended(&mut self, token: u64, cache: &mut Cache) {
         let Some(at) = self.running.iter().position(|(of, ..)| *of == token) else { return };
         let (_, id, mut child, _) = self.running.swap_remove(at);
+        journal::trim(&self.work_dir, "restore-", ".log");
         let mut said = String::new();
         match child.wait() {
             Ok(status) if status.success() => {}
