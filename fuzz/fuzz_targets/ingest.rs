@@ -7,7 +7,7 @@
 
 use crtool::remote::cache::swallow;
 use crtool::remote::pb;
-use crtool::remote::wire::{HEADER, Header, Kind, MAGIC, frame, seal};
+use crtool::remote::wire::{HEADER, Header, Kind, MAGIC, VERSION, frame, seal};
 use libfuzzer_sys::fuzz_target;
 
 /// Checksums that are right, where the fuzzer left place for one: it would hardly find them.
@@ -30,7 +30,7 @@ fuzz_target!(|input: (bool, Vec<u8>, Vec<u8>)| {
     if good {
         mend(&mut frames);
     }
-    let hello = pb::Hello { version: wire::VERSION, ..Default::default() };
+    let hello = pb::Hello { version: VERSION, ..Default::default() };
     let bytes = [&MAGIC[..], &frame(Kind::Hello, 0, 0, &hello), &frames].concat();
     assert_eq!(swallow(&bytes, &cuts), 0);
 });

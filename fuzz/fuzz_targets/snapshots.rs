@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use crtool::remote::cache::swallow;
 use crtool::remote::pb;
-use crtool::remote::wire::{HEADER, Header, Kind, LZ4, MAGIC, Sum, bare, crc_of_zeros, frame};
+use crtool::remote::wire::{HEADER, Header, Kind, LZ4, MAGIC, Sum, VERSION, bare, crc_of_zeros, frame};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -134,7 +134,7 @@ impl Said {
 fuzz_target!(|input: (Vec<u8>, Vec<Op>)| {
     let (cuts, ops) = input;
     let mut said = Said::default();
-    let hello = pb::Hello { version: wire::VERSION, ..Default::default() };
+    let hello = pb::Hello { version: VERSION, ..Default::default() };
     let mut bytes = [&MAGIC[..], &frame(Kind::Hello, 0, 0, &hello)].concat();
     for op in ops {
         bytes.extend(said.bytes(op));

@@ -85,8 +85,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("spilled_where_nothing_can_be", endings::spilled_where_nothing_can_be),
 ];
 
+type IsThere = fn() -> bool;
+
 /// What single trials need of the machine.
-const NEEDS: &[(&str, &str, fn() -> bool)] =
+const NEEDS: &[(&str, &str, IsThere)] =
     &[("what_was_written_is_there_first", "/dev/fuse and python3", flushed::can_be_tried)];
 
 fn main() -> ExitCode {

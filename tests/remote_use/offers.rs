@@ -181,7 +181,7 @@ fn waiting(command: &mut Command) -> (Child, BufReader<std::process::ChildStderr
         line.clear();
         assert_ne!(lines.read_line(&mut line).unwrap(), 0, "it does not wait");
     }
-    assert!(line.contains(": 1 before it; the tree runs on"), "{line}");
+    assert!(line.contains("127.0.0.1") && line.contains(": 1 before it; the tree runs on"), "{line}");
     (child, lines)
 }
 

@@ -114,7 +114,12 @@ impl Looks {
     /// Begins to look.
     pub(super) fn start(&mut self, look: ToLook, now: Instant) {
         let ToLook { id, needs, restored } = look;
-        let (tell, wake, certain) = (self.tell.clone(), self.wake.clone(), self.certain);
+        let certain = self.certain;
+        self.begin(id, now, move || look_at(&needs, restored, certain));
+    }
+
+    fn begin(&mut self, id: u64, now: Instant, look: impl FnOnce() -> Looked + Send + 'static) {
+        let (tell, wake) = (self.tell.clone(), self.wake.clone());
         self.waiting.insert(id, now + self.patience);
         let unseen = |why: &str| Looked::May(vec![format!("what the tree needs was not looked at: {why}")]);
         if Arc::strong_count(&self.threads) > MOST {
@@ -124,8 +129,7 @@ impl Looks {
         }
         let count = self.threads.clone();
         let work = move || {
-            let found = look_at(&needs, restored, certain);
-            let _ = tell.send((id, found));
+            let _ = tell.send((id, look()));
             drop(count);
             let _ = wake.write(1);
         };
@@ -241,5 +245,60 @@ impl List {
             self.all.push(format!("and {} more", self.more));
         }
         self.all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_does_not_answer_holds_up_nobody() {
+        let patience = Duration::from_secs(5);
+        let mut looks = Looks::new(patience).unwrap();
+        let (answer, hangs) = mpsc::channel::<()>();
+        let hangs = Arc::new(std::sync::Mutex::new(hangs));
+        let now = Instant::now();
+        for id in 0..MOST as u64 {
+            let hangs = hangs.clone();
+            looks.begin(id, now, move || {
+                let _ = hangs.lock().unwrap().recv();
+                Looked::May(Vec::new())
+            });
+        }
+        assert_eq!(looks.take(now), []);
+        assert_eq!(looks.deadline(), Some(now + patience));
+        // There are no more threads for it.
+        looks.begin(100, now, || unreachable!());
+        let all = looks.take(now);
+        let [(100, Looked::May(lacks))] = &all[..] else { panic!("{all:?}") };
+        assert!(lacks[0].contains("do not answer"), "{lacks:?}");
+        let all = looks.take(now + patience);
+        assert_eq!(all.len(), MOST);
+        let late = |found: &Looked| matches!(found, Looked::Lacks(text) if text.contains("has not answered for 5 s"));
+        assert!(all.iter().all(|(_, found)| late(found)), "{all:?}");
+        // What they say after that is too late.
+        drop(answer);
+        let until = Instant::now() + Duration::from_secs(60);
+        while Arc::strong_count(&looks.threads) > 1 {
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert_eq!((looks.take(now), looks.deadline()), (Vec::new(), None));
+    }
+
+    #[test]
+    fn options_that_find_files_elsewhere() {
+        for (words, certain) in [
+            (&["--action-script", "/a.sh"][..], true),
+            (&["--root", "/x"], false),
+            (&["--root=/x"], false),
+            (&["-v4"], true),
+        ] {
+            let mut looks = Looks::new(Duration::from_secs(1)).unwrap();
+            looks.certain = true;
+            looks.with_options(&words.iter().map(OsString::from).collect::<Vec<_>>());
+            assert_eq!(looks.certain, certain, "{words:?}");
+        }
     }
 }

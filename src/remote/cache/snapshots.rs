@@ -511,7 +511,7 @@ impl Snapshots {
                 if matches!(snapshot.turn, Turn::Waits(told) if told != Some(place)) {
                     snapshot.turn = Turn::Waits(Some(place));
                     snapshot.text = format!("waits for its turn, {place} before it (--at-once)");
-                    self.tell(id, Kind::Queue, &pb::Queue { place });
+                    self.tell(id, Kind::Queue, &pb::Queue { place, ..pb::Queue::default() });
                 }
             }
         }

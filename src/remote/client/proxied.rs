@@ -72,16 +72,16 @@ impl Proxied {
         let packets = Packets::connect("image-proxy", &work_dir.join(PROXY_SOCKET), timeout)?;
         let patience = timeout * 3;
         let (work_dir, name, id, pid) = (work_dir.to_owned(), begin.name.clone(), begin.id, begin.pid);
-        let (mut asked, mut told) = (Some(local_request::What::Open(begin)), None);
+        let (mut until, mut told) = (Instant::now() + patience, None);
+        packets.send(local_request::What::Open(begin), &[], until)?;
         let (opened, mut fds) = loop {
-            let until = Instant::now() + patience;
-            if let Some(open) = asked.take() {
-                packets.send(open, &[], until)?;
-            }
             match packets.receive(until)? {
                 (local_reply::What::Opened(opened), fds) => break (opened, fds),
-                // It says so again as long as it hears of the cache.
-                (local_reply::What::Queue(queue), _) => waits(&mut told, queue.place, "the image-cache"),
+                // It says so again as long as it hears of the cache, and why it does not when it gives that up.
+                (local_reply::What::Queue(queue), _) => {
+                    waits(&mut told, queue.place, &queue.target);
+                    until = Instant::now() + patience + Duration::from_millis(queue.timeout_ms.into());
+                }
                 (other, _) => return Err(packets.unexpected(&other)),
             }
         };

@@ -103,7 +103,7 @@ impl Peer {
             }
             Kind::SnapshotBegin => {
                 if let Twist::Queue(pings) = twist {
-                    self.say(Kind::Queue, &pb::Queue { place: 1 });
+                    self.say(Kind::Queue, &pb::Queue { place: 1, ..Default::default() });
                     for _ in 0..pings {
                         assert_eq!(self.frame().unwrap().0.kind, Kind::Ping);
                         self.stream.write_all(&wire::bare(Kind::Pong, 0, 0, 0)).unwrap();

@@ -562,7 +562,8 @@ impl<D: Dial> Relay<D> {
     fn say_place(&mut self, id: u64) {
         let Some(s) = self.snapshots.get(&id).filter(|s| s.phase == Phase::Offered) else { return };
         if let (Some(place), Some(client)) = (s.place, s.dump.and_then(|dump| self.clients.get_mut(&dump))) {
-            client.reply(Reply::Queue(pb::Queue { place }));
+            let timeout_ms = u32::try_from(self.rules.timeout.as_millis()).unwrap_or(u32::MAX);
+            client.reply(Reply::Queue(pb::Queue { place, target: self.link.target(), timeout_ms }));
         }
     }
 

@@ -1441,7 +1441,7 @@ fn a_dump_waits_for_its_turn() {
         Reply::Queue(queue) => queue.place,
         other => panic!("{other:?}"),
     };
-    cache.say(Kind::Queue, stream, &pb::Queue { place: 2 });
+    cache.say(Kind::Queue, stream, &pb::Queue { place: 2, ..Default::default() });
     assert_eq!(place(&dump), 2);
     // Again as long as the cache answers.
     for _ in 0..3 {
