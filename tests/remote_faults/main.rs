@@ -20,6 +20,7 @@ mod forwarder;
 #[path = "../live/hosts.rs"]
 mod hosts;
 mod kills;
+mod link;
 mod once;
 #[path = "../real/reaper.rs"]
 mod reaper;
@@ -57,6 +58,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("no_space", cases::no_space),
     ("cable", cases::cable),
     ("slow_network", cases::slow_network),
+    ("far_apart", link::far_apart),
     ("large", cases::large),
     ("soak", soak::soak),
     ("soak_of_migrate", soak::migrate),

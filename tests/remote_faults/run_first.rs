@@ -153,7 +153,7 @@ pub fn plain(site: &mut Site, way: Way, name: &str) -> Result<Duration, String> 
     Ok(ended.took)
 }
 
-fn series(site: &mut Site, way: Way, victim: Victim, times: usize) -> Result<(), String> {
+pub fn series(site: &mut Site, way: Way, victim: Victim, times: usize) -> Result<(), String> {
     site.restores = true;
     if site.members(site.at).is_empty() {
         site.start_tree(0)?;
