@@ -254,6 +254,19 @@ pub enum Reached {
     Fell,
 }
 
+/// Removes what was being written when its writer was killed: nobody else takes that long.
+fn sweep(work_dir: &Path) {
+    const LONG: Duration = Duration::from_secs(60);
+    for entry in fs::read_dir(work_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
+        if name.starts_with(".handover") && name.ends_with(".new") && age().is_some_and(|age| age > LONG) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Removes the oldest files of these names but [`HISTORY`] of them; whether there were too many.
 pub fn trim(work_dir: &Path, prefix: &str, suffix: &str) -> bool {
     let Ok(entries) = fs::read_dir(work_dir) else { return false };
@@ -283,6 +296,7 @@ impl Journal {
     /// That of this work dir; begun if there is none.
     pub fn open(work_dir: &Path) -> io::Result<Self> {
         let path = work_dir.join("handover.id");
+        sweep(work_dir);
         // Without some of its records it is another journal.
         let known = fs::read_to_string(&path).ok().and_then(|id| parse_id(id.trim()));
         let known = known.filter(|_| !trim(work_dir, "handover-", ".journal"));
@@ -404,6 +418,22 @@ mod tests {
         assert_eq!(Word::heard(dir.path(), 6), None);
         assert_eq!(Word::heard(dir.path(), 5), Some(Word::Kill));
         assert_eq!(Word::heard(dir.path(), 5), None);
+    }
+
+    #[test]
+    fn what_was_being_written_goes_when_nobody_writes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let old = std::time::SystemTime::now() - Duration::from_secs(100);
+        for (name, left) in
+            [(".handover-1.journal.new", true), (".handover-2.journal.new", false), (".other.new", true)]
+        {
+            let file = File::create(at(name)).unwrap();
+            file.set_modified(if left { old } else { std::time::SystemTime::now() }).unwrap();
+        }
+        Journal::open(dir.path()).unwrap();
+        let there = |name: &str| at(name).exists();
+        assert!(!there(".handover-1.journal.new") && there(".handover-2.journal.new") && there(".other.new"));
     }
 
     #[test]
