@@ -9,8 +9,10 @@ use std::{
     io::Read as _,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStderr, Command, Stdio},
 };
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::super::{Failure, journal, pb::FailCode};
 use super::Cache;
@@ -108,18 +110,53 @@ impl Restorer {
         let Some(at) = self.running.iter().position(|(of, ..)| *of == token) else { return };
         let (_, id, mut child, _) = self.running.swap_remove(at);
         journal::trim(&self.work_dir, "restore-", ".log");
-        let mut said = String::new();
         match child.wait() {
             Ok(status) if status.success() => {}
             Ok(status) => {
-                // Nobody else has the other end, since a restored tree inherits nothing.
-                if let Some(err) = child.stderr.take() {
-                    let _ = err.take(MESSAGE).read_to_string(&mut said);
-                }
-                let said = if said.trim().is_empty() { status.to_string() } else { said.trim().to_owned() };
-                cache.restore_ended(id, &said);
+                let text = status.to_string();
+                let said = child.stderr.take().map(said).unwrap_or_default();
+                cache.restore_ended(id, if said.is_empty() { &text } else { &said });
             }
             Err(e) => cache.restore_ended(id, &e.to_string()),
         }
+    }
+}
+
+/// What a restore has said that has ended. All of that is in the pipe; more is not waited for, because a script of it may have
+/// left somebody behind who holds the other end.
+fn said(err: ChildStderr) -> String {
+    let mut said = Vec::new();
+    if fcntl(&err, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_ok() {
+        // What has come before an error is kept.
+        let _ = err.take(MESSAGE).read_to_end(&mut said);
+    }
+    String::from_utf8_lossy(&said).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_is_left_behind_is_not_waited_for() {
+        // The shell writes down who that is, for the test to end it.
+        let script = r#"printf 'why \377\n' >&2; sleep 1000 >/dev/null & echo $!; exit 1"#;
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let mut left = String::new();
+        out.read_to_string(&mut left).unwrap();
+        child.wait().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || tell.send(said(err)));
+        let came = told.recv_timeout(std::time::Duration::from_secs(30));
+        let left = nix::unistd::Pid::from_raw(left.trim().parse().unwrap());
+        nix::sys::signal::kill(left, nix::sys::signal::Signal::SIGKILL).unwrap();
+        reader.join().unwrap().unwrap();
+        assert_eq!(came.unwrap(), "why \u{fffd}");
     }
 }
