@@ -212,6 +212,22 @@ pub fn output(path: &Path, what: &'static str, old: Old, check: OwnerCheck) -> R
     Ok(file)
 }
 
+/// Opens the regular file `path` for reading, if no stranger decides what stands in it.
+pub fn input(path: &Path, what: &'static str, check: OwnerCheck) -> Result<File, OwnershipError> {
+    let failed = |e: Errno| OwnershipError::io("open", what, path, e);
+    let place = walk(AT_FDCWD, what, path, check)?;
+    let found = place.found.ok_or(Errno::ENOENT).map_err(failed)?;
+    if kind(&fstat(&found).map_err(failed)?) != SFlag::S_IFREG {
+        return Err(failed(Errno::EINVAL));
+    }
+    let names = check_dir(place.dir.as_fd(), what, path, check).unwrap_or(Names::Sticky);
+    check_file(found.as_fd(), what, path, names)?;
+    // What was looked at, whatever its name leads to by now.
+    let open = format!("/proc/self/fd/{}", found.as_raw_fd());
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    openat(AT_FDCWD, open.as_str(), flags, Mode::empty()).map(File::from).map_err(failed)
+}
+
 /// Writes the whole of a file, which is the old one or the new one at every moment.
 pub fn replace(
     path: &Path,

@@ -352,18 +352,11 @@ fn signal(departure: &Departure, signal: i32) -> anyhow::Result<()> {
 
 fn settle_all(only: Option<u64>, remote: &RemoteSettings) -> anyhow::Result<Exit> {
     let work_dir = &remote.work_dir;
-    let all = match only {
-        Some(id) => vec![known(work_dir, id)?],
-        None => {
-            let (all, broken) =
-                Departure::all(work_dir).with_context(|| format!("work dir {}", work_dir.display()))?;
-            if let Some(error) = broken.into_iter().next() {
-                return Err(error.into());
-            }
-            all
-        }
+    let (all, broken) = match only {
+        Some(id) => (vec![known(work_dir, id)?], Vec::new()),
+        None => Departure::all(work_dir).with_context(|| format!("work dir {}", work_dir.display()))?,
     };
-    let mut open = Vec::new();
+    let mut open: Vec<String> = broken.iter().map(ToString::to_string).collect();
     for departure in all {
         let id = journal::shown(departure.id);
         match settle(&departure, remote) {

@@ -58,17 +58,31 @@ fn boot() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Whoever shows it shows one line, with the reason in it.
+fn with_cause(error: ownership::OwnershipError) -> io::Error {
+    io::Error::other(format!("{:#}", anyhow::Error::from(error)))
+}
+
 fn odd(path: &Path) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("{} is no journal of crtool, or not whole", path.display()),
+        format!(
+            "{} is no journal of crtool, or not whole: that of a crtool that was killed before it stopped its tree, and can be \
+             removed",
+            path.display()
+        ),
     )
+}
+
+/// One of our files, to be read: what others have put there, or could have changed, says nothing about any process.
+fn input(path: &Path) -> io::Result<File> {
+    ownership::input(path, "journal", OwnerCheck::On).map_err(with_cause)
 }
 
 /// The record, and whether anything stands behind it.
 fn read(path: &Path) -> io::Result<(Value, bool)> {
     let mut text = String::new();
-    File::open(path)?.take(64 << 10).read_to_string(&mut text)?;
+    input(path)?.take(64 << 10).read_to_string(&mut text)?;
     let (record, more) = text.split_once('\n').ok_or_else(|| odd(path))?;
     Ok((serde_json::from_str(record).map_err(|_| odd(path))?, !more.is_empty()))
 }
@@ -96,10 +110,13 @@ pub fn shown(id: u64) -> String {
 }
 
 fn write(path: &Path, value: &Value) -> io::Result<File> {
-    let mut file =
-        ownership::output(path, "journal", Old::Truncated, OwnerCheck::On).map_err(io::Error::other)?;
-    file.write_all(format!("{value}\n").as_bytes())?;
-    file.sync_data()?;
+    let mut file = ownership::output(path, "journal", Old::Truncated, OwnerCheck::On).map_err(with_cause)?;
+    let written = file.write_all(format!("{value}\n").as_bytes()).and_then(|()| file.sync_data());
+    if let Err(error) = written {
+        // Half of it would stand for a hand-over that has not begun.
+        let _ = fs::remove_file(path);
+        return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
+    }
     Ok(file)
 }
 
@@ -185,7 +202,7 @@ impl Departure {
     /// Takes it over, if whoever wrote it is dead. `None`: that crtool lives, and looks for [`Word`]s.
     pub fn take_over(&self, work_dir: &Path) -> io::Result<Option<Open>> {
         let path = Self::path(work_dir, self.id);
-        let mut file = File::open(&path)?;
+        let mut file = input(&path)?;
         let begun = Instant::now();
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -220,12 +237,16 @@ impl Word {
     /// Says it.
     pub fn say(self, work_dir: &Path, id: u64) -> io::Result<()> {
         ownership::replace(&self.path(work_dir, id), "word of the operator", b"", OwnerCheck::On)
-            .map_err(io::Error::other)
+            .map_err(with_cause)
     }
 
     /// One that has been said, once.
     pub fn heard(work_dir: &Path, id: u64) -> Option<Self> {
-        [Self::Thaw, Self::Kill].into_iter().find(|word| fs::remove_file(word.path(work_dir, id)).is_ok())
+        let said = |word: &Self| {
+            let path = word.path(work_dir, id);
+            input(&path).is_ok() && fs::remove_file(path).is_ok()
+        };
+        [Self::Thaw, Self::Kill].into_iter().find(said)
     }
 }
 
@@ -298,14 +319,14 @@ impl Journal {
         let path = work_dir.join("handover.id");
         sweep(work_dir);
         // Without some of its records it is another journal.
-        let known = fs::read_to_string(&path).ok().and_then(|id| parse_id(id.trim()));
+        let known = input(&path).and_then(io::read_to_string).ok().and_then(|id| parse_id(id.trim()));
         let known = known.filter(|_| !trim(work_dir, "handover-", ".journal"));
         let identity = match known {
             Some(identity) => identity,
             None => {
                 let identity = draw();
                 ownership::replace(&path, "journal", shown(identity).as_bytes(), OwnerCheck::On)
-                    .map_err(io::Error::other)?;
+                    .map_err(with_cause)?;
                 identity
             }
         };
@@ -375,7 +396,7 @@ fn write_arrival(
         format!("{value}\n").as_bytes(),
         OwnerCheck::On,
     )
-    .map_err(io::Error::other)
+    .map_err(with_cause)
 }
 
 #[cfg(test)]
@@ -408,6 +429,32 @@ mod tests {
         drop(open);
         departure.take_over(dir.path()).unwrap().unwrap().close();
         assert!(departure.take_over(dir.path()).is_err());
+    }
+
+    #[test]
+    fn what_others_write_is_not_read() {
+        use std::os::unix::fs::PermissionsExt as _;
+
+        let dir = tempfile::tempdir().unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let root = Process::now(own).unwrap();
+        let departure =
+            Departure { id: 77, name: "a".into(), root, address: None, port: 1, cache: 1, going: false };
+        let open = departure.write(dir.path()).unwrap();
+        let path = open.path.clone();
+        drop(open);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        let (all, broken) = Departure::all(dir.path()).unwrap();
+        assert!(all.is_empty() && broken[0].to_string().contains("write to it"), "{broken:?}");
+        assert!(departure.take_over(dir.path()).is_err());
+        // One that nobody writes into does not keep whoever looks.
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert_eq!(Departure::all(dir.path()).unwrap().1.len(), 1);
+        Word::Kill.say(dir.path(), 5).unwrap();
+        let word = Word::Kill.path(dir.path(), 5);
+        fs::set_permissions(&word, fs::Permissions::from_mode(0o666)).unwrap();
+        assert_eq!(Word::heard(dir.path(), 5), None);
     }
 
     #[test]
