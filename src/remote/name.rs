@@ -51,6 +51,14 @@ pub fn is_hidden(c: char) -> bool {
         )
 }
 
+/// What somebody else says, as one line of at most `most` bytes.
+pub fn one_line(text: &str, most: usize) -> String {
+    let spaced = text.chars().map(|c| if c == '\n' { ' ' } else { c });
+    let mut line: String = spaced.filter(|c| !is_hidden(*c)).collect();
+    shorten(&mut line, most);
+    line
+}
+
 /// Cuts a line for people to at most `most` bytes, behind a word if there is one near, and shows that it was cut.
 pub fn shorten(text: &mut String, most: usize) {
     const CUT: &str = "...";
@@ -92,6 +100,12 @@ mod tests {
         for bad in ["", "a\nb", "a\0b", "\x1b[2J", &"x".repeat(1025)] {
             assert!(check_snapshot(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_others_say_is_one_line() {
+        assert_eq!(one_line("why\nError: \x1b[31mno\u{202e}\r", 100), "why Error: [31mno");
+        assert_eq!(one_line(&"x\n".repeat(1000), 10).len(), 10);
     }
 
     #[test]

@@ -16,7 +16,10 @@
 //! `Data` and `Zero` append to their image. All other payloads are messages of `proto/remote.proto`. This module
 //! knows the form of frames only; which one may follow which is decided by those who read them.
 
-use super::{Failure, crc, pb::FailCode};
+use super::{
+    Failure, crc, name,
+    pb::{self, FailCode},
+};
 
 /// Version of the protocol that this program speaks.
 pub const VERSION: u32 = 3;
@@ -32,6 +35,10 @@ pub const MAX_MESSAGE: u32 = 64 << 10;
 pub const MAX_COMMIT: u32 = 64 << 20;
 /// Most images in one snapshot.
 pub const MAX_IMAGES: u32 = 2_000_000;
+/// Longest text of a cache that is shown, in bytes.
+const TEXT: usize = 4 << 10;
+/// Most of what an offer lacks that is shown; no cache of ours says more.
+const LACKS: usize = 100;
 /// Flag of a `Data` frame: the payload is an LZ4 block.
 pub const LZ4: u8 = 1;
 /// Feature bit in `Hello`: frames may carry LZ4 blocks.
@@ -231,6 +238,52 @@ pub fn message<M: prost::Message + Default>(header: &Header, payload: &[u8]) -> 
         .map_err(|e| Failure::new(FailCode::FailProtocol, format!("bad frame: {:?}: {e}", header.kind)))
 }
 
+/// A message of a cache with texts in it, which stand in lines of ours.
+pub fn told<M: Texts>(header: &Header, payload: &[u8]) -> Result<M, Failure> {
+    let mut told: M = message(header, payload)?;
+    for text in told.texts() {
+        *text = name::one_line(text, TEXT);
+    }
+    Ok(told)
+}
+
+/// What a cache says to people.
+pub trait Texts: prost::Message + Default {
+    /// All of it that is looked at.
+    fn texts(&mut self) -> Vec<&mut String>;
+}
+
+impl Texts for pb::Hello {
+    fn texts(&mut self) -> Vec<&mut String> {
+        vec![&mut self.software, &mut self.host]
+    }
+}
+
+impl Texts for pb::Failed {
+    fn texts(&mut self) -> Vec<&mut String> {
+        vec![&mut self.text]
+    }
+}
+
+impl Texts for pb::Fell {
+    fn texts(&mut self) -> Vec<&mut String> {
+        vec![&mut self.text]
+    }
+}
+
+impl Texts for pb::Restored {
+    fn texts(&mut self) -> Vec<&mut String> {
+        vec![&mut self.text]
+    }
+}
+
+impl Texts for pb::Room {
+    fn texts(&mut self) -> Vec<&mut String> {
+        self.lacks.truncate(LACKS);
+        self.lacks.iter_mut().collect()
+    }
+}
+
 /// CRC32C of so many zeros, at most [`MAX_DATA`].
 pub fn crc_of_zeros(len: u32) -> u32 {
     // Most frames of zeros are as long as can be.
@@ -330,6 +383,28 @@ mod tests {
         *frame.last_mut().unwrap() ^= 1;
         let error = message::<pb::ImageBegin>(&header, &frame[HEADER..]).unwrap_err();
         assert_eq!(error.code, FailCode::FailChecksum);
+    }
+
+    #[test]
+    fn what_a_cache_says_is_shown_in_lines() {
+        fn as_told<M: Texts>(kind: Kind, message: &M) -> M {
+            let frame = frame(kind, 1, 0, message);
+            told(&Header::decode(frame[..HEADER].try_into().unwrap()).unwrap(), &frame[HEADER..]).unwrap()
+        }
+        let odd = "a\nError: b\x1b[2J".to_owned();
+        let fit = "a Error: b[2J";
+        let hello = pb::Hello { software: odd.clone(), host: odd.clone(), ..pb::Hello::default() };
+        let hello = as_told(Kind::Hello, &hello);
+        assert_eq!((&hello.software[..], &hello.host[..]), (fit, fit));
+        assert_eq!(as_told(Kind::Failed, &pb::Failed { code: 1, text: odd.clone() }).text, fit);
+        assert_eq!(as_told(Kind::Fell, &pb::Fell { text: odd.clone() }).text, fit);
+        assert_eq!(
+            as_told(Kind::Restored, &pb::Restored { text: odd.clone(), ..Default::default() }).text,
+            fit
+        );
+        let room = as_told(Kind::Room, &pb::Room { lacks: vec![odd; 1000] });
+        assert!(room.lacks.len() == LACKS && room.lacks.iter().all(|text| text == fit));
+        assert_eq!(as_told(Kind::Fell, &pb::Fell { text: "x".repeat(60_000) }).text.len(), TEXT);
     }
 
     #[test]

@@ -58,6 +58,8 @@ const TRIALS: &[(&str, Run)] = &[
     ("addresses_that_are_none", wrong::addresses),
     ("no_root", wrong::no_root),
     ("full_log", wrong::full_log),
+    ("full_journal", wrong::full_journal),
+    ("interrupted_before_it_is_restored", wrong::interrupted_before_it_is_restored),
     ("daemons_end", waiting::daemons_end),
     ("chain_of_snapshots", chain::restored),
     ("chain_whose_parents_stay", chain::parents_stay),

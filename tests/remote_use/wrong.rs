@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -97,4 +97,53 @@ pub fn full_log() {
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("log file /dev/full: No space left on device"), "{lines:?}");
     site.restore_and_end();
+}
+
+/// A work dir that takes nothing: the tree goes on, and nothing stands there that later commands would stumble over.
+pub fn full_journal() {
+    let mut site = Site::new(Memory::Text);
+    let words = ["image-cache", "--address", "127.0.0.1", "--port", "0", "--restore"];
+    let inner = site.crtool("dst", &words);
+    let mut command = Command::new("unshare");
+    command.args(["-pf", "--mount-proc", "--kill-child"]).arg(inner.get_program()).args(inner.get_args());
+    let cache = site.daemon("dst", command.stdin(Stdio::null()));
+    let to = format!("127.0.0.1:{}", cache.port());
+    let inner = site.crtool("src", &["migrate", "-t", &site.pid.to_string(), "--to", &to]);
+    let script = "mount -t tmpfs -o size=64k,mode=700 none \"$0\" && head -c 1M /dev/zero >\"$0\"/fill 2>/dev/null\n\
+                  \"$@\"; code=$?; echo \"left: $(ls \"$0\")\" >&2; umount -l \"$0\"; exit $code";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(site.work("src"));
+    command.arg(inner.get_program()).args(inner.get_args()).stdin(Stdio::null());
+    let ended = Site::run(&mut command);
+    let error = ended.failed();
+    for part in ["journal of the hand-over", "/src/migrate-", "No space left on device"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert_eq!(ended.said.lines().last(), Some("left: fill"));
+    site.counts();
+    // One of a crtool that was killed while it wrote it keeps no others from their end.
+    let odd = site.work("src").join("migrate-000000000000000a.journal");
+    fs::write(&odd, "").unwrap();
+    let said = Site::run(&mut site.crtool("src", &["migrate", "settle"])).failed();
+    assert!(said.contains("000a.journal is no journal") && said.contains("can be removed"), "{said}");
+    site.end();
+}
+
+/// Ctrl-C when all has come and nobody restores it: the cache hears that the tree runs on, and that is known.
+pub fn interrupted_before_it_is_restored() {
+    let mut site = Site::new(Memory::Text);
+    let cache = site.cache(NONE);
+    let to = format!("127.0.0.1:{}", cache.port());
+    let words = ["migrate", "-t", &site.pid.to_string(), "--to", &to, "--max-pause", "100"];
+    let child = site.crtool("src", &words).stderr(Stdio::piped()).spawn().unwrap();
+    cache.says("is complete: ");
+    let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.contains("interrupted by SIGINT"), "{said}");
+    cache.says("the dump failed and the tree runs on");
+    site.counts();
+    site.end();
 }

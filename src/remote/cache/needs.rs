@@ -230,8 +230,7 @@ struct List {
 
 impl List {
     fn push(&mut self, text: String) {
-        let mut text: String = text.chars().filter(|c| !name::is_hidden(*c)).collect();
-        name::shorten(&mut text, ENTRY);
+        let text = name::one_line(&text, ENTRY);
         if self.len + text.len() > LIST {
             self.more += 1;
         } else {

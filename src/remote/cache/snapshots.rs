@@ -112,9 +112,7 @@ fn label(text: &str) -> String {
 
 /// Why something was given up, fit for a line.
 fn reason(text: &str) -> String {
-    let mut reason: String = text.chars().filter(|c| !name::is_hidden(*c)).collect();
-    name::shorten(&mut reason, REASON);
-    reason
+    name::one_line(text, REASON)
 }
 
 impl Snapshots {

@@ -28,6 +28,8 @@ use crate::{interrupt, sys};
 const STREAM: u32 = 1;
 /// How often the second thread looks around.
 const LOOK: Duration = Duration::from_millis(100);
+/// Reads in a row.
+const READS: usize = 32;
 /// What has no limit ends by itself sooner.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -165,7 +167,7 @@ impl Shared {
         self.read_exact(&mut payload, until)?;
         match header.kind {
             Kind::Hello => {
-                let hello: pb::Hello = wire::message(&header, &payload)?;
+                let hello: pb::Hello = wire::told(&header, &payload)?;
                 if hello.version != wire::VERSION {
                     let text = format!(
                         "{} speaks version {} of the protocol and this program {}: use the same crtool on both hosts",
@@ -177,7 +179,7 @@ impl Shared {
                 }
                 Ok(hello)
             }
-            Kind::Failed => Err(wire::message::<pb::Failed>(&header, &payload)?.into()),
+            Kind::Failed => Err(wire::told::<pb::Failed>(&header, &payload)?.into()),
             other => {
                 let text = format!("{} began with {other:?}", self.peer);
                 Err(Failure::new(FailCode::FailProtocol, text))
@@ -283,10 +285,11 @@ impl Shared {
         let _ = self.hear(&mut parser);
     }
 
-    /// Reads until nothing is left; false at the end of the connection.
+    /// Reads what has come; false at the end of the connection. A cache that never stops does not keep the caller from what else
+    /// there is to do.
     fn hear(&self, parser: &mut Parser) -> Result<bool, Failure> {
         let mut piece = [0; 4096];
-        loop {
+        for _ in 0..READS {
             let got = lock(&self.stream).read(&mut piece);
             match got {
                 Ok(0) => return Ok(false),
@@ -302,19 +305,20 @@ impl Shared {
                 Err(e) => return Err(lost(&self.peer, &e)),
             }
         }
+        Ok(true)
     }
 
     fn take(&self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
         let mut heard = lock(&self.heard);
         match header.kind {
             Kind::Prepared => heard.prepared = Some(wire::message(header, payload)?),
-            Kind::Restored => heard.restored = Some(wire::message(header, payload)?),
+            Kind::Restored => heard.restored = Some(wire::told(header, payload)?),
             Kind::Armed => heard.armed = Some(wire::message(header, payload)?),
-            Kind::Fell => heard.fell = Some(wire::message(header, payload)?),
-            Kind::Room => heard.room = Some(wire::message(header, payload)?),
+            Kind::Fell => heard.fell = Some(wire::told(header, payload)?),
+            Kind::Room => heard.room = Some(wire::told(header, payload)?),
             Kind::Queue => heard.place = Some(wire::message::<pb::Queue>(header, payload)?.place),
             Kind::Failed => {
-                let failed: pb::Failed = wire::message(header, payload)?;
+                let failed: pb::Failed = wire::told(header, payload)?;
                 heard.refused |= header.stream == STREAM;
                 heard.failed.get_or_insert(failed.into());
             }
@@ -483,19 +487,19 @@ impl Direct {
     }
 
     /// Waits until everything sent so far has been taken.
-    fn answered(&self) -> Result<(), Failure> {
-        self.shared.wait(self.net.timeout, "answer", |heard| heard.keepalive.is_answered().then_some(()))?;
+    fn answered(&self, patience: Duration) -> Result<(), Failure> {
+        self.shared.wait(patience, "answer", |heard| heard.keepalive.is_answered().then_some(()))?;
         // A refusal comes before the answer to the ping behind what is refused.
         self.shared.failure()
     }
 
-    fn word(&self, frame: &[u8]) -> Result<(), Failure> {
+    fn word(&self, frame: &[u8], patience: Duration) -> Result<(), Failure> {
         {
             let _frame = lock(&self.shared.frame);
             self.shared.send_held(&mut [IoSlice::new(frame)])?;
             self.shared.ping_held()?;
         }
-        self.answered()
+        self.answered(patience)
     }
 
     /// Says the last word over a new connection, and waits for an answer.
@@ -598,13 +602,13 @@ impl Link for Direct {
             let _frame = lock(&self.shared.frame);
             self.shared.ping_held()?;
         }
-        self.answered()
+        self.answered(self.net.timeout)
     }
 
     fn confirm(&self, survives: bool) -> Result<(), Failure> {
         let confirm = pb::Confirm { survives };
         self.shared.deaf.store(true, Ordering::Release);
-        match self.word(&wire::frame(Kind::Confirm, STREAM, 0, &confirm)) {
+        match self.word(&wire::frame(Kind::Confirm, STREAM, 0, &confirm), self.net.timeout) {
             Ok(()) => Ok(()),
             Err(failure) => {
                 tracing::warn!("{failure}; saying it again over a new connection");
@@ -618,8 +622,11 @@ impl Link for Direct {
             return;
         }
         let abort = pb::Abort { reason: reason.to_owned() };
+        // Whoever is asked to end says this all the same, and waits no longer than the watchdog does.
+        let patience = if interrupt::check().is_err() { LOOK * 3 } else { self.net.timeout };
+        self.shared.deaf.store(true, Ordering::Release);
         // Lost, the cache hears of it from the end of the connection; after a commit it is in doubt there.
-        if let Err(failure) = self.word(&wire::frame(Kind::Abort, STREAM, 0, &abort)) {
+        if let Err(failure) = self.word(&wire::frame(Kind::Abort, STREAM, 0, &abort), patience) {
             tracing::debug!("{failure}");
             if lock(&self.shared.heard).prepared.is_some()
                 && let Err(failure) = take_back(&self.net, self.about(pb::resume::Verdict::Abort(abort)))

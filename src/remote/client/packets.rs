@@ -147,7 +147,11 @@ impl Packets {
     }
 
     fn silent(&self) -> Failure {
-        let text = format!("{} at {} does not answer", self.daemon, self.path.display());
+        let text = format!(
+            "{0} at {1} does not answer; crtool {0} status says what it waits for",
+            self.daemon,
+            self.path.display()
+        );
         Failure::new(FailCode::FailTimeout, text)
     }
 

@@ -87,13 +87,13 @@ impl Inbox {
         self.at += HEADER + payload.len();
         let stream = header.stream;
         Ok(Some(match header.kind {
-            Kind::Hello => Heard::Hello(wire::message(&header, payload)?),
+            Kind::Hello => Heard::Hello(wire::told(&header, payload)?),
             Kind::Prepared => Heard::Prepared(stream, wire::message(&header, payload)?),
-            Kind::Failed => Heard::Failed(stream, wire::message(&header, payload)?),
-            Kind::Restored => Heard::Restored(stream, wire::message(&header, payload)?),
+            Kind::Failed => Heard::Failed(stream, wire::told(&header, payload)?),
+            Kind::Restored => Heard::Restored(stream, wire::told(&header, payload)?),
             Kind::Armed => Heard::Armed(stream, wire::message(&header, payload)?),
-            Kind::Fell => Heard::Fell(stream, wire::message(&header, payload)?),
-            Kind::Room => Heard::Room(stream, wire::message(&header, payload)?),
+            Kind::Fell => Heard::Fell(stream, wire::told(&header, payload)?),
+            Kind::Room => Heard::Room(stream, wire::told(&header, payload)?),
             Kind::Queue => Heard::Queue(stream, wire::message(&header, payload)?),
             Kind::Ping => Heard::Ping,
             _ => Heard::Pong,

@@ -209,6 +209,8 @@ pub(super) struct Link<D: Dial> {
     watched: Interest,
     token: u64,
     blocked: bool,
+    /// A Ping has come. One answer is enough for several, so that a cache that asks and does not read fills no memory.
+    asked: bool,
     keepalive: Keepalive,
     /// Before the next connection.
     pause: Duration,
@@ -234,6 +236,7 @@ impl<D: Dial> Link<D> {
             watched: Interest::NONE,
             token,
             blocked: false,
+            asked: false,
             keepalive: Keepalive::new(timeout, now),
             pause: PAUSE,
             not_before: now,
@@ -406,9 +409,7 @@ impl<D: Dial> Link<D> {
                         news.push(News::Up);
                     }
                     Heard::Failed(0, failed) => return Err(failed.into()),
-                    Heard::Ping if self.peer.is_some() => {
-                        self.out.push(&wire::bare(Kind::Pong, 0, 0, 0));
-                    }
+                    Heard::Ping if self.peer.is_some() => self.asked = true,
                     Heard::Pong if self.keepalive.pong() => {
                         news.push(News::Heard(Heard::Pong));
                     }
@@ -432,6 +433,9 @@ impl<D: Dial> Link<D> {
         pipe: impl Fn(u64) -> Option<BorrowedFd<'a>>,
     ) -> Result<Pumped, Failure> {
         let Some(conn) = &mut self.conn else { return Ok(Pumped::Blocked) };
+        if !self.blocked && std::mem::take(&mut self.asked) {
+            self.out.push(&wire::bare(Kind::Pong, 0, 0, 0));
+        }
         let pumped = self.out.pump(conn, pipe).map_err(|e| lost(e.to_string()))?;
         self.blocked = pumped == Pumped::Blocked;
         Ok(pumped)
@@ -484,7 +488,7 @@ impl<D: Dial> Link<D> {
             self.pause = (self.pause * 2).min(MAX_PAUSE);
         }
         self.peer = None;
-        self.blocked = false;
+        (self.blocked, self.asked) = (false, false);
         self.inbox = Inbox::default();
         self.out = Outbox::default();
     }
