@@ -77,13 +77,24 @@ impl Bench {
     fn sample_in(&self, dir: &Path, way: Way, bytes: u64) -> Result<Sample, String> {
         let source = Source::start(dir, &self.reaper)?;
         let target = Target::start(&source, dir, bytes, &self.reaper)?;
+        let count = if way == Way::MigrateFour { 3 } else { 0 };
+        let dirs: Vec<PathBuf> = (0..count).map(|number| dir.join(format!("beside{number}"))).collect();
+        let mut beside = Vec::new();
+        for dir in &dirs {
+            fs::create_dir(dir).map_err(|e| format!("make {}: {e}", dir.display()))?;
+            beside.push(Target::start(&source, dir, bytes, &self.reaper)?);
+        }
         let (ours_path, ours) = &self.ours;
         let peer = self.peer.as_ref();
-        let place = Place { dir, source: &source, ours, ours_path, peer, reaper: &self.reaper };
+        let place =
+            Place { dir, source: &source, ours, ours_path, peer, reaper: &self.reaper, beside: &beside };
         match place.go(way, &target) {
             Ok(mut sample) => {
                 let moved = !matches!(way, Way::Floor(_));
-                let gap = target.end(moved, dir, &self.reaper)?;
+                let mut gap = target.end(moved, dir, &self.reaper)?;
+                for (other, dir) in beside.iter().zip(&dirs) {
+                    gap = gap.max(other.end(moved, dir, &self.reaper)?);
+                }
                 if moved {
                     sample.gap = Some(gap.as_secs_f64());
                 }

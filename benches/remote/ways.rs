@@ -36,6 +36,8 @@ pub enum Way {
     Migrate,
     /// The same through image-proxy.
     MigrateProxy,
+    /// Four at once, which take turns; the longest gap of all counts.
+    MigrateFour,
     /// CRIU and its page server.
     PageServer,
     /// CRIU, tar over TCP.
@@ -54,6 +56,7 @@ pub const WAYS: &[Way] = &[
     Way::ProxyTls,
     Way::Migrate,
     Way::MigrateProxy,
+    Way::MigrateFour,
     Way::PageServer,
     Way::Tar,
 ];
@@ -71,6 +74,7 @@ impl Way {
             Self::ProxyTls => "proxy-tls",
             Self::Migrate => "migrate",
             Self::MigrateProxy => "migrate-proxy",
+            Self::MigrateFour => "migrate-four",
             Self::PageServer => "page-server",
             Self::Tar => "tar",
         }
@@ -88,6 +92,7 @@ impl Way {
             Self::ProxyTls => "crtool, through the proxy, TLS",
             Self::Migrate => "crtool, `migrate`, direct",
             Self::MigrateProxy => "crtool, `migrate`, through the proxy",
+            Self::MigrateFour => "crtool, `migrate` of four at once, direct",
             Self::PageServer => "CRIU, page server",
             Self::Tar => "CRIU, tar over TCP",
         }
@@ -132,6 +137,8 @@ pub struct Place<'a> {
     pub ours_path: &'a Path,
     pub peer: Option<&'a Tool>,
     pub reaper: &'a Reaper,
+    /// Targets that go at the same time.
+    pub beside: &'a [Target],
 }
 
 fn seconds(run: Run) -> f64 {
@@ -161,7 +168,8 @@ impl Place<'_> {
             | Way::Proxy
             | Way::ProxyTls
             | Way::Migrate
-            | Way::MigrateProxy => self.ours(target, way),
+            | Way::MigrateProxy
+            | Way::MigrateFour => self.ours(target, way),
             Way::PageServer => self.page_server(target),
             Way::Tar => self.tar(target),
         }
@@ -195,7 +203,7 @@ impl Place<'_> {
 
     fn ours(&self, target: &Target, way: Way) -> Result<Sample, String> {
         let through_proxy = matches!(way, Way::Proxy | Way::ProxyTls | Way::MigrateProxy);
-        let run_first = matches!(way, Way::Migrate | Way::MigrateProxy);
+        let run_first = matches!(way, Way::Migrate | Way::MigrateProxy | Way::MigrateFour);
         let tls = if matches!(way, Way::DirectTls | Way::ProxyTls) { self.tls()? } else { Vec::new() };
         let tls: Vec<&str> = tls.iter().map(String::as_str).collect();
         let port = daemon::free_port()?;
@@ -235,9 +243,22 @@ impl Place<'_> {
             // The cache starts it.
             true => None,
         };
+        let others: Vec<_> = self
+            .beside
+            .iter()
+            .map(|other| {
+                let (pid, name) = (other.pid.to_string(), format!("beside {}", other.pid));
+                let log = format!("{name}.log");
+                let words = ["migrate", "-t", &pid, "-W", &work, "-o", &log, "--to", &to, "-D", &name];
+                self.ours.behind(&self.source.prefix()).start(&words, &self.path(&name))
+            })
+            .collect::<Result<_, _>>()?;
         let before = daemon::cpu(target.at);
         let dump = self.ours.behind(&self.source.prefix()).run(self.reaper, &words, &out, false)?;
         let sent = Instant::now();
+        for other in others {
+            other.end(self.reaper, false)?;
+        }
         let in_its_name = self.gone(target, before)?;
         let restore = restore.map(|restore| restore.end(self.reaper, false)).transpose()?;
         let restored = restore.map(|restore| cpu(restore) + daemon::cpu(target.pid));
