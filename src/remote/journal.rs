@@ -109,15 +109,19 @@ pub fn shown(id: u64) -> String {
     format!("{id:016x}")
 }
 
-fn write(path: &Path, value: &Value) -> io::Result<File> {
-    let mut file = ownership::output(path, "journal", Old::Truncated, OwnerCheck::On).map_err(with_cause)?;
-    let written = file.write_all(format!("{value}\n").as_bytes()).and_then(|()| file.sync_data());
-    if let Err(error) = written {
+/// Writes a journal, which is there whole and locked or not at all, whenever its writer is killed.
+fn write(path: &Path, value: &Value) -> io::Result<Flock<File>> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{name}.new"));
+    let file = ownership::output(&new, "journal", Old::Truncated, OwnerCheck::On).map_err(with_cause)?;
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| io::Error::from(e))?;
+    let written = (&*lock).write_all(format!("{value}\n").as_bytes()).and_then(|()| lock.sync_data());
+    if let Err(error) = written.and_then(|()| fs::rename(&new, path)) {
         // Half of it would stand for a hand-over that has not begun.
-        let _ = fs::remove_file(path);
+        let _ = fs::remove_file(&new);
         return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
     }
-    Ok(file)
+    Ok(lock)
 }
 
 /// What a source has written about a tree that it hands over.
@@ -159,13 +163,13 @@ impl Departure {
             "boot": self.root.boot, "address": self.address, "port": self.port, "cache": shown(self.cache),
         });
         let file = write(&path, &value)?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| io::Error::from(e))?;
-        Ok(Open { path, file: lock })
+        Ok(Open { path, file })
     }
 
     /// All that stand in a work dir, and what of them cannot be read.
     pub fn all(work_dir: &Path) -> io::Result<(Vec<Self>, Vec<io::Error>)> {
         let (mut all, mut broken) = (Vec::new(), Vec::new());
+        sweep(work_dir);
         for entry in fs::read_dir(work_dir)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -282,7 +286,8 @@ fn sweep(work_dir: &Path) {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
-        if name.starts_with(".handover") && name.ends_with(".new") && age().is_some_and(|age| age > LONG) {
+        let ours = [".handover", ".migrate-"].iter().any(|kind| name.starts_with(kind));
+        if ours && name.ends_with(".new") && age().is_some_and(|age| age > LONG) {
             let _ = fs::remove_file(entry.path());
         }
     }

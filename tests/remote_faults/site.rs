@@ -533,9 +533,9 @@ impl Site {
             for entry in fs::read_dir(self.work_there(host)).map_err(|e| e.to_string())?.flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
                 // Last words to a cache that was killed with what it had stay.
-                // So does what a cache was writing when it was killed, for a minute.
+                // So does what a cache or a migrate was writing when it was killed, for a minute.
                 let kept = name.ends_with(".log")
-                    || name.starts_with(".handover") && name.ends_with(".new")
+                    || name.starts_with('.') && name.ends_with(".journal.new")
                     || ["stats-", "handover", "last-word-"].iter().any(|kind| name.starts_with(kind));
                 if !kept {
                     return Err(format!("left in the work dir of host {}: {name}", host.name()));

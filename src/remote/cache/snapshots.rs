@@ -478,11 +478,21 @@ impl Snapshots {
         self.snapshots.get(&id).is_some_and(|s| s.turn == Turn::Given)
     }
 
-    /// Those that have their turn: they arrive, and do not stand still.
+    /// Whether a snapshot needs this host and its network for itself: while it arrives, and while its source stands still
+    /// until a restore that this cache has started lets it run. The next one would take the processors from that.
+    fn is_busy(&self, snapshot: &Snapshot) -> bool {
+        let handed_over = self.restores() && snapshot.begin.run_first;
+        match snapshot.state {
+            State::Receiving => true,
+            State::Prepared | State::Armed | State::Starting => handed_over,
+            _ => false,
+        }
+    }
+
+    /// Those that have their turn: they are busy, and do not stand still.
     fn at_work(&self, now: Instant) -> impl Iterator<Item = &Snapshot> {
-        let works = move |s: &&Snapshot| {
-            s.state == State::Receiving && &*s.origin != HERE && now < s.moved + self.timeout
-        };
+        let works =
+            move |s: &&Snapshot| self.is_busy(s) && &*s.origin != HERE && now < s.moved + self.timeout;
         self.arriving.iter().filter_map(|id| self.snapshots.get(id)).filter(works)
     }
 
@@ -619,10 +629,13 @@ impl Snapshots {
         let lease = self.timeout * LEASE;
         let mut next = None;
         for id in self.arriving.clone() {
-            let Some(snapshot) = self.snapshots.get(&id).filter(|s| s.state == State::Receiving) else {
+            let Some(snapshot) = self.snapshots.get(&id).filter(|s| self.is_busy(s)) else {
                 self.arriving.remove(&id);
                 continue;
             };
+            if snapshot.state != State::Receiving {
+                continue;
+            }
             let until = snapshot.moved + lease;
             if now >= until {
                 let (came, lease) = (snapshot.came, lease.as_secs_f32());

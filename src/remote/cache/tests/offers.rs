@@ -79,6 +79,25 @@ fn sources_wait_in_order() {
     bench.prepared(&mut peers[2], 1);
 }
 
+/// What is handed over has its turn until the restored tree runs, where the cache sees to that.
+#[test]
+fn a_turn_ends_with_the_hand_over() {
+    for restores in [false, true] {
+        let mut bench = Bench::at_once(1, LONG);
+        if restores {
+            bench.cache.restore_all(&[]);
+        }
+        let (mut first, mut second) = (bench.source(), bench.source());
+        bench.prepare(&mut first, run_first(1, "a"));
+        bench.send(&mut second, &Script::new(1, "b").frames);
+        if restores {
+            assert_eq!(bench.place(&mut second, 1), 1);
+            bench.send(&mut first, &abort(1));
+        }
+        bench.room(&mut second, 1);
+    }
+}
+
 #[test]
 fn images_before_the_turn_are_refused() {
     let mut bench = Bench::at_once(1, LONG);
