@@ -6,8 +6,9 @@
 //! estimate, and what is not seen here is found out by the restore. Nothing is stopped or asked of the tree.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -137,6 +138,12 @@ impl Files {
         }
         // Without a name it travels.
         let Ok(object) = open(link, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()) else { return };
+        // Nor is it looked for where its name leads elsewhere here: it is linked elsewhere, or the kernel shows the name in other
+        // letters.
+        let leads_there = fs::metadata(link).ok().zip(fs::metadata(OsStr::from_bytes(path)).ok());
+        if leads_there.is_none_or(|(it, named)| (it.dev(), it.ino()) != (named.dev(), named.ino())) {
+            return;
+        }
         let Some(mut entry) = files::describe_file(&object, path, code) else { return };
         let lately = || {
             let mtime = fs::metadata(link).and_then(|found| found.modified()).unwrap_or(UNIX_EPOCH);
