@@ -35,7 +35,7 @@ Who may bring snapshots:
       --tls-cacrl FILE     certificates that are no longer good [default: /etc/pki/CA/cacrl.pem, if it is there]
       --tls-cert FILE      our certificate [default: /etc/pki/criu/cert.pem]
       --tls-key FILE       its key [default: /etc/pki/criu/private/key.pem]
-      --tls-allow SUBJECT  only who is named so by that certificate: SUBJECT is its CN or a DNS name in it, or with a = or :
+      --tls-allow SUBJECT  only who is named so by that certificate: its CN, a DNS name in it, or with a = or :
                            the whole subject as list shows it; repeatable [default: everybody who has one]
 Without --tls everybody who reaches the port may: keep others off with --address or a firewall.
 What comes with `crtool migrate`:
