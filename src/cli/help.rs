@@ -46,7 +46,7 @@ Limits:
                            tree stands still; in any case that runs on at the source. [default: no limit]
       --max-per-source SIZE
                            most of that for one source, so that others can still send [default: three quarters]
-      --at-once N          so many snapshots arrive at once. The trees of others run on until it is their turn. [default: 1]
+      --at-once N          so many snapshots arrive at once; the trees of others run on meanwhile. [default: 1]
       --timeout SECONDS    longest silence of another host [default: 10]
 How it runs:
   -d, --daemon             in the background; returns when it listens, with status 1 if it cannot
