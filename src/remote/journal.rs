@@ -59,7 +59,7 @@ fn boot() -> io::Result<String> {
 }
 
 /// Whoever shows it shows one line, with the reason in it.
-fn with_cause(error: ownership::OwnershipError) -> io::Error {
+pub fn with_cause(error: ownership::OwnershipError) -> io::Error {
     io::Error::other(format!("{:#}", anyhow::Error::from(error)))
 }
 
@@ -280,13 +280,13 @@ pub enum Reached {
 }
 
 /// Removes what was being written when its writer was killed: nobody else takes that long.
-fn sweep(work_dir: &Path) {
+pub fn sweep(work_dir: &Path) {
     const LONG: Duration = Duration::from_secs(60);
     for entry in fs::read_dir(work_dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         let age = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
-        let ours = [".handover", ".migrate-"].iter().any(|kind| name.starts_with(kind));
+        let ours = [".handover", ".migrate-", ".last-word-"].iter().any(|kind| name.starts_with(kind));
         if ours && name.ends_with(".new") && age().is_some_and(|age| age > LONG) {
             let _ = fs::remove_file(entry.path());
         }

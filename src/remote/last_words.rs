@@ -5,14 +5,13 @@
 //! host, whose end is the end of the tree at the source in any case.
 
 use std::fs;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Uid, geteuid};
 use serde_json::{Value, json};
 
-use super::journal::{parse_id, shown};
-use crate::ownership::{self, Old};
+use super::journal::{parse_id, shown, sweep, with_cause};
+use crate::ownership;
 use crate::settings::OwnerCheck;
 
 /// Longest file that is read.
@@ -55,9 +54,9 @@ impl LastWord {
             "id": shown(self.id), "name": self.name, "target": self.target, "pid": self.pid,
             "survives": survives, "aborted": aborted,
         });
-        let path = path(work_dir, self.id);
-        let file = ownership::output(&path, "last word", Old::Truncated, OwnerCheck::On);
-        file.map_err(io::Error::other)?.write_all(format!("{value}\n").as_bytes())
+        let (path, text) = (path(work_dir, self.id), format!("{value}\n"));
+        // Whole or not at all: who writes it may be killed.
+        ownership::replace(&path, "last word", text.as_bytes(), OwnerCheck::On).map_err(with_cause)
     }
 
     fn parse(value: &Value) -> Option<Self> {
@@ -75,14 +74,7 @@ impl LastWord {
     }
 
     fn read(path: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-        let file =
-            fs::File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
-        let meta = file.metadata()?;
-        let uid = meta.uid();
-        if !meta.is_file() || uid != 0 && Uid::from_raw(uid) != geteuid() {
-            return Err(io::Error::other(format!("it belongs to uid {uid}")));
-        }
+        let file = ownership::input(path, "last word", OwnerCheck::On).map_err(with_cause)?;
         let mut text = String::new();
         file.take(LONGEST).read_to_string(&mut text)?;
         let value = serde_json::from_str(&text).map_err(io::Error::other)?;
@@ -91,6 +83,7 @@ impl LastWord {
 
     /// All that lie in a work dir. What cannot be read is said, and stays.
     pub(super) fn all(work_dir: &Path) -> Vec<Self> {
+        sweep(work_dir);
         let ours = |name: &str| name.starts_with("last-word-") && name.ends_with(".json");
         let entries = fs::read_dir(work_dir).into_iter().flatten().flatten();
         let paths =
@@ -134,7 +127,7 @@ mod tests {
         for (name, text) in [("last-word-1.json", "{}"), ("last-word-2.json", "x"), ("other.json", "{}")] {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        if geteuid().is_root() {
+        if nix::unistd::geteuid().is_root() {
             let forged = path(dir.path(), 3);
             fs::copy(path(dir.path(), 1), &forged).unwrap();
             std::os::unix::fs::chown(&forged, Some(65534), None).unwrap();

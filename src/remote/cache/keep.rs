@@ -22,7 +22,7 @@ use super::snapshot::Images;
 use crate::image::copy::{copy_image, is_image};
 use crate::image::{DirStore, DirSync, ImageError, ImageFile, Store};
 use crate::settings::OwnerCheck;
-use crate::sys;
+use crate::{ownership, sys};
 
 const MAGIC: [u8; 8] = *b"crtkeep\x01";
 /// Of the state; the record comes behind it.
@@ -247,11 +247,13 @@ pub(super) fn spilled(dir: &Path) -> Vec<Record> {
 }
 
 fn read_spilled(place: &Path) -> io::Result<Record> {
-    let (snapshot, state) =
-        decoded(&File::open(place.join(RECORD))?).map_err(|e| failed("read", place, e))?;
     let bad = |e: &dyn std::fmt::Display| failed("read", place, e);
+    // Before anything in it is opened: a directory of others may hold anything.
     let store = DirStore::open_checked(place, OwnerCheck::On)
         .map_err(|e| bad(&format!("{:#}", anyhow::Error::from(e))))?;
+    let record = ownership::input(&place.join(RECORD), "record of a snapshot", OwnerCheck::On);
+    let record = record.map_err(|e| bad(&format!("{:#}", anyhow::Error::from(e))))?;
+    let (snapshot, state) = decoded(&record).map_err(|e| bad(&e))?;
     let mut images = Images::default();
     let mut piece = vec![0; 1 << 20];
     for kept in &snapshot.images {
@@ -279,4 +281,31 @@ pub(super) fn read_piece<'b>(image: &mut ImageFile, piece: &'b mut [u8]) -> io::
         }
     }
     Ok(piece.get(..have).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_put_there_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = |name: &str| {
+            let place = dir.path().join(name);
+            fs::create_dir(&place).unwrap();
+            place
+        };
+        let pipe = place("pipe").join(RECORD);
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(place("noise").join(RECORD), vec![0xff; 2 * PAGE]).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            let theirs = place("theirs");
+            fs::write(theirs.join(RECORD), "").unwrap();
+            std::os::unix::fs::chown(&theirs, Some(65534), None).unwrap();
+            let refused = read_spilled(&theirs).unwrap_err().to_string();
+            assert!(refused.contains("65534"), "{refused}");
+        }
+        // It would wait for a writer for ever.
+        assert!(spilled(dir.path()).is_empty());
+    }
 }
