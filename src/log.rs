@@ -12,7 +12,7 @@
 use std::{
     fmt::{self, Write as _},
     fs::File,
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     sync::{
         OnceLock,
@@ -209,7 +209,10 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Lines {
         // A log that cannot be written must not stop the work.
         let written = match (&self.sink, text.pid) {
             (Sink::Stderr, _) => progress::aside(|| io::stderr().write_all(line.as_bytes())),
-            (Sink::Stdout, _) => progress::aside(|| io::stdout().write_all(line.as_bytes())),
+            (Sink::Stdout, _) if io::stdout().is_terminal() => {
+                progress::aside(|| io::stdout().write_all(line.as_bytes()))
+            }
+            (Sink::Stdout, _) => io::stdout().write_all(line.as_bytes()),
             (Sink::File { path, .. }, Some(pid)) if self.per_pid => {
                 append(path, pid, &line, self.owner_check)
             }
