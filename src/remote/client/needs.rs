@@ -215,6 +215,15 @@ mod tests {
         let gone = dir.path().join("gone");
         let _gone = fs::File::create(&gone).unwrap();
         fs::remove_file(&gone).unwrap();
+        // Linked elsewhere, and another file in the place of one that is open.
+        let moved = dir.path().join("moved");
+        let _moved = fs::File::create(&moved).unwrap();
+        fs::hard_link(&moved, dir.path().join("elsewhere")).unwrap();
+        fs::remove_file(&moved).unwrap();
+        let replaced = dir.path().join("replaced");
+        let _replaced = fs::File::create(&replaced).unwrap();
+        fs::remove_file(&replaced).unwrap();
+        fs::write(&replaced, "another").unwrap();
         let needs = of(i32::try_from(std::process::id()).unwrap()).needs;
         let decoded = needs.files.iter().map(|file| {
             let entry = images::RegFileEntry::decode(&file.entry[..]).unwrap();
@@ -226,7 +235,9 @@ mod tests {
         assert!(*code && program.size == Some(fs::metadata(&own).unwrap().len()), "{program:?}");
         let (data, code) = &all[path.as_os_str().as_bytes()];
         assert!(!code && data.size.is_none() && data.mode.is_some(), "{data:?}");
-        assert!(!all.keys().any(|name| name.starts_with(gone.as_os_str().as_bytes())));
+        for odd in [&gone, &moved, &replaced] {
+            assert!(!all.keys().any(|name| name.starts_with(odd.as_os_str().as_bytes())), "{odd:?}");
+        }
         assert!(needs.encoded_len() < 64 << 10);
     }
 }
