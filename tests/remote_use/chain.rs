@@ -16,7 +16,7 @@ use crtool::remote::{
 
 use crate::{
     program::Memory,
-    site::{Daemon, Site, wait_for},
+    site::{Daemon, Site, list, wait_for},
     split::{self, older},
 };
 
@@ -122,12 +122,6 @@ impl Source {
 
 fn name(generation: usize) -> String {
     format!("g{generation}")
-}
-
-/// What the cache says.
-fn list(site: &Site) -> String {
-    let output = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Waits until the snapshot is in this state.

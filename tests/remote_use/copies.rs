@@ -14,19 +14,10 @@ use nix::{
 use crate::{
     chain,
     program::Memory,
-    site::{Daemon, Ended, Site, has_ended, wait_for},
+    site::{Daemon, Site, has_ended, list, operator, wait_for},
 };
 
 const NONE: &[&str] = &[];
-
-fn operator(site: &Site, words: &[&str]) -> Ended {
-    Site::run(&mut site.crtool("dst", &[&["image-cache"], words].concat()))
-}
-
-fn list(site: &Site) -> String {
-    let output = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Dumps straight to the cache.
 fn dump(site: &mut Site, cache: &Daemon) {

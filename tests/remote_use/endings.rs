@@ -21,20 +21,11 @@ use crate::{
     chain::Source,
     manager::Manager,
     program::Memory,
-    site::{Daemon, Ended, Site, wait_for},
+    site::{Daemon, Site, list, operator, wait_for},
 };
 
 const NONE: &[&str] = &[];
 const CACHE: [&str; 5] = ["image-cache", "--address", "127.0.0.1", "--port", "0"];
-
-fn operator(site: &Site, words: &[&str]) -> Ended {
-    Site::run(&mut site.crtool("dst", &[&["image-cache"], words].concat()))
-}
-
-fn list(site: &Site) -> String {
-    let output = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Dumps straight to the cache, and waits until it can be restored.
 fn dump(site: &mut Site, cache: &Daemon) {

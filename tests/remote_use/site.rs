@@ -286,6 +286,17 @@ impl Drop for Site {
     }
 }
 
+/// A command of the operator of the cache.
+pub fn operator(site: &Site, words: &[&str]) -> Ended {
+    Site::run(&mut site.crtool("dst", &[&["image-cache"], words].concat()))
+}
+
+/// What the cache has.
+pub fn list(site: &Site) -> String {
+    let output = site.crtool("dst", &["image-cache", "list"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// Two ends of a connection over the loopback: the one that connected first.
 pub fn connection() -> (OwnedFd, OwnedFd) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
