@@ -37,6 +37,8 @@ pub struct Held {
     pub confirmed: bool,
     /// A restore was told to let the tree run, and what became of that is not known.
     pub started: bool,
+    /// Not all of it is there any more, because a restore has freed what it had read.
+    pub freed: bool,
 }
 
 /// What happens at a destination.
@@ -66,6 +68,12 @@ pub enum Event {
     Vanished,
     /// The operator: it does not run anywhere.
     Release,
+    /// What came cannot be used, or does not come, or has no room.
+    Spoiled,
+    /// It is elsewhere, or another one has its place, or the operator does not want it.
+    Dropped,
+    /// The destination was started anew, and has it from before. No connection outlives that.
+    Restarted,
 }
 
 /// What the source is told.
@@ -81,6 +89,8 @@ pub enum Say {
     Fell,
     /// Nothing will come of it here.
     Failed,
+    /// Nobody is going to restore it here, though it was confirmed.
+    Ended,
 }
 
 /// What follows.
@@ -112,7 +122,17 @@ impl Held {
     }
 
     /// What becomes of it.
-    pub fn after(mut self, event: Event) -> Next {
+    pub fn after(self, event: Event) -> Next {
+        let next = self.of_whole(event);
+        // There is nothing to be restored a second time.
+        if self.freed && matches!(next.held.state, State::Ready | State::InDoubt) {
+            return next.held.saying(State::Failed, Say::Ended);
+        }
+        next
+    }
+
+    /// The same if nothing of it was freed.
+    fn of_whole(mut self, event: Event) -> Next {
         use State::{
             Armed, Dropped, Failed, InDoubt, Prepared, Ready, Receiving, Restored, Restoring, Starting,
             Unknown,
@@ -122,6 +142,7 @@ impl Held {
             Event::Take => self.taken = true,
             Event::Lost | Event::Abandoned => self.linked = false,
             Event::Undone | Event::Vanished => self.taken = false,
+            Event::Restarted => (self.taken, self.linked) = (false, false),
             _ => {}
         }
         match (event, state) {
@@ -172,6 +193,14 @@ impl Held {
                 (self.confirmed, self.started) = (true, false);
                 // A restore that has read it as it arrived goes on; it waits for nothing else.
                 self.to(if self.taken { Restoring } else { Ready })
+            }
+            (Event::Spoiled, _) if self.is_live() => self.saying(Failed, Say::Failed),
+            (Event::Dropped, _) if self.is_live() => self.saying(Dropped, Say::Ended),
+            (Event::Restarted, Receiving) => self.to(Failed),
+            (Event::Restarted, Prepared | Armed) => self.to(InDoubt),
+            (Event::Restarted, Restoring | Starting) => {
+                self.started = true;
+                self.to(InDoubt)
             }
             _ => self.to(state),
         }

@@ -18,7 +18,7 @@ use prost::Message as _;
 
 use super::super::notify::Notify;
 use super::super::{draw, pb};
-use super::snapshot::Images;
+use super::images::Images;
 use crate::image::copy::{copy_image, is_image};
 use crate::image::{DirStore, DirSync, ImageError, ImageFile, Store};
 use crate::settings::OwnerCheck;

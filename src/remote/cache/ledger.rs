@@ -95,7 +95,8 @@ pub(super) struct Lack {
     of: Option<Origin>,
 }
 
-fn mib(bytes: u64) -> u64 {
+/// Whole mebibytes, for people.
+pub(super) fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
 }
 

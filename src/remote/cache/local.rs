@@ -17,7 +17,9 @@ use super::super::pb::{self, FailCode, local_reply, local_request};
 use super::super::poll::Interest;
 use super::super::witness::{Verdict, Witness, has_ended, pid_of};
 use super::super::{Failure, name};
-use super::snapshot::{Found, Reader, Snapshot};
+use super::images::Found;
+use super::protocol;
+use super::snapshot::{Reader, Snapshot};
 use super::snapshots::Snapshots;
 
 /// Bytes of names in one packet of a list; the rest of a packet is room for what surrounds them.
@@ -82,10 +84,6 @@ fn answer(what: local_reply::What) -> Answer {
 
 fn done() -> Answer {
     answer(local_reply::What::Done(pb::Empty {}))
-}
-
-fn wrong(text: &str) -> Failure {
-    Failure::new(FailCode::FailProtocol, text)
 }
 
 impl Client {
@@ -182,7 +180,7 @@ impl Client {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Ok(None) => return self.leave(snapshots),
                 Err(e) if e.raw_os_error() == Some(libc::EBADMSG) => {
-                    self.push(Err(wrong("this is no request")));
+                    self.push(Err(protocol("this is no request")));
                     self.write();
                     return self.leave(snapshots);
                 }
@@ -239,7 +237,7 @@ impl Client {
                     snapshots.ran(id, ran.pid);
                     done()
                 }
-                None => Err(wrong("nothing was being restored")),
+                None => Err(protocol("nothing was being restored")),
             },
             Some(What::GiveUp(abort)) => {
                 // It has ended the tree itself.
@@ -250,7 +248,7 @@ impl Client {
             Some(What::Save(save)) => self.save(snapshots, &save.name),
             Some(What::Saved(saved)) => match self.taken.take().filter(|_| self.saves) {
                 Some(id) => snapshots.saved(id, &saved).and_then(|()| done()),
-                None => Err(wrong("nothing was being saved")),
+                None => Err(protocol("nothing was being saved")),
             },
             Some(What::Load(load)) => {
                 self.loads.extend(fds.into_iter().map(|fd| (fd, load.directory.clone())));
@@ -263,8 +261,8 @@ impl Client {
             }
             Some(What::Drop(drop)) => snapshots.drop_by_hand(&drop.name, drop.force).and_then(|()| done()),
             Some(What::Release(release)) => snapshots.release(&release.name).and_then(|()| done()),
-            Some(_) => Err(wrong("this is image-cache; that is asked of image-proxy")),
-            None => Err(wrong("this is no request that image-cache knows")),
+            Some(_) => Err(protocol("this is image-cache; that is asked of image-proxy")),
+            None => Err(protocol("this is no request that image-cache knows")),
         };
         self.push(reply);
         self.retry(snapshots, Instant::now());
@@ -277,7 +275,7 @@ impl Client {
                 self.pending = Some(Pending::Whole { doubt: None });
                 return Ok(None);
             }
-            return Err(wrong(&format!("snapshot {} is being restored already", other.begin.name)));
+            return Err(protocol(format!("snapshot {} is being restored already", other.begin.name)));
         }
         if get.id != 0
             && !snapshots.all().any(|s| s.begin.id == get.id && s.begin.name == get.name && s.is_live())
@@ -293,7 +291,7 @@ impl Client {
 
     fn save(&mut self, snapshots: &mut Snapshots, name: &str) -> Answer {
         if self.taken.is_some() {
-            return Err(wrong("it has a snapshot already"));
+            return Err(protocol("it has a snapshot already"));
         }
         let id = snapshots.take_to_save(name, Reader { client: self.id, pid: self.pid })?;
         (self.taken, self.saves) = (Some(id), true);
@@ -310,7 +308,7 @@ impl Client {
     }
 
     fn own(&self, snapshots: &Snapshots) -> Result<u64, Failure> {
-        let id = self.taken.ok_or_else(|| wrong("no snapshot was asked for"))?;
+        let id = self.taken.ok_or_else(|| protocol("no snapshot was asked for"))?;
         match snapshots.get(id) {
             Some(snapshot) if snapshot.is_live() => Ok(id),
             Some(snapshot) => Err(snapshot.failure()),
@@ -320,12 +318,14 @@ impl Client {
 
     fn starting(&mut self, fds: Vec<OwnedFd>) -> Answer {
         let Ok([root, decision]) = <[OwnedFd; 2]>::try_from(fds) else {
-            return Err(wrong("a pidfd of the root and what is decided about the tree have to come with it"));
+            return Err(protocol(
+                "a pidfd of the root and what is decided about the tree have to come with it",
+            ));
         };
-        let pid = pid_of(root.as_fd()).map_err(|e| wrong(&format!("descriptor of the root: {e}")))?;
+        let pid = pid_of(root.as_fd()).map_err(|e| protocol(format!("descriptor of the root: {e}")))?;
         let process = self.process.as_ref().and_then(|process| process.try_clone().ok());
-        let witness =
-            Witness::new(process, decision).map_err(|e| wrong(&format!("no witness of the restore: {e}")))?;
+        let witness = Witness::new(process, decision)
+            .map_err(|e| protocol(format!("no witness of the restore: {e}")))?;
         self.starting = Some(Starting { root, pid, witness });
         self.pending = Some(Pending::Starting);
         Ok(None)
@@ -425,7 +425,7 @@ impl Client {
 
     fn whole(&mut self, snapshots: &Snapshots, doubt: Option<Instant>, now: Instant) -> Answer {
         let Some(snapshot) = self.taken.and_then(|id| Some((id, snapshots.get(id)?))) else {
-            return Err(wrong("no snapshot was asked for"));
+            return Err(protocol("no snapshot was asked for"));
         };
         if snapshot.1.state == State::Failed {
             return answer(local_reply::What::Passed(snapshot.1.ended().into()));

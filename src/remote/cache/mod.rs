@@ -6,14 +6,16 @@
 //! - [`local`]: commands of this host.
 //! - [`restorer`]: restores that it starts by itself.
 //! - [`needs`]: whether an offered tree could be restored here.
-//! - [`snapshots`]: all snapshots, what may become of each, and the memory they take.
+//! - [`snapshots`]: all snapshots, phase by phase, and what becomes of each.
 //! - [`keep`]: what outlives the cache.
 //! - [`ledger`]: what each source takes, and may take.
-//! - [`snapshot`], [`memory`]: the images of one, and the bytes of one image.
+//! - [`snapshot`], [`images`], [`memory`]: one snapshot, its images, the bytes of one image.
 //!
-//! Nothing is ever written to a disk. What is not here: how sockets come to be, and how the daemon starts.
+//! Images are never written to a disk but at the end, with `--spill`. What is not here: how sockets come to be, and how the daemon
+//! starts.
 
 mod decode;
+mod images;
 mod keep;
 mod ledger;
 mod local;
@@ -25,7 +27,6 @@ mod serve;
 mod snapshot;
 mod snapshots;
 mod source;
-mod table;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,11 @@ pub use ledger::Limits;
 pub use memory::prepare;
 pub use run::run;
 pub use serve::Cache;
+
+/// What the other side did that nobody may do.
+fn protocol(text: impl Into<String>) -> super::Failure {
+    super::Failure::new(super::pb::FailCode::FailProtocol, text)
+}
 
 /// What a connection does to a cache that holds at most 16 MiB: `bytes` come in pieces as long as the numbers in
 /// `cuts` say, then it is lost. Without sockets, for fuzzing. The memory that is still taken by what can never be

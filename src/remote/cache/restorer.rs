@@ -55,11 +55,11 @@ impl Restorer {
 
     /// Starts what is wanted.
     pub(super) fn start(&mut self, cache: &mut Cache) {
-        for wanted in cache.take_wanted() {
+        for wanted in cache.snapshots().take_wanted() {
             let id = wanted.id;
             if let Err(failure) = self.begin(cache, &wanted) {
                 tracing::error!("snapshot {}: {failure}", wanted.name);
-                cache.restore_ended(id, &failure.text);
+                cache.snapshots().restore_ended(id, &failure.text);
             }
         }
     }
@@ -115,9 +115,9 @@ impl Restorer {
             Ok(status) => {
                 let text = status.to_string();
                 let said = child.stderr.take().map(said).unwrap_or_default();
-                cache.restore_ended(id, if said.is_empty() { &text } else { &said });
+                cache.snapshots().restore_ended(id, if said.is_empty() { &text } else { &said });
             }
-            Err(e) => cache.restore_ended(id, &e.to_string()),
+            Err(e) => cache.snapshots().restore_ended(id, &e.to_string()),
         }
     }
 }

@@ -11,6 +11,7 @@ use super::super::front::Front;
 use super::super::journal::Journal;
 use super::super::notify::{self, Notify};
 use super::super::{Failure, pb::FailCode};
+use super::keep::Keeper;
 use super::restorer::Restorer;
 use super::{Cache, Limits};
 use crate::settings::CacheSettings;
@@ -55,12 +56,12 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
         cache.add_source(stream).map_err(internal)?;
     }
     match Journal::open(&settings.work_dir) {
-        Ok(journal) => cache.keep_journal(journal),
+        Ok(journal) => cache.snapshots().keep_journal(journal),
         Err(e) => {
             tracing::warn!("a source cannot be told after a restart what became of its tree: journal: {e}")
         }
     }
-    cache.set_at_once(settings.at_once);
+    cache.snapshots().set_at_once(settings.at_once);
     let mut restorer =
         settings.restore.as_ref().map(|words| Restorer::new(&settings.work_dir, words, RESTORES));
     if let Some(words) = &settings.restore {
@@ -68,7 +69,7 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
     }
     let manager = Notify::from_env();
     if let (Some(manager), most @ 1..) = (Notify::from_env(), notify::most_kept()) {
-        cache.keep_at(manager, most);
+        cache.snapshots().keep_at(Keeper::new(manager, most));
     }
     cache.adopt(front.take_kept(), settings.spill.as_deref());
     let mut closing: Option<Closing> = None;
@@ -120,7 +121,7 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
                 }
             }
         }
-        if is_single && cache.lines() == 0 && !cache.has_live() {
+        if is_single && cache.lines() == 0 && !cache.snapshots().has_live() {
             if cache.is_torn() {
                 let text = "the connection given with --ps-socket was lost with a snapshot on its way";
                 return Err(Failure::new(FailCode::FailLost, text));
@@ -151,14 +152,14 @@ impl Closing {
     /// Whether nothing would be lost any more by an end.
     fn is_over(&mut self, cache: &mut Cache, spill: Option<&Path>, manager: Option<&Notify>) -> bool {
         let spill = spill.filter(|_| !self.unspilled);
-        let mut risk = cache.at_risk(spill.is_some());
+        let mut risk = cache.snapshots().at_risk(spill.is_some());
         if risk == 0
             && let Some(dir) = spill
         {
             // Again it takes as long as the disk takes.
             extend(manager, 0, SPILL);
-            self.unspilled = cache.spill(dir) > 0;
-            risk = cache.at_risk(false);
+            self.unspilled = cache.snapshots().spill(dir) > 0;
+            risk = cache.snapshots().at_risk(false);
         }
         if risk == 0 {
             return true;

@@ -11,17 +11,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::super::journal::Journal;
 use super::super::net::Stream;
-use super::super::notify::Notify;
 use super::super::pb::FailCode;
 use super::super::poll::{Interest, Poll};
 use super::super::{Failure, local, pb};
-use super::keep::{self, Keeper};
-use super::ledger::{HERE, Lack, Limits, What};
+use super::keep;
+use super::ledger::{HERE, Lack, Limits, What, mib};
 use super::local::{Client, Watch};
 use super::needs::Looks;
-use super::restorer::Wanted;
 use super::snapshots::Snapshots;
 use super::source::Source;
 
@@ -114,30 +111,19 @@ impl Cache {
         })
     }
 
+    /// What it has.
+    pub(super) fn snapshots(&mut self) -> &mut Snapshots {
+        &mut self.snapshots
+    }
+
     /// Connections from sources.
     pub fn lines(&self) -> usize {
         self.lines.len()
     }
 
-    /// Bytes of frames that have not come whole, and of answers that are not read.
-    #[cfg(test)]
-    pub(super) fn buffered(&mut self) -> u64 {
-        self.snapshots.ledger().used(What::Buffers)
-    }
-
-    /// Whether snapshots wait or arrive.
-    pub fn has_live(&self) -> bool {
-        self.snapshots.has_live()
-    }
-
     /// Whether a connection was lost before all its snapshots were settled.
     pub fn is_torn(&self) -> bool {
         self.torn
-    }
-
-    /// From now on complete snapshots are held by the service manager too.
-    pub fn keep_at(&mut self, manager: Notify, most: usize) {
-        self.snapshots.keep_at(Keeper::new(manager, most));
     }
 
     /// Takes what an earlier cache had: what a service manager has kept, and what lies below `spill`.
@@ -151,16 +137,6 @@ impl Cache {
     pub fn close(&mut self) {
         self.place = "told to end, which it does when it holds nothing any more".to_owned();
         self.snapshots.close();
-    }
-
-    /// How many snapshots an end would lose; `spilled`: not those that [`Self::spill`] can write.
-    pub fn at_risk(&self, spilled: bool) -> usize {
-        self.snapshots.at_risk(spilled)
-    }
-
-    /// Writes what only memory has below `dir`; how many snapshots could not be written.
-    pub fn spill(&mut self, dir: &Path) -> usize {
-        self.snapshots.spill(dir)
     }
 
     /// The last thing before its end: the other sides see an orderly one, and the log has what is lost by it.
@@ -255,7 +231,6 @@ impl Cache {
     }
 
     fn describe(&mut self) -> String {
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let mut text = format!("image-cache, pid {}, {}", std::process::id(), self.place);
         text += &format!("; {} connections; {} MiB in use", self.lines.len(), mib(self.snapshots.used()));
         if let Some(max) = self.snapshots.max() {
@@ -428,30 +403,10 @@ impl Cache {
         }
     }
 
-    /// From now on what is let go for sources that end their trees last is written down.
-    pub fn keep_journal(&mut self, journal: Journal) {
-        self.snapshots.keep_journal(journal);
-    }
-
-    /// From now on no more than so many snapshots arrive at once.
-    pub fn set_at_once(&mut self, at_once: usize) {
-        self.snapshots.set_at_once(at_once);
-    }
-
-    /// From now on the caller starts a restore for each of those, with these options: [`Self::take_wanted`].
+    /// From now on the caller starts a restore for each of those, with these options: [`Snapshots::take_wanted`].
     pub(super) fn restore_all(&mut self, words: &[OsString]) {
         self.looks.with_options(words);
         self.snapshots.restore_all();
-    }
-
-    /// Snapshots for which a restore is to be started, once.
-    pub(super) fn take_wanted(&mut self) -> Vec<Wanted> {
-        self.snapshots.take_wanted()
-    }
-
-    /// Such a restore is over without success.
-    pub(super) fn restore_ended(&mut self, id: u64, why: &str) {
-        self.snapshots.restore_ended(id, why);
     }
 
     /// Watches a descriptor of the caller's for reading, as `token` below 2^32.

@@ -13,8 +13,10 @@ use super::super::pb::{self, FailCode};
 use super::super::wire::{self, FEATURE_LZ4, Header, Kind, LZ4, MAGIC, MAX_DATA};
 use super::super::{Failure, crc, host};
 use super::decode::{Decoder, Item, Last, Take};
+use super::images::Images;
 use super::ledger::{Origin, What};
-use super::snapshot::{Images, Owner};
+use super::protocol;
+use super::snapshot::Owner;
 use super::snapshots::Snapshots;
 
 /// Most snapshots on their way, or waiting for their turn, at once on one connection.
@@ -101,14 +103,14 @@ impl Streams {
             | Kind::Room
             | Kind::Queue => {
                 let text = format!("{:?} frame from a source", header.kind);
-                return Err(Failure::new(FailCode::FailProtocol, text));
+                return Err(protocol(text));
             }
             _ => {}
         }
         let stream = header.stream;
         if !self.active.contains_key(&stream) && !self.over.contains(&stream) {
             let text = format!("{:?} frame for stream {stream}, which has not begun", header.kind);
-            let failure = Failure::new(FailCode::FailProtocol, text);
+            let failure = protocol(text);
             if matches!(header.kind, Kind::Confirm | Kind::Abort | Kind::Go) {
                 // It was meant for another, which must get it.
                 return Err(failure);
@@ -125,12 +127,11 @@ impl Streams {
         let room = match header.kind {
             _ if !snapshots.has_turn(id) => {
                 let text = "images came before the cache had said that there is room";
-                Err(Failure::new(FailCode::FailProtocol, text))
+                Err(protocol(text))
             }
-            Kind::ImageBegin if self.open_images(snapshots) >= MAX_OPEN => Err(Failure::new(
-                FailCode::FailProtocol,
-                format!("more than {MAX_OPEN} images begun and not ended"),
-            )),
+            Kind::ImageBegin if self.open_images(snapshots) >= MAX_OPEN => {
+                Err(protocol(format!("more than {MAX_OPEN} images begun and not ended")))
+            }
             Kind::ImageBegin => snapshots.room_for_image(id),
             Kind::Data => snapshots.room_for(id, image, raw, false),
             Kind::Zero => snapshots.room_for(id, image, raw, true),
@@ -138,7 +139,7 @@ impl Streams {
                 if u64::from(header.len) > snapshots.images(id).map_or(0, Images::longest_commit) =>
             {
                 let text = "the list of images is longer than what has come";
-                Err(Failure::new(FailCode::FailProtocol, text))
+                Err(protocol(text))
             }
             _ => Ok(()),
         };
@@ -265,7 +266,7 @@ impl Source {
                     (0, 0x16) => "it speaks TLS, and this cache runs without --tls",
                     _ => "this is no crtool",
                 };
-                return Err(Failure::new(FailCode::FailProtocol, text));
+                return Err(protocol(text));
             }
             input = rest;
             let have = have + 1;
@@ -280,9 +281,7 @@ impl Source {
             let judge = |header: &Header| match stage {
                 Stage::Open => streams.judge(snapshots, out, header),
                 _ if header.kind == Kind::Hello => Ok(Take::Whole),
-                _ => {
-                    Err(Failure::new(FailCode::FailProtocol, format!("{:?} frame before Hello", header.kind)))
-                }
+                _ => Err(protocol(format!("{:?} frame before Hello", header.kind))),
             };
             let before = input.len();
             let item = decoder.next(&mut input, judge)?;
@@ -362,7 +361,7 @@ impl Source {
         let stream = header.stream;
         match header.kind {
             Kind::Ping if self.out.len() > MAX_OUT => {
-                return Err(Failure::new(FailCode::FailProtocol, "it does not read what it is told"));
+                return Err(protocol("it does not read what it is told"));
             }
             Kind::Ping => {
                 // The answer proves that what came before has been dealt with: what there is to say of that goes first.
@@ -415,7 +414,7 @@ impl Source {
         let stream = header.stream;
         let begin: pb::SnapshotBegin = wire::message(header, payload)?;
         if self.streams.active.contains_key(&stream) {
-            let failure = Failure::new(FailCode::FailProtocol, format!("stream {stream} begins twice"));
+            let failure = protocol(format!("stream {stream} begins twice"));
             if self.streams.receiving(snapshots, stream).is_none() {
                 return Err(failure);
             }
@@ -425,7 +424,7 @@ impl Source {
         }
         if self.streams.active.len() >= MAX_STREAMS {
             let text = format!("more than {MAX_STREAMS} snapshots at once on one connection");
-            return Err(Failure::new(FailCode::FailProtocol, text));
+            return Err(protocol(text));
         }
         let owner = Owner { source: self.streams.source, stream };
         let id = snapshots.begin(owner, &self.streams.origin, begin)?;
@@ -463,7 +462,7 @@ impl Source {
             (Err(failure), State::Receiving) => self.streams.fail(snapshots, stream, failure),
             (Ok(_), State::Receiving) => {
                 let text = "confirmed before all images had come";
-                self.streams.fail(snapshots, stream, Failure::new(FailCode::FailProtocol, text));
+                self.streams.fail(snapshots, stream, protocol(text));
             }
             (Err(failure), _) => return Err(failure),
             (Ok(_), _) => {}

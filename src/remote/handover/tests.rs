@@ -76,7 +76,7 @@ const NEVER: Sent = 32;
 
 fn arriving(run_first: bool) -> Held {
     let state = State::Receiving;
-    Held { state, run_first, taken: false, linked: true, confirmed: false, started: false }
+    Held { state, run_first, taken: false, linked: true, confirmed: false, started: false, freed: false }
 }
 
 impl World {
@@ -117,7 +117,7 @@ impl World {
             Some(Say::Restored) => RESTORED,
             Some(Say::Fell) => FELL,
             Some(Say::Failed) => FAILED,
-            None => 0,
+            Some(Say::Ended) | None => 0,
         };
         self
     }
@@ -214,6 +214,13 @@ impl World {
                 }
             }
             all.push(self.happens(Event::Lost));
+            // Its images are no good; or the journal cannot be written, without which nothing is let go.
+            if self.held.is_some_and(|held| matches!(held.state, State::Receiving | State::Armed)) {
+                all.push(self.happens(Event::Spoiled));
+            }
+            // It ends, and the next one has what somebody has kept for it. A restore that waits hears no more of it.
+            let there = if self.there == There::Asked { There::Died } else { self.there };
+            all.push(Self { there, ..self.happens(Event::Restarted) });
             if self.held.is_some_and(|held| !held.linked) {
                 all.push(self.happens(Event::Abandoned));
             }

@@ -46,7 +46,7 @@ fn the_whole_way() {
     let info = bench.info("a");
     assert_eq!((info.state(), info.restored_pid, info.resident), (State::Restored, root.pid(), 0));
     assert_eq!((info.images, info.bytes), (3, prepared.bytes));
-    assert!(!bench.cache.has_live());
+    assert!(!bench.cache.snapshots().has_live());
 }
 
 #[test]
@@ -704,6 +704,32 @@ fn a_parent_is_kept_for_its_child() {
     assert_eq!(bench.state("d"), State::Ready);
     let operator = bench.command();
     bench.done(&operator, drop_it("d", false));
+}
+
+#[test]
+fn a_chain_outlives_the_cache_whatever_became_of_its_parent() {
+    // The parent has gone to a restore, or its child has taken its name.
+    for name in ["b", "a"] {
+        let (mut bench, dir) = (Bench::new(), tempfile::tempdir().unwrap());
+        let mut peer = bench.source();
+        bench.prepare(&mut peer, Script::new(1, "a"));
+        bench.send(&mut peer, &survive(1));
+        let begin = pb::SnapshotBegin { parent: "a".to_owned(), ..begin(name) };
+        bench.bring(&mut peer, Script::from(2, &begin));
+        if name == "b" {
+            let restore = bench.take("a");
+            bench.done(&restore, ran(1));
+        }
+        assert_eq!(bench.cache.snapshots().spill(dir.path()), 0);
+        let mut next = Bench::new();
+        next.cache.adopt(Vec::new(), Some(dir.path()));
+        assert_eq!(next.state(name), State::Ready);
+        let restore = next.take(name);
+        assert_eq!(contents(&next.open(&restore, "inventory.img", 1)), b"inventory", "{name}");
+        next.done(&restore, ran(2));
+        assert_eq!(next.cache.snapshots().used(), 0, "{name}");
+        assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+    }
 }
 
 #[test]

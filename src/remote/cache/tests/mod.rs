@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use prost::Message;
 
+use super::ledger::What;
 use super::{Cache, Limits};
 use crate::image::ImageFile;
 use crate::remote::net::Stream;
@@ -73,6 +74,11 @@ impl Bench {
 
     fn limited(limits: Limits, timeout: Duration) -> Self {
         Self { cache: Cache::new(limits, timeout, "in a test".to_owned()).unwrap() }
+    }
+
+    /// Bytes of frames that have not come whole, and of answers that are not read.
+    fn buffered(&mut self) -> u64 {
+        self.cache.snapshots().ledger().used(What::Buffers)
     }
 
     /// Lets the cache do what it can do now.

@@ -11,7 +11,7 @@ const SECOND: Duration = Duration::from_secs(1);
 impl Bench {
     fn at_once(most: usize, timeout: Duration) -> Self {
         let mut bench = Self::with(None, timeout);
-        bench.cache.set_at_once(most);
+        bench.cache.snapshots().set_at_once(most);
         bench
     }
 
@@ -149,7 +149,7 @@ fn who_stands_still_loses_its_turn_and_then_its_room() {
 #[test]
 fn memory_is_kept_from_the_turn_on() {
     let mut bench = Bench::with(Some(8 << 20), LONG);
-    bench.cache.set_at_once(1);
+    bench.cache.snapshots().set_at_once(1);
     let (mut one, mut two) = (bench.source(), bench.source());
     let offer = |name: &str, bytes| {
         Script::from(1, &pb::SnapshotBegin { expected_bytes: bytes, ..begin(name) }).frames

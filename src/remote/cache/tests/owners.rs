@@ -21,7 +21,7 @@ fn held(state: State, linked: bool) -> Held {
     let dir = tempfile::tempdir().unwrap();
     let journal = Journal::open(dir.path()).unwrap();
     let identity = journal.identity();
-    bench.cache.keep_journal(journal);
+    bench.cache.snapshots().keep_journal(journal);
     let mut owner = bench.source_at(OWNER);
     let restore = match state {
         State::Armed => {
@@ -197,7 +197,7 @@ fn none_comes_twice() {
 fn the_next_cache_answers_the_same_source_and_knows_what_has_come() {
     let dir = tempfile::tempdir().unwrap();
     let mut bench = Bench::new();
-    bench.cache.keep_journal(Journal::open(dir.path()).unwrap());
+    bench.cache.snapshots().keep_journal(Journal::open(dir.path()).unwrap());
     let mut owner = bench.source_at(OWNER);
     let (restore, root) = armed(&mut bench, &mut owner, "a");
     bench.send(&mut owner, &go(1));
@@ -209,7 +209,7 @@ fn the_next_cache_answers_the_same_source_and_knows_what_has_come() {
     let mut bench = Bench::new();
     let journal = Journal::open(dir.path()).unwrap();
     let identity = journal.identity();
-    bench.cache.keep_journal(journal);
+    bench.cache.snapshots().keep_journal(journal);
     let asks = |origin: &str, bench: &mut Bench| {
         let mut peer = bench.source_at(origin);
         let verdict = Some(go_again());

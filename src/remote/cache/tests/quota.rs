@@ -87,10 +87,10 @@ fn answers_that_are_not_read_take_no_more_than_their_share() {
         let _ = peer.socket.write(&pings);
         bench.run();
         // What was read at once, and what is answered to it.
-        assert!(bench.cache.buffered() < 2 * MIB as u64);
+        assert!(bench.buffered() < 2 * MIB as u64);
         assert!(Instant::now() < deadline);
     }
-    assert_eq!(bench.cache.buffered(), 0);
+    assert_eq!(bench.buffered(), 0);
 }
 
 /// 1.8 MB on the wire once took all descriptors there were.

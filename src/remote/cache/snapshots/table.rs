@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
-use super::snapshot::Snapshot;
+use crate::remote::cache::snapshot::Snapshot;
 
 /// All snapshots, also those that have ended, oldest first.
 #[derive(Debug, Default)]
@@ -48,12 +48,12 @@ impl Table {
         Some(snapshot)
     }
 
-    pub(super) fn get(&self, id: &u64) -> Option<&Snapshot> {
-        self.all.get(id)
+    pub(super) fn get(&self, id: u64) -> Option<&Snapshot> {
+        self.all.get(&id)
     }
 
-    pub(super) fn get_mut(&mut self, id: &u64) -> Option<&mut Snapshot> {
-        self.all.get_mut(id)
+    pub(super) fn get_mut(&mut self, id: u64) -> Option<&mut Snapshot> {
+        self.all.get_mut(&id)
     }
 
     pub(super) fn ids(&self) -> Vec<u64> {
