@@ -10,7 +10,7 @@
 //! - [`journal`]: what of a hand-over outlives its processes.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
-//! - `keepalive`: whether the other side of a connection lives.
+//! - [`session`]: a source's side of one connection, without the connection.
 //! - [`poll`]: waiting for many descriptors at once.
 //! - `witness`: what became of a tree whose dump or restore is gone.
 //!
@@ -25,7 +25,6 @@ pub mod daemon;
 pub mod front;
 pub mod handover;
 pub mod journal;
-mod keepalive;
 mod last_words;
 pub mod local;
 pub mod name;
@@ -34,6 +33,7 @@ pub mod notify;
 pub mod poll;
 pub mod proxy;
 pub mod ring;
+pub mod session;
 pub mod wire;
 mod witness;
 

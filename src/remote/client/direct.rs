@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::super::keepalive::{Keepalive, Look};
-use super::super::net::{Stream, tls::looks_like_tls};
+use super::super::Failure;
+use super::super::net::Stream;
 use super::super::pb::{self, FailCode};
-use super::super::wire::{self, FEATURE_LZ4, HEADER, Header, Kind, MAGIC, MAX_MESSAGE};
-use super::super::{Failure, host};
+use super::super::session::{self, Session};
+use super::super::wire::{self, Kind};
 use super::link::{Fate, Link, lacking, waits};
 use super::packets::wait_for;
 use crate::settings::NetSettings;
@@ -59,12 +59,12 @@ struct Shared {
     /// Ends the second thread's wait.
     wake: EventFd,
     timeout: Duration,
-    hello: pb::Hello,
 }
 
 /// What has come and gone.
 #[derive(Debug)]
 struct Heard {
+    session: Session,
     prepared: Option<pb::Prepared>,
     restored: Option<pb::Restored>,
     armed: Option<pb::Armed>,
@@ -75,11 +75,44 @@ struct Heard {
     failed: Option<Failure>,
     /// The cache itself has said that nothing will come of the snapshot.
     refused: bool,
-    /// A Ping has come.
-    asked: bool,
-    keepalive: Keepalive,
     /// All bytes that the socket has taken.
     sent: u64,
+}
+
+impl Heard {
+    /// What a frame says; an error if no cache would send it here.
+    fn take(&mut self, frame: session::inbox::Heard) -> Result<(), Failure> {
+        use session::inbox::Heard as Frame;
+        match frame {
+            Frame::Prepared(STREAM, prepared) => self.prepared = Some(prepared),
+            Frame::Restored(STREAM, restored) => self.restored = Some(restored),
+            Frame::Armed(STREAM, armed) => self.armed = Some(armed),
+            Frame::Fell(STREAM, fell) => self.fell = Some(fell),
+            Frame::Room(STREAM, room) => self.room = Some(room),
+            Frame::Queue(STREAM, queue) => self.place = Some(queue.place),
+            Frame::Failed(STREAM, failed) => {
+                self.refused = true;
+                self.failed.get_or_insert(failed.into());
+            }
+            Frame::Hello(_) | Frame::Pong | Frame::Ping => {}
+            other => {
+                return Err(Failure::new(FailCode::FailProtocol, format!("{other:?} for no stream of ours")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What became of a tree, as far as has been heard.
+    fn fate(&self) -> Option<Fate> {
+        let refused = self.failed.as_ref().filter(|_| self.refused).map(|failed| failed.text.clone());
+        match (&self.restored, &self.fell) {
+            (Some(restored), _) if restored.ok => Some(Fate::Runs(restored.pid)),
+            (Some(pb::Restored { text, .. }), _) | (_, Some(pb::Fell { text })) => {
+                Some(Fate::Fell(text.clone()))
+            }
+            _ => refused.map(Fate::Fell),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -102,8 +135,10 @@ impl Shared {
         let stream = Stream::to_cache(net, until, true)?;
         let peer = stream.peer().to_owned();
         let fd = stream.fd().try_clone_to_owned().map_err(|e| failed(&e))?;
-        let now = Instant::now();
+        let session = Session::new(net.timeout, Instant::now());
+        let opening = session.opening();
         let heard = Heard {
+            session,
             prepared: None,
             restored: None,
             armed: None,
@@ -112,11 +147,9 @@ impl Shared {
             place: None,
             failed: None,
             refused: false,
-            asked: false,
-            keepalive: Keepalive::new(net.timeout, now),
             sent: 0,
         };
-        let mut shared = Self {
+        let shared = Self {
             stream: Mutex::new(stream),
             fd,
             peer,
@@ -128,95 +161,33 @@ impl Shared {
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|e| failed(&e))?,
             timeout: net.timeout,
-            hello: pb::Hello::default(),
         };
-        let hello = pb::Hello {
-            version: wire::VERSION,
-            features: FEATURE_LZ4,
-            software: concat!("crtool ", env!("CARGO_PKG_VERSION")).to_owned(),
-            host: host(),
-            timeout_ms: u32::try_from(net.timeout.as_millis()).unwrap_or(u32::MAX),
-            ..pb::Hello::default()
-        };
-        let hello = wire::frame(Kind::Hello, 0, 0, &hello);
-        shared.send(&mut [IoSlice::new(&MAGIC), IoSlice::new(&hello)])?;
-        shared.hello = shared.greeted(Instant::now() + net.timeout)?;
-        lock(&shared.heard).keepalive.heed(shared.hello.timeout_ms);
+        shared.send(&mut [IoSlice::new(&opening)])?;
+        shared.greeted(until)?;
         Ok(shared)
     }
 
-    /// Reads what the cache says first.
-    fn greeted(&self, until: Instant) -> Result<pb::Hello, Failure> {
-        let mut magic = [0; MAGIC.len()];
-        // What a cache with --tls says to us is shorter than the magic.
-        let (first, rest) = magic.split_at_mut(3);
-        self.read_exact(first, until)?;
-        if looks_like_tls(first) {
-            let text = format!("{} wants TLS; --tls gives it, with a certificate of ours", self.peer);
-            return Err(Failure::new(FailCode::FailProtocol, text));
-        }
-        self.read_exact(rest, until)?;
-        if magic != MAGIC {
-            let text = format!("{} is no image-cache: it answers with other bytes", self.peer);
-            return Err(Failure::new(FailCode::FailProtocol, text));
-        }
-        let mut header = [0; HEADER];
-        self.read_exact(&mut header, until)?;
-        let header = Header::decode(&header)?;
-        let mut payload = vec![0; header.len.min(MAX_MESSAGE) as usize];
-        self.read_exact(&mut payload, until)?;
-        match header.kind {
-            Kind::Hello => {
-                let hello: pb::Hello = wire::told(&header, &payload)?;
-                if hello.version != wire::VERSION {
-                    let text = format!(
-                        "{} speaks version {} of the protocol and this program {}: use the same crtool on both hosts",
-                        self.peer,
-                        hello.version,
-                        wire::VERSION
-                    );
-                    return Err(Failure::new(FailCode::FailVersion, text));
-                }
-                Ok(hello)
+    /// Waits for what the cache says first.
+    fn greeted(&self, until: Instant) -> Result<(), Failure> {
+        loop {
+            let open = self.hear()?;
+            if lock(&self.heard).session.peer().is_some() {
+                return Ok(());
             }
-            Kind::Failed => Err(wire::told::<pb::Failed>(&header, &payload)?.into()),
-            other => {
-                let text = format!("{} began with {other:?}", self.peer);
-                Err(Failure::new(FailCode::FailProtocol, text))
+            if !open {
+                return Err(lost(&self.peer, &io::ErrorKind::UnexpectedEof.into()));
+            }
+            let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+            if !wait_for(&mut fds, until)? {
+                let text = format!("{} accepts the connection and says nothing", self.peer);
+                return Err(Failure::new(FailCode::FailTimeout, text));
             }
         }
     }
 
-    fn read_exact(&self, mut into: &mut [u8], until: Instant) -> Result<(), Failure> {
-        while !into.is_empty() {
-            let got = lock(&self.stream).read(into);
-            match got {
-                Ok(0) => return Err(lost(&self.peer, &io::ErrorKind::UnexpectedEof.into())),
-                Ok(n) => into = into.get_mut(n..).unwrap_or_default(),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
-                    if !wait_for(&mut fds, until)? {
-                        let text = format!("{} accepts the connection and says nothing", self.peer);
-                        return Err(Failure::new(FailCode::FailTimeout, text));
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(lost(&self.peer, &e)),
-            }
-        }
-        Ok(())
-    }
-
-    /// What became of a tree, as far as has been heard.
-    fn fate(heard: &Heard) -> Option<Fate> {
-        let refused = heard.failed.as_ref().filter(|_| heard.refused).map(|failed| failed.text.clone());
-        match (&heard.restored, &heard.fell) {
-            (Some(restored), _) if restored.ok => Some(Fate::Runs(restored.pid)),
-            (Some(pb::Restored { text, .. }), _) | (_, Some(pb::Fell { text })) => {
-                Some(Fate::Fell(text.clone()))
-            }
-            _ => refused.map(Fate::Fell),
-        }
+    /// Something that the cache said about itself.
+    fn hello<T: Default>(&self, of: impl FnOnce(&pb::Hello) -> T) -> T {
+        lock(&self.heard).session.peer().map(of).unwrap_or_default()
     }
 
     /// Why the snapshot is refused or lost, if it is.
@@ -262,7 +233,7 @@ impl Shared {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => {
                     // What the cache said last tells more than that it is gone.
-                    self.listen();
+                    let _ = self.hear();
                     self.failure()?;
                     return Err(lost(&self.peer, &e));
                 }
@@ -278,28 +249,16 @@ impl Shared {
         }
     }
 
-    /// Takes what has come, as far as it is complete.
-    fn listen(&self) {
-        // Only the hearer keeps parts of frames; here it is about a last whole one.
-        let mut parser = Parser::default();
-        let _ = self.hear(&mut parser);
-    }
-
     /// Reads what has come; false at the end of the connection. A cache that never stops does not keep the caller from what else
     /// there is to do.
-    fn hear(&self, parser: &mut Parser) -> Result<bool, Failure> {
+    fn hear(&self) -> Result<bool, Failure> {
         let mut piece = [0; 4096];
         for _ in 0..READS {
-            let got = lock(&self.stream).read(&mut piece);
-            match got {
+            // Held until it is understood: two threads may read.
+            let mut stream = lock(&self.stream);
+            match stream.read(&mut piece) {
                 Ok(0) => return Ok(false),
-                Ok(n) => {
-                    lock(&self.heard).keepalive.heard(Instant::now());
-                    parser.bytes.extend_from_slice(piece.get(..n).unwrap_or_default());
-                    while let Some((header, payload)) = parser.next()? {
-                        self.take(&header, &payload)?;
-                    }
-                }
+                Ok(n) => self.take(piece.get(..n).unwrap_or_default())?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(lost(&self.peer, &e)),
@@ -308,35 +267,23 @@ impl Shared {
         Ok(true)
     }
 
-    fn take(&self, header: &Header, payload: &[u8]) -> Result<(), Failure> {
+    fn take(&self, bytes: &[u8]) -> Result<(), Failure> {
         let mut heard = lock(&self.heard);
-        match header.kind {
-            Kind::Prepared => heard.prepared = Some(wire::message(header, payload)?),
-            Kind::Restored => heard.restored = Some(wire::told(header, payload)?),
-            Kind::Armed => heard.armed = Some(wire::message(header, payload)?),
-            Kind::Fell => heard.fell = Some(wire::told(header, payload)?),
-            Kind::Room => heard.room = Some(wire::told(header, payload)?),
-            Kind::Queue => heard.place = Some(wire::message::<pb::Queue>(header, payload)?.place),
-            Kind::Failed => {
-                let failed: pb::Failed = wire::told(header, payload)?;
-                heard.refused |= header.stream == STREAM;
-                heard.failed.get_or_insert(failed.into());
-            }
-            Kind::Pong if heard.keepalive.pong() => {}
-            Kind::Ping => heard.asked = true,
-            other => {
-                let text = format!("{} sent {other:?}, which no cache sends", self.peer);
-                return Err(Failure::new(FailCode::FailProtocol, text));
-            }
-        }
+        let mut frames = Vec::new();
+        let fed = heard.session.feed(bytes, Instant::now(), &mut frames);
+        let taken = frames.into_iter().try_for_each(|frame| heard.take(frame));
         drop(heard);
         self.news.notify_all();
-        Ok(())
+        taken.and(fed).map_err(|failure| self.of_peer(failure))
+    }
+
+    /// What a session says of the cache, with its name.
+    fn of_peer(&self, failure: Failure) -> Failure {
+        Failure { text: format!("{}: {}", self.peer, failure.text), ..failure }
     }
 
     /// The second thread.
     fn keep(&self) {
-        let mut parser = Parser::default();
         while !self.over.load(Ordering::Acquire) {
             let mut fds = [
                 PollFd::new(self.fd.as_fd(), PollFlags::POLLIN),
@@ -344,7 +291,7 @@ impl Shared {
             ];
             let wait = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
             if poll(&mut fds, wait).unwrap_or(0) > 0 {
-                match self.hear(&mut parser) {
+                match self.hear() {
                     Ok(true) => {}
                     Ok(false) => {
                         let text = format!("{} closed the connection", self.peer);
@@ -364,27 +311,18 @@ impl Shared {
         let unsent = sys::fd::unsent(self.fd.as_fd()).unwrap_or(0);
         // Nobody pings while a frame is being sent: that must get on.
         let frame = self.frame.try_lock().ok();
-        let look = {
+        let frames = {
             let mut heard = lock(&self.heard);
-            let progress = (heard.sent, unsent);
-            heard.keepalive.look(Instant::now(), progress, frame.is_none())
+            let (progress, busy) = ((heard.sent, unsent), frame.is_none());
+            let pong = (!busy).then(|| heard.session.pong()).flatten();
+            let ping = heard.session.look(Instant::now(), progress, busy).map_err(|e| self.of_peer(e))?;
+            [pong, ping]
         };
-        if frame.is_some() && std::mem::take(&mut lock(&self.heard).asked) {
-            self.send_held(&mut [IoSlice::new(&wire::bare(Kind::Pong, 0, 0, 0))])?;
-        }
-        match look {
-            Look::Ping if frame.is_some() => self.ping_held(),
-            Look::Ping | Look::Fine => Ok(()),
-            Look::Dead => {
-                let text = format!("nothing came from {} for {} s", self.peer, self.timeout.as_secs_f32());
-                Err(Failure::new(FailCode::FailTimeout, text))
-            }
-        }
+        frames.iter().flatten().try_for_each(|frame| self.send_held(&mut [IoSlice::new(frame)]))
     }
 
     fn ping_held(&self) -> Result<(), Failure> {
-        lock(&self.heard).keepalive.pinged(Instant::now());
-        let ping = wire::bare(Kind::Ping, 0, 0, 0);
+        let ping = lock(&self.heard).session.ping(Instant::now());
         self.send_held(&mut [IoSlice::new(&ping)])
     }
 
@@ -420,27 +358,6 @@ impl Shared {
             return Ok(());
         }
         interrupt::check().map_err(|e| Failure::new(FailCode::FailAborted, e.to_string()))
-    }
-}
-
-/// Frames out of bytes.
-#[derive(Debug, Default)]
-struct Parser {
-    bytes: Vec<u8>,
-}
-
-impl Parser {
-    fn next(&mut self) -> Result<Option<(Header, Vec<u8>)>, Failure> {
-        let Some(header) = self.bytes.first_chunk::<HEADER>() else { return Ok(None) };
-        let header = Header::decode(header)?;
-        let end = HEADER + header.len as usize;
-        if header.len > MAX_MESSAGE {
-            return Err(Failure::new(FailCode::FailProtocol, "a message longer than any of a cache"));
-        }
-        let Some(payload) = self.bytes.get(HEADER..end) else { return Ok(None) };
-        let payload = payload.to_vec();
-        self.bytes.drain(..end);
-        Ok(Some((header, payload)))
     }
 }
 
@@ -488,7 +405,7 @@ impl Direct {
 
     /// Waits until everything sent so far has been taken.
     fn answered(&self, patience: Duration) -> Result<(), Failure> {
-        self.shared.wait(patience, "answer", |heard| heard.keepalive.is_answered().then_some(()))?;
+        self.shared.wait(patience, "answer", |heard| heard.session.is_answered().then_some(()))?;
         // A refusal comes before the answer to the ping behind what is refused.
         self.shared.failure()
     }
@@ -509,7 +426,7 @@ impl Direct {
     }
 
     fn about(&self, verdict: pb::resume::Verdict) -> pb::Resume {
-        let journal = self.shared.hello.journal;
+        let journal = self.journal();
         pb::Resume { name: self.name.clone(), id: self.id, verdict: Some(verdict), journal }
     }
 }
@@ -526,9 +443,8 @@ fn again<T>(
     let frame = wire::frame(Kind::Resume, STREAM, 0, &resume);
     shared.send(&mut [IoSlice::new(&frame)])?;
     let until = Instant::now() + patience;
-    let mut parser = Parser::default();
     loop {
-        let open = shared.hear(&mut parser)?;
+        let open = shared.hear()?;
         let heard = lock(&shared.heard);
         if let Some(found) = found(&heard) {
             return Ok(found);
@@ -552,7 +468,7 @@ pub(super) fn ask(net: &NetSettings, resume: pb::Resume, patience: Duration) -> 
     again(net, resume, patience, |heard| match &heard.failed {
         // It may have run under another cache.
         Some(failed) if failed.code == FailCode::FailNotFound => None,
-        _ => Shared::fate(heard),
+        _ => heard.fate(),
     })
 }
 
@@ -572,15 +488,15 @@ impl Link for Direct {
     }
 
     fn features(&self) -> u64 {
-        self.shared.hello.features
+        self.shared.hello(|hello| hello.features)
     }
 
     fn journal(&self) -> u64 {
-        self.shared.hello.journal
+        self.shared.hello(|hello| hello.journal)
     }
 
     fn restores(&self) -> bool {
-        self.shared.hello.restores
+        self.shared.hello(|hello| hello.restores)
     }
 
     fn send(&self, frames: &mut [IoSlice<'_>]) -> Result<(), Failure> {
@@ -649,7 +565,7 @@ impl Link for Direct {
     }
 
     fn fate(&self, patience: Duration) -> Result<Fate, Failure> {
-        match self.shared.wait(patience, "say what became of the tree", |heard| Shared::fate(heard)) {
+        match self.shared.wait(patience, "say what became of the tree", |heard| heard.fate()) {
             Err(failure) if failure.code == FailCode::FailTimeout && self.shared.failure().is_ok() => {
                 Err(failure)
             }

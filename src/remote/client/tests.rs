@@ -60,7 +60,8 @@ impl Peer {
     }
 
     fn say<M: prost::Message>(&mut self, kind: Kind, message: &M) {
-        self.stream.write_all(&wire::frame(kind, 1, 0, message)).unwrap();
+        let stream = if kind == Kind::Hello { 0 } else { 1 };
+        self.stream.write_all(&wire::frame(kind, stream, 0, message)).unwrap();
     }
 
     fn play(mut self, twist: Twist) -> Got {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use crate::remote::Failure;
 use crate::remote::local::{self, MAX_PACKET, Packet};
 use crate::remote::name::shorten;
 use crate::remote::pb::{self, local_reply::What};
@@ -93,7 +94,12 @@ impl Client {
         self.reply_with(what, Vec::new());
     }
 
-    /// The same with descriptors, at most [`local::MAX_FDS`].
+    /// Says that nothing comes of what it wanted.
+    pub(super) fn refuse(&mut self, failure: &Failure) {
+        self.reply(What::Failed(failure.clone().into()));
+    }
+
+    /// The same as [`Self::reply`] with descriptors, at most [`local::MAX_FDS`].
     pub(super) fn reply_with(&mut self, what: What, fds: Vec<OwnedFd>) {
         self.out.push_back((pb::LocalReply { what: Some(what) }, fds));
         self.flush();

@@ -1,21 +1,18 @@
-//! The one connection to the cache: made when it is needed, greeted, kept alive, and given up when the other side
-//! is silent.
+//! The one connection to the cache: made when it is needed, and given up when the other side is silent.
 //!
-//! Whether it lives is for [`Keepalive`] to say. Pings are answered in order, so the answer to one proves that all that went before it has been dealt with.
+//! What is said on it, and whether the other side lives, is for its [`Session`] to know.
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::inbox::{Heard, Inbox};
 use super::outbox::{Outbox, Pumped, Sink};
-use crate::remote::keepalive::{Keepalive, Look};
 use crate::remote::net::Stream;
 use crate::remote::net::connect::{Connector, Progress};
 use crate::remote::poll::{Interest, Poll};
 use crate::remote::ring::Ring;
-use crate::remote::wire::{self, Kind, MAGIC};
+use crate::remote::session::{Session, inbox::Heard};
 use crate::remote::{Failure, pb, pb::FailCode};
 use crate::sys;
 
@@ -182,36 +179,19 @@ pub(super) enum Dialed<C> {
     },
 }
 
-/// What happened.
-#[derive(Debug)]
-pub(super) enum News {
-    /// The cache has greeted.
-    Up,
-    /// The cache says.
-    Heard(Heard),
-    /// The connection is gone, and why.
-    Lost(Failure),
-}
-
 /// The connection and what is known of it.
 #[derive(Debug)]
 pub(super) struct Link<D: Dial> {
     dial: D,
     conn: Option<D::Conn>,
-    hello: pb::Hello,
     timeout: Duration,
     /// When to take the next step of dialing; not dialing if `None`.
     dial_at: Option<Instant>,
-    /// What the cache said about itself.
-    peer: Option<pb::Hello>,
-    inbox: Inbox,
+    session: Session,
     pub(super) out: Outbox,
     watched: Interest,
     token: u64,
     blocked: bool,
-    /// A Ping has come. One answer is enough for several, so that a cache that asks and does not read fills no memory.
-    asked: bool,
-    keepalive: Keepalive,
     /// Before the next connection.
     pause: Duration,
     not_before: Instant,
@@ -222,22 +202,18 @@ pub(super) struct Link<D: Dial> {
 
 impl<D: Dial> Link<D> {
     /// Not connected.
-    pub(super) fn new(dial: D, hello: pb::Hello, timeout: Duration, token: u64) -> Self {
+    pub(super) fn new(dial: D, timeout: Duration, token: u64) -> Self {
         let now = Instant::now();
         Self {
             dial,
             conn: None,
-            hello,
             timeout,
             dial_at: None,
-            peer: None,
-            inbox: Inbox::default(),
+            session: Session::new(timeout, now),
             out: Outbox::default(),
             watched: Interest::NONE,
             token,
             blocked: false,
-            asked: false,
-            keepalive: Keepalive::new(timeout, now),
             pause: PAUSE,
             not_before: now,
             error: None,
@@ -252,7 +228,7 @@ impl<D: Dial> Link<D> {
 
     /// Frames can be sent.
     pub(super) fn is_up(&self) -> bool {
-        self.peer.is_some()
+        self.session.peer().is_some()
     }
 
     /// Neither connected nor about to be.
@@ -277,11 +253,11 @@ impl<D: Dial> Link<D> {
 
     /// What the cache can do, as in `Hello`.
     pub(super) fn peer(&self) -> Option<&pb::Hello> {
-        self.peer.as_ref()
+        self.session.peer()
     }
 
     pub(super) fn features(&self) -> u64 {
-        self.peer.as_ref().map_or(0, |hello| hello.features)
+        self.session.peer().map_or(0, |hello| hello.features)
     }
 
     /// Why there is no connection.
@@ -296,7 +272,7 @@ impl<D: Dial> Link<D> {
 
     /// For people.
     pub(super) fn state(&self) -> String {
-        match (&self.peer, &self.error) {
+        match (self.session.peer(), &self.error) {
             (Some(peer), _) => format!("connected to {} on {}", peer.software, peer.host),
             (None, Some(error)) => format!("not connected: {error}"),
             (None, None) => "not connected".to_owned(),
@@ -312,13 +288,13 @@ impl<D: Dial> Link<D> {
 
     /// Sends a Ping; the number that [`Self::pongs`] has reached once it is answered.
     pub(super) fn ping(&mut self, now: Instant) -> u64 {
-        self.out.push(&wire::bare(Kind::Ping, 0, 0, 0));
-        self.keepalive.pinged(now)
+        self.out.push(&self.session.ping(now));
+        self.session.pings()
     }
 
     /// How many Pings have been answered.
     pub(super) fn pongs(&self) -> u64 {
-        self.keepalive.pongs()
+        self.session.pongs()
     }
 
     /// The next step can be taken at once.
@@ -356,25 +332,15 @@ impl<D: Dial> Link<D> {
             self.error = Some(e.to_string());
             return None;
         }
-        self.keepalive = Keepalive::new(self.timeout, now);
-        self.inbox = Inbox::default();
+        self.session = Session::new(self.timeout, now);
         self.out = Outbox::default();
-        self.out.push(&MAGIC);
-        self.out.push(&wire::frame(Kind::Hello, 0, 0, &self.hello));
+        self.out.push(&self.session.opening());
         self.conn = Some(conn);
         None
     }
 
-    /// Reads what has come.
-    pub(super) fn hear(&mut self, now: Instant) -> Vec<News> {
-        let mut news = Vec::new();
-        if let Err(failure) = self.read(now, &mut news) {
-            news.push(News::Lost(failure));
-        }
-        news
-    }
-
-    fn read(&mut self, now: Instant, news: &mut Vec<News>) -> Result<(), Failure> {
+    /// Reads what has come and appends it to `heard`; an error says why the connection is of no more use.
+    pub(super) fn hear(&mut self, now: Instant, heard: &mut Vec<Heard>) -> Result<(), Failure> {
         let Some(conn) = &mut self.conn else { return Ok(()) };
         let mut chunk = [0; CHUNK];
         for _ in 0..READS {
@@ -389,40 +355,12 @@ impl<D: Dial> Link<D> {
                 }
                 Err(e) => return Err(lost(e.to_string())),
             };
-            self.keepalive.heard(now);
-            self.inbox.feed(chunk.get(..n).unwrap_or_default());
-            while let Some(heard) = self.inbox.next()? {
-                match heard {
-                    Heard::Hello(hello) if self.peer.is_none() => {
-                        if hello.version != wire::VERSION {
-                            let text = format!(
-                                "it speaks version {} of the protocol and this program {}: use the same crtool",
-                                hello.version,
-                                wire::VERSION
-                            );
-                            return Err(Failure::new(FailCode::FailVersion, text));
-                        }
-                        self.keepalive.heed(hello.timeout_ms);
-                        self.peer = Some(hello);
-                        self.error = None;
-                        self.pause = PAUSE;
-                        news.push(News::Up);
-                    }
-                    Heard::Failed(0, failed) => return Err(failed.into()),
-                    Heard::Ping if self.peer.is_some() => self.asked = true,
-                    Heard::Pong if self.keepalive.pong() => {
-                        news.push(News::Heard(Heard::Pong));
-                    }
-                    Heard::Hello(_) | Heard::Pong => {
-                        return Err(Failure::new(FailCode::FailProtocol, format!("unexpected {heard:?}")));
-                    }
-                    other if self.peer.is_some() => news.push(News::Heard(other)),
-                    other => {
-                        let text = format!("{other:?} before Hello");
-                        return Err(Failure::new(FailCode::FailProtocol, text));
-                    }
-                }
+            let greeted = self.session.peer().is_some();
+            let fed = self.session.feed(chunk.get(..n).unwrap_or_default(), now, heard);
+            if !greeted && self.session.peer().is_some() {
+                (self.error, self.pause) = (None, PAUSE);
             }
+            fed?;
         }
         Ok(())
     }
@@ -433,8 +371,10 @@ impl<D: Dial> Link<D> {
         pipe: impl Fn(u64) -> Option<BorrowedFd<'a>>,
     ) -> Result<Pumped, Failure> {
         let Some(conn) = &mut self.conn else { return Ok(Pumped::Blocked) };
-        if !self.blocked && std::mem::take(&mut self.asked) {
-            self.out.push(&wire::bare(Kind::Pong, 0, 0, 0));
+        if !self.blocked
+            && let Some(pong) = self.session.pong()
+        {
+            self.out.push(&pong);
         }
         let pumped = self.out.pump(conn, pipe).map_err(|e| lost(e.to_string()))?;
         self.blocked = pumped == Pumped::Blocked;
@@ -457,18 +397,10 @@ impl<D: Dial> Link<D> {
     pub(super) fn keep_alive(&mut self, now: Instant) -> Result<(), Failure> {
         let Some(conn) = &self.conn else { return Ok(()) };
         let waiting = sys::fd::unsent(conn.fd()).unwrap_or(0);
-        let greeted = self.peer.is_some();
-        match self.keepalive.look(now, (self.out.sent(), waiting), !greeted) {
-            Look::Fine => return Ok(()),
-            Look::Ping => {
-                self.ping(now);
-                return Ok(());
-            }
-            Look::Dead => {}
+        if let Some(ping) = self.session.look(now, (self.out.sent(), waiting), false)? {
+            self.out.push(&ping);
         }
-        let text =
-            if greeted { "nothing came from it" } else { "it accepted the connection and said nothing" };
-        Err(Failure::new(FailCode::FailTimeout, format!("{text} for {} s", self.timeout.as_secs_f32())))
+        Ok(())
     }
 
     /// When [`Self::keep_alive`] or [`Self::dial`] has something to do.
@@ -476,7 +408,7 @@ impl<D: Dial> Link<D> {
         if self.conn.is_none() {
             return self.dial_at;
         }
-        Some(self.keepalive.next(now, self.peer.is_none()))
+        Some(self.session.next_look(now))
     }
 
     /// Drops the connection. What has not gone out is lost.
@@ -487,9 +419,8 @@ impl<D: Dial> Link<D> {
             self.not_before = Instant::now() + self.pause;
             self.pause = (self.pause * 2).min(MAX_PAUSE);
         }
-        self.peer = None;
-        (self.blocked, self.asked) = (false, false);
-        self.inbox = Inbox::default();
+        self.blocked = false;
+        self.session = Session::new(self.timeout, Instant::now());
         self.out = Outbox::default();
     }
 

@@ -14,10 +14,11 @@
 //!   │◀─Restored─────│◀─────────────────────────────Restored│
 //! ```
 //!
-//! - [`pipe`]: frames out of the pipe of a dump. [`outbox`]: into the connection. [`inbox`]: what comes from it.
+//! - [`pipe`]: frames out of the pipe of a dump. [`outbox`]: into the connection.
 //! - [`link`]: the connection itself. [`client`]: a process at the local socket.
 //! - [`snapshot`]: what is known of one.
-//! - [`relay`]: the one thread that does all of it.
+//! - [`relay`]: the one thread that does all of it. [`feed`]: what goes to the cache. [`answers`]: what comes from it. [`settle`]: the
+//!   last word. [`requests`]: what the processes of this host ask for.
 //!
 //! Payloads are relayed as they are: neither their checksums nor their order is looked at, nothing is
 //! compressed or written to a disk. What is held is bounded: a pipe and at most one frame for each dump.
@@ -25,12 +26,15 @@
 //! A dump that is refused while it still writes finds its pipe closed (EPIPE) and the reason in its socket, where it
 //! was put before. After `Prepared` a dump hears of nothing but `Restored`.
 
+mod answers;
 mod client;
-pub mod inbox;
+mod feed;
 mod link;
 mod outbox;
 mod pipe;
 mod relay;
+mod requests;
+mod settle;
 mod snapshot;
 
 #[cfg(test)]

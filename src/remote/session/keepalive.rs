@@ -62,11 +62,10 @@ impl Keepalive {
         self.alive = now;
     }
 
-    /// A Ping goes out; the number that [`Self::pongs`] has reached once it is answered.
-    pub(super) fn pinged(&mut self, now: Instant) -> u64 {
+    /// A Ping goes out.
+    pub(super) fn pinged(&mut self, now: Instant) {
         self.pings += 1;
         self.pinged = now;
-        self.pings
     }
 
     /// A Pong came; `false` if there was no Ping for it.
@@ -74,6 +73,11 @@ impl Keepalive {
         let expected = self.pongs < self.pings;
         self.pongs += u64::from(expected);
         expected
+    }
+
+    /// How many there were.
+    pub(super) fn pings(&self) -> u64 {
+        self.pings
     }
 
     /// How many Pings have been answered.
