@@ -52,11 +52,9 @@ pub fn run(settings: &RestoreSettings, report: ReportSettings) -> anyhow::Result
 
 /// Restores from the cache of this host; what fails leaves the snapshot there.
 fn from_cache(settings: &RestoreSettings, remote: &RemoteSettings) -> anyhow::Result<Restored> {
-    // A script may do before a restore what it finds done only when the dump is over.
-    let early = settings.common.action_scripts.scripts.is_empty();
     let (begun, mut wait) = (Instant::now(), remote.wait_snapshot);
     loop {
-        let store = RemoteSnapshot::take(remote, early, wait)?;
+        let store = RemoteSnapshot::take(remote, wait)?;
         match crate::restore::restore_from(&store, settings) {
             // Its tree runs on at the source, and may be sent again.
             Err(error) if store.has_passed() && remote.snapshot_id == 0 => {

@@ -35,7 +35,7 @@ const STEP: u64 = 4 << 20;
 #[error("what was made while images arrived is given up")]
 pub(super) struct GivenUp;
 
-/// Makes all processes, and comes back when the snapshot may be restored.
+/// Makes all processes, each with its memory.
 pub(super) fn make<'i>(
     store: &'i dyn Store,
     images: &'i Images,
@@ -52,10 +52,13 @@ pub(super) fn make<'i>(
     tree.create_ahead(settings)?;
     tree.moves()?;
     tree.shared.fill()?;
-    store.arrived()?;
-    tree.pages.iter().try_for_each(|pages| pages.wait())?;
-    tree.files.recheck()?;
     Ok(tree)
+}
+
+/// Whether what was made is right, now that all is there.
+pub(super) fn check(tree: &Construction<'_>) -> Result<()> {
+    tree.pages.iter().try_for_each(|pages| pages.wait())?;
+    Ok(tree.files.recheck()?)
 }
 
 /// Ids of the files that are mapped or run.

@@ -36,6 +36,7 @@ mod uffd_copy;
 mod vdso;
 
 use std::{
+    cell::Cell,
     os::fd::AsFd as _,
     time::{Duration, Instant},
 };
@@ -107,9 +108,9 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
     let begun = Instant::now();
     let _ticker = ticker::Ticker::start()?;
     let _ = crate::sys::own::raise_open_files();
-    action::run(&settings.common.action_scripts, Action::PreRestore, None)?;
+    let scripts = Cell::new(false);
     if store.arrival().is_some() {
-        match attempt(store, settings, begun) {
+        match attempt(store, settings, begun, &scripts) {
             Err(error) if error.is::<ahead::GivenUp>() => {
                 store.arrived()?;
                 tracing::info!("{error:#}");
@@ -117,15 +118,29 @@ pub fn restore_from(store: &dyn Store, settings: &RestoreSettings) -> Result<Res
             done => return done,
         }
     }
-    attempt(store, settings, begun)
+    attempt(store, settings, begun, &scripts)
+}
+
+/// Runs what is to be done before a restore, once: when all images are there, since a script may rely on what the dump has done.
+fn before(settings: &RestoreSettings, done: &Cell<bool>) -> Result<()> {
+    if !done.replace(true) {
+        action::run(&settings.common.action_scripts, Action::PreRestore, None)?;
+    }
+    Ok(())
 }
 
 /// Restores a tree from what is there and, as long as that is not all of it, from what comes.
-fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Result<Restored> {
+fn attempt(
+    store: &dyn Store,
+    settings: &RestoreSettings,
+    begun: Instant,
+    scripts_ran: &Cell<bool>,
+) -> Result<Restored> {
     let deadline = Deadline::begin(Limit::Idle(settings.timeout));
     let scripts = &settings.common.action_scripts;
     let arriving = store.arrival().is_some();
     if !arriving {
+        before(settings, scripts_ran)?;
         images::inventory(store)?;
     }
     let read = || -> Result<_> {
@@ -137,6 +152,9 @@ fn attempt(store: &dyn Store, settings: &RestoreSettings, begun: Instant) -> Res
     let images = if arriving { read().context(ahead::GivenUp)? } else { read()? };
     let (mut tree, forking_time) = if arriving {
         let mut tree = ahead::make(store, &images, settings).context(ahead::GivenUp)?;
+        store.arrived()?;
+        before(settings, scripts_ran)?;
+        ahead::check(&tree).context(ahead::GivenUp)?;
         images::inventory(store)?;
         tree.files.open_early()?;
         tree.clocks = TreeClocks::read(store, &images, settings)?;

@@ -141,13 +141,13 @@ impl Arrival for Session {
 impl RemoteSnapshot {
     /// Waits until a snapshot begins, `wait` at most, and takes it: as soon as it is described, if that is of use, else when it can
     /// be restored. One that fails before is not the last of its name: the wait goes on.
-    pub fn take(remote: &RemoteSettings, early: bool, wait: Duration) -> Result<Self, Failure> {
+    pub fn take(remote: &RemoteSettings, wait: Duration) -> Result<Self, Failure> {
         let name = checked(&remote.snapshot)?;
         let path = remote.work_dir.join(CACHE_SOCKET);
         let packets = Packets::connect("image-cache", &path, remote.timeout)?;
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         // What is freed as it is read could not be read again if the dump failed.
-        let early = early && !remote.free_as_read;
+        let early = !remote.free_as_read;
         let get =
             local_request::What::Get(pb::Get { name: name.clone(), id: remote.snapshot_id, wait_ms, early });
         let until = Instant::now() + PATIENCE;
