@@ -5,6 +5,7 @@ use std::{
     net::TcpStream,
     os::fd::{AsFd as _, AsRawFd as _},
     os::unix::fs::PermissionsExt as _,
+    process::{Command, Stdio},
     thread,
     time::Duration,
 };
@@ -216,16 +217,43 @@ pub fn spilled() {
     site.restore_and_end();
 }
 
-/// A disk that is full: nothing is lost by that.
+/// A cache with `--spill` to a file system of its own, which is mounted with `options`.
+fn cache_with_disk(site: &Site, options: &str) -> Daemon {
+    let dir = site.work("spill");
+    let inner = site.crtool("dst", &[&CACHE[..], &["--spill", dir.to_str().unwrap()]].concat());
+    let mut command = Command::new("unshare");
+    let script = r#"mount -t tmpfs -o "$1" none "$0" && shift && exec "$@""#;
+    command.args(["-m", "sh", "-c", script]).arg(&dir).arg(options);
+    site.daemon("dst", command.arg(inner.get_program()).args(inner.get_args()).stdin(Stdio::null()))
+}
+
+/// A disk that is full, or read-only, or no directory: nothing is lost by that, and nothing lies there.
 pub fn spilled_where_nothing_can_be() {
-    let mut site = Site::new(Memory::Text);
-    let file = site.path().join("file");
-    fs::write(&file, "").unwrap();
-    let mut cache = site.cache(&["--spill", file.join("spill").to_str().unwrap()]);
-    dump(&mut site, &cache);
-    signal(&cache, Signal::SIGTERM);
-    cache.says("snapshot default cannot be spilled");
-    cache.says("told to end, with 1 snapshots");
-    site.restore_and_end();
-    assert_eq!(cache.ended(), Some(0), "{}", cache.log());
+    for (options, why) in [
+        (Some("size=256k"), "No space left on device"),
+        (Some("ro"), "Read-only file system"),
+        (None, "Not a directory"),
+    ] {
+        let mut site = Site::new(Memory::Noise);
+        let mut cache = match options {
+            Some(options) => cache_with_disk(&site, options),
+            None => {
+                let file = site.path().join("file");
+                fs::write(&file, "").unwrap();
+                site.cache(&["--spill", file.join("spill").to_str().unwrap()])
+            }
+        };
+        dump(&mut site, &cache);
+        signal(&cache, Signal::SIGTERM);
+        let line = cache.says("snapshot default cannot be spilled");
+        assert!(line.contains(why), "{line}");
+        cache.says("told to end, with 1 snapshots that would be lost");
+        if options.is_some() {
+            let there = format!("/proc/{}/root{}", cache.pid(), site.path().join("spill").display());
+            assert_eq!(fs::read_dir(there).unwrap().count(), 0);
+        }
+        assert_eq!(cache.errors().len(), 1, "{}", cache.log());
+        site.restore_and_end();
+        assert_eq!(cache.ended(), Some(0), "{}", cache.log());
+    }
 }

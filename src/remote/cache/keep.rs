@@ -188,16 +188,33 @@ fn failed(what: &str, path: &Path, e: impl std::fmt::Display) -> io::Error {
     io::Error::other(format!("{what} {}: {e}", path.display()))
 }
 
-/// Writes a snapshot below `dir`.
-pub(super) fn spill(dir: &Path, record: &pb::Kept, state: &pb::KeptState, images: &Images) -> io::Result<()> {
+/// Writes a snapshot below `dir`; where it lies then. After an error nothing of it is there: it is in memory still, and whoever
+/// found it here too would let its tree run twice.
+pub(super) fn spill(
+    dir: &Path,
+    record: &pb::Kept,
+    state: &pb::KeptState,
+    images: &Images,
+) -> io::Result<PathBuf> {
     private_dir(dir)?;
     let begin = record.begin.clone().unwrap_or_default();
     let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let name: String = begin.name.chars().take(64).map(plain).collect();
     let place = dir.join(format!("{}-{:016x}", name.trim_start_matches('.'), draw()));
     private_dir(&place)?;
+    let written = spill_to(&place, record.clone(), state, images);
+    match written.and_then(|()| File::open(dir)?.sync_all()) {
+        Ok(()) => Ok(place),
+        Err(e) => {
+            remove_spilled(&place);
+            Err(failed("spill to", &place, e))
+        }
+    }
+}
+
+fn spill_to(place: &Path, mut record: pb::Kept, state: &pb::KeptState, images: &Images) -> io::Result<()> {
     let written = || -> Result<(), ImageError> {
-        let store = DirStore::for_dump_checked(&place, OwnerCheck::On, DirSync::BeforeCommit)?;
+        let store = DirStore::for_dump_checked(place, OwnerCheck::On, DirSync::BeforeCommit)?;
         let mut buffer = Vec::new();
         for (name, image) in images.readable() {
             let image = image.map_err(|e| ImageError::Io {
@@ -211,17 +228,14 @@ pub(super) fn spill(dir: &Path, record: &pb::Kept, state: &pb::KeptState, images
         }
         store.commit()
     };
-    written().map_err(|e| failed("spill to", &place, format!("{:#}", anyhow::Error::from(e))))?;
+    written().map_err(|e| io::Error::other(format!("{:#}", anyhow::Error::from(e))))?;
     // The images are in their files.
-    let mut record = record.clone();
     record.images.iter_mut().for_each(|image| image.content = Vec::new());
-    let path = place.join(RECORD);
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+    let mut file = File::options().write(true).create_new(true).mode(0o600).open(place.join(RECORD))?;
     file.write_all(&page(state))?;
     file.write_all(&record.encode_to_vec())?;
     file.sync_all()?;
-    File::open(&place)?.sync_all()?;
-    File::open(dir)?.sync_all()
+    File::open(place)?.sync_all()
 }
 
 fn private_dir(dir: &Path) -> io::Result<()> {

@@ -3,8 +3,8 @@
 //! How that is kept is for [`keep`](crate::remote::cache::keep). Told to end, the cache takes nothing any more; what has not come whole
 //! fails, so that its tree runs on, and what nobody else has keeps the cache from ending.
 
-use std::collections::{BTreeSet, HashMap};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 
 use super::offers::CLOSING;
 use super::{Snapshots, in_doubt};
@@ -131,26 +131,33 @@ impl Snapshots {
 
     /// Writes all that the service manager does not hold below `dir`. How many could not be written.
     pub(crate) fn spill(&mut self, dir: &Path) -> usize {
-        let mut lost = 0;
+        let (mut written, mut unwritten) = (BTreeMap::new(), Vec::new());
         for id in self.table.ids() {
-            let Some(snapshot) = self.table.get(id) else { continue };
-            let Some(images) = snapshot.images.as_ref().filter(|_| snapshot.kept.is_none()) else { continue };
-            let name = snapshot.begin.name.clone();
+            let Some(snapshot) = self.table.get(id).filter(|s| s.kept.is_none()) else { continue };
+            let Some(images) = &snapshot.images else { continue };
             match keep::spill(dir, &snapshot.record(id), &snapshot.kept_state(), images) {
-                Ok(()) => {
-                    // Whoever brought it asks the next cache.
-                    self.forget_owner(id);
-                    let text = format!("written to {} for the next start", dir.display());
-                    tracing::info!("snapshot {name}: {text}");
-                    self.happen(id, Event::Dropped, &text);
-                }
+                Ok(place) => drop(written.insert(id, place)),
                 Err(e) => {
-                    tracing::error!("snapshot {name} cannot be spilled: {e}");
-                    lost += 1;
+                    tracing::error!("snapshot {} cannot be spilled: {e}", snapshot.begin.name);
+                    unwritten.push(id);
                 }
             }
         }
-        lost
+        // What goes on from memory takes what it builds on from there too.
+        for id in &unwritten {
+            let mut next = self.table.get(*id);
+            while let Some((id, snapshot)) = next.and_then(|s| Some((s.parent?, self.table.get(s.parent?)?)))
+            {
+                written.remove(&id).iter().for_each(|place: &PathBuf| keep::remove_spilled(place));
+                next = Some(snapshot);
+            }
+        }
+        for id in written.into_keys() {
+            // Whoever brought it asks the next cache.
+            self.forget_owner(id);
+            self.happen(id, Event::Dropped, &format!("written to {} for the next start", dir.display()));
+        }
+        unwritten.len()
     }
 
     /// The cache ends. Says what goes with it.

@@ -732,6 +732,50 @@ fn a_chain_outlives_the_cache_whatever_became_of_its_parent() {
     }
 }
 
+/// A file system in memory of this many KiB, for this thread alone; none without the right to mount one.
+fn disk(at: &std::path::Path, kib: u32) -> bool {
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    unshare(CloneFlags::CLONE_NEWNS).is_ok()
+        && mount(None::<&str>, "/", None::<&str>, private, None::<&str>).is_ok()
+        && mount(Some("none"), at, Some("tmpfs"), MsFlags::empty(), Some(&*format!("size={kib}k"))).is_ok()
+}
+
+#[test]
+fn a_chain_that_does_not_fit_on_the_disk_stays_in_memory_as_a_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    if !disk(dir.path(), 256) {
+        println!("skipped: no tmpfs can be mounted here");
+        return;
+    }
+    let mut bench = Bench::new();
+    let mut peer = bench.source();
+    for (name, parent, kib) in [("a", "", 1), ("b", "a", 1), ("c", "b", 512), ("other", "", 1)] {
+        let begin = pb::SnapshotBegin { parent: parent.to_owned(), ..begin(name) };
+        let script = Script::from(1, &begin).image("pages-1.img", &noise(kib << 10, 1));
+        bench.prepare(&mut peer, script);
+        bench.send(&mut peer, &if ["a", "b"].contains(&name) { survive(1) } else { confirm(1) });
+    }
+    let snapshots = bench.cache.snapshots();
+    assert_eq!((snapshots.at_risk(true), snapshots.spill(dir.path()), snapshots.at_risk(false)), (0, 1, 1));
+    for (name, state) in
+        [("a", State::Ready), ("b", State::Ready), ("c", State::Ready), ("other", State::Dropped)]
+    {
+        assert_eq!(bench.state(name), state, "{name}");
+    }
+    // Nothing else of it could run from there.
+    let mut next = Bench::new();
+    next.cache.adopt(Vec::new(), Some(dir.path()));
+    let (all, _) = next.status();
+    assert_eq!(all.iter().map(|info| &info.name[..]).collect::<Vec<_>>(), ["other"]);
+    assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+    let restore = bench.take("c");
+    assert_eq!(contents(&bench.open(&restore, "pages-1.img", 2)), noise(1 << 10, 1));
+    bench.done(&restore, ran(1));
+    assert_eq!((bench.state("a"), bench.cache.snapshots().at_risk(false)), (State::Dropped, 0));
+}
+
 #[test]
 fn a_damaged_last_word_ends_the_connection() {
     let mut bench = Bench::new();
