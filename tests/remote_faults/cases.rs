@@ -28,7 +28,7 @@ fn dump_to(site: &Site, address: &str, port: &str, timeout: &str, name: &str) ->
 }
 
 /// A listener on a host, and what is done with who comes. It ends with the trial.
-fn listen(site: &Site, host: Host, serve: fn(TcpStream)) -> Result<String, String> {
+pub fn listen(site: &Site, host: Host, serve: fn(TcpStream)) -> Result<String, String> {
     site.hosts.enter(host)?;
     let listener = TcpListener::bind("0.0.0.0:0").map_err(|e| e.to_string())?;
     site.hosts.leave()?;

@@ -17,6 +17,7 @@ mod aim;
 mod cases;
 mod cuts;
 mod forwarder;
+mod hostile;
 #[path = "../live/hosts.rs"]
 mod hosts;
 mod kills;
@@ -45,6 +46,8 @@ const TRIALS: &[(&str, Run)] = &[
     ("silent_peer", cases::silent_peer),
     ("garbage_peer", cases::garbage_peer),
     ("half_right_peer", cases::half_right_peer),
+    ("cache_that_queues_for_ever", hostile::queues),
+    ("cache_that_pings_and_does_not_read", hostile::pings),
     ("strangers_at_the_cache", cases::strangers_at_the_cache),
     ("strangers_on_the_host", cases::strangers_on_the_host),
     ("another_user", cases::another_user),

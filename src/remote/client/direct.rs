@@ -244,7 +244,10 @@ impl Shared {
             let wait = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO);
             if poll(&mut fds, wait).unwrap_or(0) == 0 && Instant::now() > until {
                 let text = format!("{} takes nothing any more", self.peer);
-                return Err(Failure::new(FailCode::FailTimeout, text));
+                let failure = Failure::new(FailCode::FailTimeout, text);
+                // Nobody waits as long again to say that nothing comes of it.
+                self.fail(failure.clone());
+                return Err(failure);
             }
         }
     }
