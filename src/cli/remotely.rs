@@ -464,6 +464,7 @@ mod tests {
         assert_eq!(level("image-cache"), 3);
         assert_eq!(level("image-cache -v1"), 1);
         assert_eq!(level("image-cache list"), 2);
+        assert_eq!(level("image-cache --restore -- --action-script a"), 3);
         assert_eq!(level("dump -t 5"), 2);
     }
 

@@ -326,7 +326,8 @@ fn build(mut opts: Opts, options: &[Given], mut warnings: Vec<String>) -> Result
     let mut level = opts.verbosity;
     // What a daemon does is worth a line each time, and there is no other way to see it later.
     if command.is_daemon()
-        && opts.words.is_empty()
+        // With --restore they are options of the restores.
+        && (opts.words.is_empty() || opts.restore)
         && !options.iter().any(|given| given.known.long == "verbosity")
     {
         level = level.max(3);
