@@ -1,33 +1,34 @@
 //! `crtool migrate`: a tree goes on on another host, and ends here only then; and what an operator does when its end is not
-//! known.
+//! known ([`ask`]).
+
+mod unsettled;
 
 use std::{
     cell::{Cell, RefCell},
     io::{self, IsTerminal as _, Write as _},
-    path::Path,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, bail};
 
+pub use self::unsettled::ask;
 use super::{dump::done, explained, watchdog::Watchdog};
 use crate::{
-    dump::{Fate, HandOver},
+    dump::{Before, Fate, HandOver},
     exit::Exit,
     interrupt,
     progress::{self, Shown, Surface},
     remote::{
-        Failure,
         client::{self, RemoteDump},
         handover::{Heard, Source},
-        journal::{self, Departure, Open, Process, Word},
+        journal::{self, Departure, Open, Way, Word},
         pb::{self, resume::Verdict},
+        process::Process,
     },
-    settings::{MigrateRequest, MigrateSettings, NetSettings, RemoteSettings, ReportSettings},
-    sys::{Errno, pid::HostPid, task},
-    tracee::procfs,
+    settings::{MigrateSettings, RemoteSettings, ReportSettings},
+    sys::pid::HostPid,
 };
 
 /// How long the destination is listened to before the operator is.
@@ -176,23 +177,23 @@ fn handed_over(
 }
 
 impl Migration<'_> {
-    fn departure(&self) -> anyhow::Result<Departure> {
-        let net = self.remote.direct.as_ref();
+    fn departure(&self, before: &Before) -> anyhow::Result<Departure> {
         Ok(Departure {
             id: self.store.id(),
             name: self.remote.snapshot.clone(),
             root: Process::now(self.settings.dump.pid.as_raw()).context("root of the tree")?,
-            address: net.and_then(|net| net.address.clone()),
-            port: net.map_or(0, |net| net.port),
+            way: Way::of(self.remote.direct.as_ref()).context("files for TLS")?,
             cache: self.store.journal(),
+            before: before.clone(),
+            scripts: self.settings.dump.common.action_scripts.clone(),
             going: false,
         })
     }
 
     /// Whether the tree may go on here by the word of the operator: not if the destination itself says that it runs there.
     fn thawed(&self) -> bool {
-        let told =
-            self.departure().map(|departure| client::take_back(self.remote, resume(&departure, back())));
+        let departure = self.departure(&Before::default());
+        let told = departure.map(|departure| client::take_back(self.remote, resume(&departure, back())));
         let late = matches!(told, Ok(Ok(false)));
         if late {
             tracing::error!("it runs at the destination, or is about to: it does not go on here");
@@ -223,8 +224,12 @@ impl HandOver for Migration<'_> {
         let armed = armed.and_then(|armed| Ok(interrupt::check().map(|()| armed)?));
         armed.inspect_err(|_| self.state.set(self.state.get().after(Heard::GivenUp)))?;
         self.progress.say("armed", "the restored tree is complete at the destination", &[]);
-        // Before the tree is stopped for good: whoever finds it stopped finds this too.
-        let open = self.departure()?.write(&self.remote.work_dir).context("journal of the hand-over")?;
+        Ok(())
+    }
+
+    fn stopping(&self, before: &Before) -> anyhow::Result<()> {
+        let open =
+            self.departure(before)?.write(&self.remote.work_dir).context("journal of the hand-over")?;
         self.journal.replace(Some(open));
         self.enter(Heard::Armed);
         Ok(())
@@ -286,106 +291,6 @@ impl HandOver for Migration<'_> {
     }
 }
 
-/// Does what an operator wants about earlier migrations of this work dir.
-pub fn ask(request: &MigrateRequest, remote: &RemoteSettings) -> anyhow::Result<Exit> {
-    interrupt::watch().context("hold back of signals")?;
-    let work_dir = &remote.work_dir;
-    match request {
-        MigrateRequest::List => list(work_dir),
-        MigrateRequest::Settle(only) => settle_all(*only, remote),
-        MigrateRequest::Thaw(id) => decide(*id, Word::Thaw, remote),
-        MigrateRequest::Kill(id) => decide(*id, Word::Kill, remote),
-    }
-}
-
-fn list(work_dir: &Path) -> anyhow::Result<Exit> {
-    let (all, broken) =
-        Departure::all(work_dir).with_context(|| format!("work dir {}", work_dir.display()))?;
-    let mut text = String::new();
-    for departure in &all {
-        let owner = match departure.take_over(work_dir) {
-            Ok(None) => "asked by the crtool that migrates it",
-            _ if !departure.root.is_there() => "not there any more",
-            _ if is_stopped(departure) => "stopped; crtool migrate settle",
-            _ => "runs here; crtool migrate settle",
-        };
-        let to = departure.address.as_deref().unwrap_or("image-proxy");
-        text += &format!(
-            "{}  pid {}  {}  to {to}: {owner}\n",
-            journal::shown(departure.id),
-            departure.root.pid,
-            departure.name
-        );
-    }
-    let _ = io::stdout().write_all(text.as_bytes());
-    for error in broken {
-        tracing::warn!("{error}");
-    }
-    Ok(Exit::Success)
-}
-
-/// Every process of the tree that is there.
-fn processes(departure: &Departure) -> Vec<HostPid> {
-    if departure.root.is_there() { procfs::walk(HostPid::new(departure.root.pid)) } else { Vec::new() }
-}
-
-/// Whether the whole tree is stopped.
-fn is_stopped(departure: &Departure) -> bool {
-    processes(departure).into_iter().all(|pid| {
-        procfs::stat(pid).is_ok_and(|stat| {
-            use crate::proc::stat::State;
-            matches!(stat.state, State::Stopped | State::Zombie | State::Dead)
-        })
-    })
-}
-
-fn signal(departure: &Departure, signal: i32) -> anyhow::Result<()> {
-    // Children first go on last: nobody misses what a parent does; and a parent that is killed cannot make any.
-    for pid in processes(departure) {
-        match task::kill(pid, signal) {
-            Ok(()) | Err(Errno::ESRCH) => {}
-            Err(e) => return Err(anyhow!(e).context(format!("signal {signal} to task {pid}"))),
-        }
-    }
-    Ok(())
-}
-
-fn settle_all(only: Option<u64>, remote: &RemoteSettings) -> anyhow::Result<Exit> {
-    let work_dir = &remote.work_dir;
-    let (all, broken) = match only {
-        Some(id) => (vec![known(work_dir, id)?], Vec::new()),
-        None => Departure::all(work_dir).with_context(|| format!("work dir {}", work_dir.display()))?,
-    };
-    let mut open: Vec<String> = broken.iter().map(ToString::to_string).collect();
-    for departure in all {
-        let id = journal::shown(departure.id);
-        match settle(&departure, remote) {
-            Ok(text) => {
-                let _ = writeln!(io::stdout(), "{id}: {text}");
-            }
-            Err(error) => open.push(format!("{id}: {error:#}")),
-        }
-    }
-    if open.is_empty() { Ok(Exit::Success) } else { bail!(open.join("; ")) }
-}
-
-fn known(work_dir: &Path, id: u64) -> anyhow::Result<Departure> {
-    Departure::read(work_dir, id)
-        .with_context(|| format!("no open migration {} in {}", journal::shown(id), work_dir.display()))
-}
-
-/// How the destination of a departure is asked: as it was reached, unless the command line says otherwise.
-fn way(departure: &Departure, remote: &RemoteSettings) -> RemoteSettings {
-    let mut remote = remote.clone();
-    if remote.direct.is_none()
-        && let Some(address) = &departure.address
-    {
-        let (address, port, timeout) = (Some(address.clone()), departure.port, remote.timeout);
-        remote.direct = Some(NetSettings { address, port, ps_socket: None, tls: None, timeout });
-    }
-    remote
-}
-
 fn resume(departure: &Departure, verdict: Verdict) -> pb::Resume {
     pb::Resume {
         name: departure.name.clone(),
@@ -395,105 +300,6 @@ fn resume(departure: &Departure, verdict: Verdict) -> pb::Resume {
     }
 }
 
-fn take_over(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<Option<Open>> {
-    departure.take_over(&remote.work_dir).context("journal of the hand-over")
-}
-
-fn settle(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<&'static str> {
-    let Some(open) = take_over(departure, remote)? else {
-        bail!("the crtool that migrates it lives, and asks by itself");
-    };
-    let way = way(departure, remote);
-    let ask = || {
-        let asked = client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout);
-        asked.context("whether it runs at the destination is not known")
-    };
-    if !departure.going && departure.root.is_there() {
-        // Nobody was told to let it run there: what of it is stopped goes on.
-        let told = client::take_back(&way, resume(departure, back()));
-        return back_here(departure, open, told, "it was not handed over, and runs here");
-    }
-    if !departure.going {
-        bail!(
-            "it was not handed over, and its root, process {}, is not there any more; crtool migrate kill ends the rest",
-            departure.root.pid
-        );
-    }
-    if !departure.root.is_there() {
-        // Whoever migrated it may have died when all was done but this.
-        if let client::Fate::Fell(why) = ask()? {
-            bail!(
-                "its root, process {}, is not there any more, and it does not run at the destination: {why}; if a snapshot {} \
-                   is in doubt there, image-cache release lets it be restored",
-                departure.root.pid,
-                departure.name
-            );
-        }
-        open.close();
-        return Ok("it runs at the destination, and is gone here");
-    }
-    match ask()? {
-        client::Fate::Runs(_) => {
-            signal(departure, libc::SIGKILL)?;
-            open.close();
-            Ok("it runs at the destination, and is ended here")
-        }
-        client::Fate::Fell(_) => {
-            let told = client::take_back(&way, resume(departure, back()));
-            back_here(departure, open, told, "it does not run at the destination, and goes on here")
-        }
-    }
-}
-
 fn back() -> Verdict {
     Verdict::Abort(pb::Abort { reason: "the tree runs on at the source".to_owned() })
-}
-
-fn back_here(
-    departure: &Departure,
-    open: Open,
-    told: Result<bool, Failure>,
-    text: &'static str,
-) -> anyhow::Result<&'static str> {
-    match told {
-        Ok(true) => {}
-        Ok(false) => bail!(
-            "it runs at the destination, or is about to, and does not go on here: crtool migrate settle"
-        ),
-        Err(failure) => tracing::warn!(
-            "the destination could not be told: {failure}; a snapshot {} there is to be dropped",
-            departure.name
-        ),
-    }
-    signal(departure, libc::SIGCONT)?;
-    open.close();
-    Ok(text)
-}
-
-/// The operator knows.
-fn decide(id: u64, word: Word, remote: &RemoteSettings) -> anyhow::Result<Exit> {
-    let departure = known(&remote.work_dir, id)?;
-    let text = match take_over(&departure, remote)? {
-        None => {
-            word.say(&remote.work_dir, id).context("word for the crtool that migrates it")?;
-            "said to the crtool that migrates it"
-        }
-        Some(open) if word == Word::Kill => {
-            signal(&departure, libc::SIGKILL)?;
-            open.close();
-            "ended here"
-        }
-        Some(open) => {
-            if !departure.root.is_there() {
-                bail!(
-                    "its root, process {}, is not there any more: nothing can go on here",
-                    departure.root.pid
-                );
-            }
-            let told = client::take_back(&way(&departure, remote), resume(&departure, back()));
-            back_here(&departure, open, told, "goes on here")?
-        }
-    };
-    let _ = writeln!(io::stdout(), "{}: {text}", journal::shown(id));
-    Ok(Exit::Success)
 }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, anyhow};
 
 use super::{
     Fate, HandOver, Unconfirmed,
-    tree::{Process, State, Tree},
+    stopped::{Before, go_on, stop_for_good},
+    tree::{State, Tree},
 };
 use crate::{
     exit::{Exit, Incomplete},
@@ -37,7 +38,7 @@ pub(super) fn decide(
         Leave::Killed => kill(tree, decision, words, told),
         Leave::Running => {
             told(true)?;
-            let_go(tree, None)
+            let_go(tree, None).context(SAFE)
         }
         Leave::Stopped => {
             told(true)?;
@@ -47,7 +48,7 @@ pub(super) fn decide(
                     failed.get_or_insert(anyhow!(e).context(format!("stop of task {}", process.pid)));
                 }
             }
-            let_go(tree, failed)
+            let_go(tree, failed).context(SAFE)
         }
     }
 }
@@ -61,72 +62,26 @@ pub(super) fn hand_over(
     to: &dyn HandOver,
 ) -> Result<()> {
     to.armed()?;
+    let before = Before::of(&tree)?;
+    // Before the tree is stopped for good: whoever finds it stopped finds this too.
+    to.stopping(&before)?;
     // From here on the end of crtool leaves the tree stopped, so that it does not run in two places.
-    let begun = stop_for_good(&tree).and_then(|()| to.go());
+    let begun = stop_for_good(&tree, &before).and_then(|()| to.go());
     match begun {
         Ok(Fate::There) => kill(tree, decision, words, &|_| Ok(())),
         Ok(Fate::Here(why)) => {
-            let_go_on(tree)?;
+            go_on(tree, &before).context(SAFE)?;
             Err(anyhow!(why))
         }
         Err(error) => {
-            let_go_on(tree)?;
+            go_on(tree, &before).context(SAFE)?;
             Err(error)
         }
     }
 }
 
-/// Every process stops when its tracer is gone: SIGSTOP waits, which no thread takes while it is held, and whichever thread
-/// goes on first takes before it executes anything. Those that are stopped already stay so.
-fn stop_for_good(tree: &Tree) -> Result<()> {
-    for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
-        task::kill(process.pid, libc::SIGSTOP)
-            .map_err(|e| anyhow!(e).context(format!("stop of task {}", process.pid)))?;
-    }
-    Ok(())
-}
-
-/// Takes the stop back and lets everybody go. SIGCONT would do the former too, but programs see it.
-fn let_go_on(tree: Tree) -> Result<()> {
-    let mut failed = None;
-    for process in tree.processes.iter().filter(|p| p.state == State::Alive) {
-        if let Err(error) = take_stop_back(process) {
-            failed.get_or_insert(
-                error.context(format!("task {} stays stopped: SIGCONT lets it go on", process.pid)),
-            );
-        }
-    }
-    let_go(tree, failed)
-}
-
-/// One thread goes on with everything else blocked, until it is about to take SIGSTOP. It stands in that stop then, and goes
-/// on from there without the signal.
-fn take_stop_back(process: &Process) -> Result<()> {
-    let Some(tid) = process.threads.iter().find(|t| t.stopped.holds()).map(Thread::tid) else {
-        return Ok(());
-    };
-    if !stop_waits(process.pid)? {
-        return Ok(());
-    }
-    let mask = ptrace::get_sigmask(tid)?;
-    ptrace::set_sigmask(tid, u64::MAX)?;
-    let taken = ptrace::cont(tid, 0).and_then(|()| wait::wait(tid));
-    ptrace::set_sigmask(tid, mask)?;
-    match taken? {
-        wait::Status::Stopped(libc::SIGSTOP, 0) => Ok(()),
-        other => Err(anyhow!("thread {tid} reported {other:?} instead of SIGSTOP")),
-    }
-}
-
-/// Whether somebody has sent SIGCONT meanwhile, which takes SIGSTOP away.
-fn stop_waits(pid: HostPid) -> Result<bool> {
-    let status = crate::proc::status::parse(&std::fs::read(format!("/proc/{pid}/status"))?)
-        .map_err(|e| anyhow!("status of task {pid}: {e}"))?;
-    Ok(status.shdpnd & 1 << (libc::SIGSTOP - 1) != 0)
-}
-
 /// Lets everybody go, also when that fails for one; `failed` is what went wrong before.
-fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
+pub(super) fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
     let mut dying = Vec::new();
     // Children before parents, so that nobody misses what a child does first; leaders after the other threads, because
     // the end of a leader is reported only after all others have ended.
@@ -153,7 +108,7 @@ fn let_go(tree: Tree, mut failed: Option<anyhow::Error>) -> Result<()> {
             failed.get_or_insert(anyhow!(TraceError::Died(tid)).context(format!("release of task {pid}")));
         }
     }
-    failed.map_or(Ok(()), |e| Err(e.context(SAFE)))
+    failed.map_or(Ok(()), Err)
 }
 
 /// How a dying thread ends; `None` if somebody else has its id, or if it does not end in time, since it writes a core or

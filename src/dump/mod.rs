@@ -10,9 +10,11 @@ mod ids;
 mod images;
 mod inside;
 mod restorable;
+mod stopped;
 mod tree;
 
 pub use check::check_tree;
+pub use stopped::{Before, Member, Waiting, go_on_again};
 
 use std::{os::fd::AsFd, time::Instant};
 
@@ -65,6 +67,10 @@ pub trait HandOver {
 
     /// Waits until the restored tree is complete there, and stopped. An error lets the tree go on here.
     fn armed(&self) -> Result<()>;
+
+    /// The tree is about to be stopped so that it stays so if crtool is killed; `before` is what [`go_on_again`] wants to know
+    /// then. An error lets it go on here.
+    fn stopping(&self, before: &Before) -> Result<()>;
 
     /// Lets it run there, and waits for as long as it takes to learn what became of that. An error says that nothing was
     /// said, and lets the tree go on here.

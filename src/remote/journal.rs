@@ -8,9 +8,11 @@
 //! `handover.id` tells a source that it speaks to one that has all of these. With *confirm first* nothing is written.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Write as _},
-    path::{Path, PathBuf},
+    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+    path::{self, Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -18,45 +20,20 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
-use super::draw;
+use super::{draw, process::Process};
 use crate::{
+    action::ActionScripts,
+    dump::{Before, Member, Waiting},
     ownership::{self, Old},
-    settings::OwnerCheck,
+    settings::{NetSettings, OwnerCheck, TlsSettings},
 };
 
 /// Whoever shares descriptors with a crtool that was killed takes a moment to die.
 const DYING: Duration = Duration::from_secs(1);
+/// Longest journal: a tree of tens of thousands of processes may have one of some MiB.
+const LONGEST: u64 = 64 << 20;
 /// Records of a cache that are kept.
 const HISTORY: usize = 1000;
-
-/// A process, named for good.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Process {
-    /// Its pid on this host.
-    pub pid: i32,
-    /// Its start time in ticks since boot.
-    pub start: u64,
-    /// The boot.
-    pub boot: String,
-}
-
-impl Process {
-    /// One that is there.
-    pub fn now(pid: i32) -> io::Result<Self> {
-        let stat = fs::read(format!("/proc/{pid}/stat"))?;
-        let stat = crate::proc::stat::parse(&stat).map_err(|e| io::Error::other(e.to_string()))?;
-        Ok(Self { pid, start: stat.starttime, boot: boot()? })
-    }
-
-    /// Whether it is there still.
-    pub fn is_there(&self) -> bool {
-        Self::now(self.pid).is_ok_and(|now| now == *self)
-    }
-}
-
-fn boot() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
-}
 
 /// Whoever shows it shows one line, with the reason in it.
 pub fn with_cause(error: ownership::OwnershipError) -> io::Error {
@@ -82,7 +59,7 @@ fn input(path: &Path) -> io::Result<File> {
 /// The record, and whether anything stands behind it.
 fn read(path: &Path) -> io::Result<(Value, bool)> {
     let mut text = String::new();
-    input(path)?.take(64 << 10).read_to_string(&mut text)?;
+    input(path)?.take(LONGEST).read_to_string(&mut text)?;
     let (record, more) = text.split_once('\n').ok_or_else(|| odd(path))?;
     Ok((serde_json::from_str(record).map_err(|_| odd(path))?, !more.is_empty()))
 }
@@ -91,12 +68,24 @@ fn text(value: &Value, name: &str) -> Option<String> {
     value.get(name)?.as_str().map(str::to_owned)
 }
 
-fn process_of(value: &Value) -> Option<Process> {
-    Some(Process {
-        pid: value.get("pid")?.as_i64()?.try_into().ok()?,
-        start: value.get("start")?.as_u64()?,
-        boot: text(value, "boot")?,
-    })
+/// A path, in whatever letters.
+fn path_to_json(path: &Path) -> Value {
+    path.to_str().map_or_else(|| json!(path.as_os_str().as_bytes()), |text| json!(text))
+}
+
+fn path_from_json(value: &Value) -> Option<PathBuf> {
+    match value {
+        Value::String(text) => Some(text.into()),
+        value => Some(OsString::from_vec(bytes_from_json(value)?).into()),
+    }
+}
+
+fn bytes_from_json(value: &Value) -> Option<Vec<u8>> {
+    value.as_array()?.iter().map(|byte| byte.as_u64()?.try_into().ok()).collect()
+}
+
+fn all<T>(value: &Value, name: &str, of: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
+    value.get(name)?.as_array()?.iter().map(of).collect()
 }
 
 /// Reads such an id.
@@ -124,6 +113,126 @@ fn write(path: &Path, value: &Value) -> io::Result<Flock<File>> {
     Ok(lock)
 }
 
+/// How the destination of a tree is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// Through the proxy of the work dir.
+    Proxy,
+    /// Over a connection that was given and is gone.
+    Given,
+    /// Over connections of our own.
+    Direct {
+        /// Host of the cache.
+        address: String,
+        /// And its port.
+        port: u16,
+        /// Files for TLS, by absolute paths.
+        tls: Option<TlsSettings>,
+    },
+}
+
+impl Way {
+    /// As these settings say.
+    pub fn of(direct: Option<&NetSettings>) -> io::Result<Self> {
+        let Some(net) = direct else { return Ok(Self::Proxy) };
+        let (None, Some(address)) = (net.ps_socket, &net.address) else { return Ok(Self::Given) };
+        let absolute = |tls: &TlsSettings| -> io::Result<TlsSettings> {
+            Ok(TlsSettings {
+                cacert: path::absolute(&tls.cacert)?,
+                cacrl: tls.cacrl.as_ref().map(path::absolute).transpose()?,
+                cert: path::absolute(&tls.cert)?,
+                key: path::absolute(&tls.key)?,
+                ..tls.clone()
+            })
+        };
+        let tls = net.tls.as_ref().map(absolute).transpose()?;
+        Ok(Self::Direct { address: address.clone(), port: net.port, tls })
+    }
+
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Proxy => json!("proxy"),
+            Self::Given => json!("given"),
+            Self::Direct { address, port, tls } => {
+                let tls = tls.as_ref().map(|tls| {
+                    json!({
+                        "cacert": path_to_json(&tls.cacert), "cacrl": tls.cacrl.as_deref().map(path_to_json),
+                        "cert": path_to_json(&tls.cert), "key": path_to_json(&tls.key),
+                        "no_cn_verify": tls.no_cn_verify, "allow": tls.allow,
+                    })
+                });
+                json!({ "address": address, "port": port, "tls": tls })
+            }
+        }
+    }
+
+    fn from_json(value: &Value) -> Option<Self> {
+        match value.as_str() {
+            Some("proxy") => return Some(Self::Proxy),
+            Some("given") => return Some(Self::Given),
+            _ => {}
+        }
+        let tls = |value: &Value| {
+            let path = |name: &str| path_from_json(value.get(name)?);
+            Some(TlsSettings {
+                cacert: path("cacert")?,
+                cacrl: path("cacrl"),
+                cert: path("cert")?,
+                key: path("key")?,
+                no_cn_verify: value.get("no_cn_verify")?.as_bool()?,
+                allow: all(value, "allow", |name| name.as_str().map(str::to_owned))?,
+            })
+        };
+        let tls = match value.get("tls")? {
+            Value::Null => None,
+            value => Some(tls(value)?),
+        };
+        Some(Self::Direct {
+            address: text(value, "address")?,
+            port: value.get("port")?.as_u64()?.try_into().ok()?,
+            tls,
+        })
+    }
+}
+
+fn member_to_json(member: &Member) -> Value {
+    json!([member.pid, member.start])
+}
+
+fn member_from_json(value: &Value) -> Option<Member> {
+    Some(Member { pid: value.get(0)?.as_i64()?.try_into().ok()?, start: value.get(1)?.as_u64()? })
+}
+
+fn before_to_json(before: &Before) -> Value {
+    let waiting = |waiting: &Waiting| {
+        json!([member_to_json(&waiting.process), waiting.thread, waiting.info.as_slice()])
+    };
+    json!({
+        "stopped": before.stopped.iter().map(member_to_json).collect::<Vec<_>>(),
+        "told": before.told.iter().map(member_to_json).collect::<Vec<_>>(),
+        "continued": before.continued.iter().map(waiting).collect::<Vec<_>>(),
+    })
+}
+
+fn before_from_json(value: &Value) -> Option<Before> {
+    let waiting = |value: &Value| {
+        let thread = match value.get(1)? {
+            Value::Null => None,
+            tid => Some(tid.as_i64()?.try_into().ok()?),
+        };
+        Some(Waiting {
+            process: member_from_json(value.get(0)?)?,
+            thread,
+            info: bytes_from_json(value.get(2)?)?.try_into().ok()?,
+        })
+    };
+    Some(Before {
+        stopped: all(value, "stopped", member_from_json)?,
+        told: all(value, "told", member_from_json)?,
+        continued: all(value, "continued", waiting)?,
+    })
+}
+
 /// What a source has written about a tree that it hands over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Departure {
@@ -133,12 +242,14 @@ pub struct Departure {
     pub name: String,
     /// The root of the tree.
     pub root: Process,
-    /// Host of the cache, if it was reached without a proxy.
-    pub address: Option<String>,
-    /// And its port.
-    pub port: u16,
+    /// How the cache was reached.
+    pub way: Way,
     /// The journal that the cache keeps.
     pub cache: u64,
+    /// What cannot be seen any more in the stopped tree.
+    pub before: Before,
+    /// Scripts that have run when the tree was frozen, and want to know if it goes on here.
+    pub scripts: ActionScripts,
     /// `Go` may have been said.
     pub going: bool,
 }
@@ -151,7 +262,8 @@ pub struct Open {
 }
 
 impl Departure {
-    fn path(work_dir: &Path, id: u64) -> PathBuf {
+    /// The file of one.
+    pub fn path(work_dir: &Path, id: u64) -> PathBuf {
         work_dir.join(format!("migrate-{}.journal", shown(id)))
     }
 
@@ -159,8 +271,10 @@ impl Departure {
     pub fn write(&self, work_dir: &Path) -> io::Result<Open> {
         let path = Self::path(work_dir, self.id);
         let value = json!({
-            "id": shown(self.id), "name": self.name, "pid": self.root.pid, "start": self.root.start,
-            "boot": self.root.boot, "address": self.address, "port": self.port, "cache": shown(self.cache),
+            "id": shown(self.id), "name": self.name, "root": self.root.to_json(), "way": self.way.to_json(),
+            "cache": shown(self.cache), "before": before_to_json(&self.before),
+            "scripts": self.scripts.scripts.iter().map(|path| path_to_json(path)).collect::<Vec<_>>(),
+            "images_dir": path_to_json(&self.scripts.images_dir), "work_dir": path_to_json(&self.scripts.work_dir),
         });
         let file = write(&path, &value)?;
         Ok(Open { path, file })
@@ -193,10 +307,15 @@ impl Departure {
             Some(Self {
                 id: parse_id(&text(&value, "id")?)?,
                 name: text(&value, "name")?,
-                root: process_of(&value)?,
-                address: text(&value, "address"),
-                port: value.get("port")?.as_u64()?.try_into().ok()?,
+                root: Process::from_json(value.get("root")?)?,
+                way: Way::from_json(value.get("way")?)?,
                 cache: parse_id(&text(&value, "cache")?)?,
+                before: before_from_json(value.get("before")?)?,
+                scripts: ActionScripts {
+                    scripts: all(&value, "scripts", path_from_json)?,
+                    images_dir: path_from_json(value.get("images_dir")?)?,
+                    work_dir: path_from_json(value.get("work_dir")?)?,
+                },
                 going,
             })
         };
@@ -357,8 +476,8 @@ impl Journal {
         Self::path(&self.work_dir, id).exists()
     }
 
-    /// What stands there about a tree that `origin` has brought: how far it came, as which process.
-    pub fn look_up(&self, id: u64, origin: &str) -> Option<(Reached, Process)> {
+    /// What stands there about a tree that `origin` has brought: how far it came, with which pid.
+    pub fn look_up(&self, id: u64, origin: &str) -> Option<(Reached, i32)> {
         let (value, _) = read(&Self::path(&self.work_dir, id)).ok()?;
         text(&value, "origin").filter(|of| of == origin)?;
         let reached = match text(&value, "state")?.as_str() {
@@ -367,7 +486,7 @@ impl Journal {
             "fell" => Reached::Fell,
             _ => return None,
         };
-        Some((reached, process_of(&value)?))
+        Some((reached, value.get("pid")?.as_i64()?.try_into().ok()?))
     }
 }
 
@@ -389,12 +508,7 @@ fn write_arrival(
         Reached::Running => "running",
         Reached::Fell => "fell",
     };
-    // One that is gone has no start.
-    let process = Process::now(pid).unwrap_or(Process { pid, start: 0, boot: boot()? });
-    let value = json!({
-        "id": shown(id), "state": state, "pid": process.pid, "start": process.start, "boot": process.boot,
-        "origin": origin,
-    });
+    let value = json!({ "id": shown(id), "state": state, "pid": pid, "origin": origin });
     ownership::replace(
         &Journal::path(work_dir, id),
         "journal",
@@ -416,13 +530,39 @@ mod tests {
             id: 77,
             name: "a \"b\"\n".into(),
             root: Process::now(own).unwrap(),
-            address: Some("::1".into()),
-            port: 9996,
+            way: Way::of(Some(&NetSettings {
+                address: Some("::1".into()),
+                port: 9996,
+                ps_socket: None,
+                tls: Some(TlsSettings {
+                    cacert: "/ca".into(),
+                    cacrl: None,
+                    cert: "cert".into(),
+                    key: OsString::from_vec(vec![b'/', 0xff]).into(),
+                    no_cn_verify: true,
+                    allow: vec!["CN=a".into()],
+                }),
+                timeout: DYING,
+            }))
+            .unwrap(),
             cache: u64::MAX,
+            before: Before {
+                stopped: vec![Member { pid: 5, start: 6 }],
+                told: vec![Member { pid: 7, start: 8 }],
+                continued: [None, Some(9)]
+                    .map(|thread| Waiting { process: Member { pid: 9, start: 10 }, thread, info: [18; 128] })
+                    .into(),
+            },
+            scripts: ActionScripts {
+                scripts: vec!["./a".into()],
+                images_dir: "/i".into(),
+                work_dir: dir.path().to_owned(),
+            },
             going: false,
         };
+        let Way::Direct { tls: Some(tls), .. } = &departure.way else { panic!("{:?}", departure.way) };
+        assert!(tls.cert.is_absolute(), "{tls:?}");
         let mut open = departure.write(dir.path()).unwrap();
-        assert!(departure.root.is_there());
         assert_eq!(Departure::read(dir.path(), 77).unwrap(), departure);
         fs::write(dir.path().join("migrate-000000000000000a.journal"), "{").unwrap();
         let (all, broken) = Departure::all(dir.path()).unwrap();
@@ -443,8 +583,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let root = Process::now(own).unwrap();
-        let departure =
-            Departure { id: 77, name: "a".into(), root, address: None, port: 1, cache: 1, going: false };
+        let (before, scripts) = (Before::default(), ActionScripts::default());
+        let (name, way) = ("a".into(), Way::Proxy);
+        let departure = Departure { id: 77, name, root, way, cache: 1, before, scripts, going: false };
         let open = departure.write(dir.path()).unwrap();
         let path = open.path.clone();
         drop(open);
@@ -496,9 +637,7 @@ mod tests {
         let own = i32::try_from(std::process::id()).unwrap();
         for reached in [Reached::Going, Reached::Running, Reached::Fell] {
             journal.note(1, reached, own, "a").unwrap();
-            let (found, process) = journal.look_up(1, "a").unwrap();
-            assert_eq!(found, reached);
-            assert!(process.is_there());
+            assert_eq!(journal.look_up(1, "a"), Some((reached, own)));
             assert!(journal.look_up(1, "b").is_none() && journal.knows(1));
         }
         // A restore does not know who brought it.

@@ -10,6 +10,7 @@
 //! - [`journal`]: what of a hand-over outlives its processes.
 //! - [`wire`]: frames and messages, the same on the pipe and on the connection.
 //! - [`local`]: packets between the commands of one host and its daemons, with descriptors.
+//! - [`process`]: a process of which something is written down.
 //! - [`session`]: a source's side of one connection, without the connection.
 //! - [`poll`]: waiting for many descriptors at once.
 //! - `witness`: what became of a tree whose dump or restore is gone.
@@ -31,6 +32,7 @@ pub mod name;
 pub mod net;
 pub mod notify;
 pub mod poll;
+pub mod process;
 pub mod proxy;
 pub mod ring;
 pub mod session;

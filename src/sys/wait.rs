@@ -52,6 +52,13 @@ pub fn take_end(tid: HostPid) -> Result<bool> {
     Ok(ended)
 }
 
+/// Takes the state that the process of a tracee goes on after a stop (WCONTINUED), if nobody has taken it. There is one for all
+/// who wait for it, its parent too.
+pub fn take_continued(tid: HostPid) -> Result<bool> {
+    let taken = wait_raw(tid, libc::WNOHANG | libc::WCONTINUED)?;
+    Ok(taken.is_some_and(|(_, raw)| libc::WIFCONTINUED(raw)))
+}
+
 /// Whether `tid` has something to report that nobody has taken. It stays.
 pub fn has_report(tid: HostPid) -> Result<bool> {
     Ok(look(tid, libc::WNOWAIT)? != 0)

@@ -27,11 +27,13 @@ mod once;
 mod reaper;
 mod roles;
 mod run_first;
+mod signals;
 mod site;
 mod soak;
 #[path = "../faults/stepper.rs"]
 mod stepper;
 mod steps;
+mod sys;
 mod target;
 mod tree;
 
@@ -79,6 +81,10 @@ const TRIALS: &[(&str, Run)] = &[
     ("cache_of_migrate_killed_proxied", run_first::cache_proxied),
     ("restore_of_migrate_killed", run_first::restore),
     ("migrate_disturbed_at_every_kind_of_frame", run_first::kinds),
+    ("what_was_stopped_is_taken_back", signals::taken_back),
+    ("what_was_stopped_is_thawed", signals::thawed),
+    ("what_was_stopped_is_settled_from_above", signals::settled_from_above),
+    ("many_dead_destinations", signals::many_dead_destinations),
     ("dump_at_every_step", steps::dump),
     ("dump_at_every_step_direct", steps::dump_direct),
     ("restore_at_every_step", steps::restore),

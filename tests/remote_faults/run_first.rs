@@ -36,13 +36,13 @@ fn words(site: &Site, way: Way, name: &str) -> Vec<String> {
     words
 }
 
-fn begin(site: &Site, way: Way, name: &str) -> Result<Tool, String> {
+pub fn begin(site: &Site, way: Way, name: &str) -> Result<Tool, String> {
     let words = words(site, way, name);
     site.begin(site.at, &words.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// The restore that a cache has started.
-fn restore_on(site: &Site, host: Host) -> Option<i32> {
+pub fn restore_on(site: &Site, host: Host) -> Option<i32> {
     let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let home = namespace(site.init(host))?;
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -97,11 +97,7 @@ fn settle(site: &mut Site, name: &str, end: End) -> Result<bool, String> {
         if end != End::Killed(libc::SIGKILL) {
             return Err(format!("the migration ended with {end:?}, and left its journal"));
         }
-        let (address, port) = site.cache_address();
-        let to = format!("{address}:{port}");
-        let direct = ["migrate", "settle", "--timeout", "5", "--to", &to];
-        let words = if site.pid_of(from, PROXY).is_some() { &direct[..4] } else { &direct[..] };
-        let settled = site.run(from, words)?;
+        let settled = site.run(from, &["migrate", "settle", "--timeout", "5"])?;
         if settled.end == End::Exited(0) {
             continue;
         }

@@ -21,6 +21,8 @@ use std::{
 
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::signals;
+
 /// Role in the environment: [`ROOT`] or [`CHILD`], or a tree that does its work once.
 pub const ROLE: &str = "REMOTE_TARGET";
 pub const ROOT: &str = "root";
@@ -85,6 +87,7 @@ pub fn main(role: &str) -> ExitCode {
     match role {
         CHILD => child(&dir),
         ONCE | LEAVES | STAYS => once(&dir, role),
+        role if role.starts_with(signals::ROOT) => signals::main(role, &dir),
         _ => root(&dir),
     }
 }

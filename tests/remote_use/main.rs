@@ -47,6 +47,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("certificate_of_a_server_only", tls::certificate_of_a_server_only),
     ("both_named", tls::both_named),
     ("names_have_owners", tls::names_have_owners),
+    ("settled_by_its_journal", tls::settled_by_its_journal),
     ("expired_list", tls::expired_list),
     ("list_of_others", tls::list_of_others),
     ("a_restore_waits_and_the_dump_fails", waiting::the_dump_fails),

@@ -1,11 +1,20 @@
 //! `--tls-cacrl`, `--tls-allow`: who may not come in, or not any more, is told so, and nothing happens to the tree.
 
-use std::time::Duration;
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{
     certificates::Ca,
     program::Memory,
-    site::{Daemon, Site},
+    site::{Daemon, Site, has_ended, wait_for},
 };
 
 const SOURCE: u64 = 1;
@@ -155,4 +164,85 @@ pub fn list_of_others() {
     let direct = ["--address", "127.0.0.1", "--port", &port].map(str::to_owned).to_vec();
     Site::run(&mut site.dump(&[direct, ca.member(SOURCE), list].concat())).succeeded();
     site.restore_and_end();
+}
+
+/// A cache that restores, where a script holds up what is about to run.
+fn held_up(site: &Site, ca: &Ca) -> Daemon {
+    let script = site.path().join("hold").display().to_string();
+    let dir = site.path().display();
+    let made = format!(
+        "cat > {script} <<'END'; chmod 755 {script}\n#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = network-unlock ] || exit 0\n\
+         touch {dir}/begun\nwhile ! [ -e {dir}/go ]; do sleep 0.02; done\nEND"
+    );
+    assert!(Command::new("sh").args(["-c", &made]).status().unwrap().success());
+    let words = ["image-cache", "--address", "127.0.0.1", "--port", "0", "--restore", "--timeout", "5"];
+    let words = words.map(str::to_owned).into_iter().chain(ca.member(CACHE));
+    let inner = site.crtool("dst", &words.collect::<Vec<_>>());
+    let mut command = Command::new("unshare");
+    // Far from the pids of the tree, which are low where the harness is alone. What is for the restores comes last.
+    let pids = if site.pid < 10_000 { 20_000 } else { 100 };
+    let last = format!("echo {pids} > /proc/sys/kernel/ns_last_pid; exec \"$@\" -- --action-script {script}");
+    command.args(["-pf", "--mount-proc", "--kill-child", "sh", "-c", &last, "sh"]);
+    command.arg(inner.get_program()).args(inner.get_args()).stdin(Stdio::null());
+    site.daemon("dst", &mut command)
+}
+
+/// A migrate that has said Go, and is killed. It is given files by names that mean others elsewhere.
+fn killed(site: &Site, ca: &Ca, port: u16) -> Vec<String> {
+    let _ = fs::remove_file(site.path().join("begun"));
+    let prefix = format!("{}/", site.path().display());
+    let tls =
+        ca.member(SOURCE).into_iter().map(|word| word.strip_prefix(&prefix).unwrap_or(&word).to_owned());
+    let to = format!("127.0.0.1:{port}");
+    let words = ["migrate", "-t", &site.pid.to_string(), "--to", &to, "--action-script", "./lock"];
+    let words: Vec<String> = words.map(str::to_owned).into_iter().chain(tls).collect();
+    let script = site.work("src").join("lock");
+    let text = "#!/bin/sh\necho $CRTOOLS_SCRIPT_ACTION >> locks";
+    let made = format!("printf '{text}' > {0} && chmod 755 {0}", script.display());
+    assert!(Command::new("sh").args(["-c", &made]).status().unwrap().success());
+    let mut child: Child = site.crtool("src", &words).current_dir(site.path()).spawn().unwrap();
+    wait_for("it does not get there", || {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended");
+        site.path().join("begun").exists().then_some(())
+    });
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL).unwrap();
+    child.wait().unwrap();
+    fs::read_to_string(site.work("src").join("locks")).unwrap().lines().map(str::to_owned).collect()
+}
+
+/// What is not settled is, with nothing but the work dir.
+pub fn settled_by_its_journal() {
+    let site = Site::new(Memory::Text);
+    let ca = Ca::new(site.path());
+    let cache = held_up(&site, &ca);
+    assert!(killed(&site, &ca, cache.port()).ends_with(&["network-lock".to_owned(), "post-dump".to_owned()]));
+    // Its destination is gone for good.
+    drop(cache);
+    let list = || {
+        let output = site.crtool("src", &["migrate", "list"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let id = list().split(' ').next().unwrap().to_owned();
+    let ended = Site::run(&mut site.crtool("src", &["migrate", "thaw", &id, "--timeout", "1"])).succeeded();
+    assert!(ended.said.contains("could not be told"), "{}", ended.said);
+    site.counts();
+    let locks = fs::read_to_string(site.work("src").join("locks")).unwrap();
+    assert!(locks.ends_with("network-unlock\n") && list().is_empty(), "{locks}");
+
+    let cache = held_up(&site, &ca);
+    killed(&site, &ca, cache.port());
+    fs::write(site.path().join("go"), "").unwrap();
+    let mut settle = site.crtool("src", &["migrate", "settle"]);
+    let output = settle.current_dir("/").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("runs at the destination, and is ended here"),
+        "{output:?}"
+    );
+    wait_for("it is not ended here", || has_ended(site.pid).then_some(()));
+    site.counts();
+    fs::write(site.path().join("stop"), "").unwrap();
+    wait_for("it does not end", || {
+        fs::read_to_string(site.path().join("end")).ok().filter(|said| said == "well")
+    });
 }

@@ -166,9 +166,9 @@ impl Snapshots {
             }
             None => None,
             Some((Reached::Fell, _)) => fell("its restore failed there"),
-            Some((Reached::Running, root)) => {
-                let text = format!("runs as pid {}, let go under an earlier cache", root.pid);
-                Some(Ok(pb::Restored { ok: true, pid: root.pid, text }))
+            Some((Reached::Running, pid)) => {
+                let text = format!("runs as pid {pid}, let go under an earlier cache");
+                Some(Ok(pb::Restored { ok: true, pid, text }))
             }
             // Its restore was told to let it go. That writes down when it has; to look at the tree proves nothing, for what is
             // alive may be about to die, and what is dead may have run.
