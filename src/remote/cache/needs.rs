@@ -190,6 +190,14 @@ fn look_at(needs: &pb::Needs, restored: bool, certain: bool) -> Looked {
             into.push(format!("{:#}", anyhow::Error::from(error)));
         }
     }
+    // Not a list that looks whole and is not.
+    for (more, what) in [(needs.more_files, "files"), (needs.more_pids, "pids")] {
+        if more > 0 {
+            may.push(format!(
+                "{more} more {what} of the tree did not fit into its offer and were not looked at"
+            ));
+        }
+    }
     match lacks.all.is_empty() {
         true => Looked::May(may.done()),
         false => {
@@ -284,6 +292,18 @@ mod tests {
             std::thread::sleep(Duration::from_millis(2));
         }
         assert_eq!((looks.take(now), looks.deadline()), (Vec::new(), None));
+    }
+
+    #[test]
+    fn a_list_that_was_cut_says_so() {
+        let told = |more_files, more_pids| {
+            look_at(&pb::Needs { more_files, more_pids, ..pb::Needs::default() }, false, true)
+        };
+        assert_eq!(told(0, 0), Looked::May(Vec::new()));
+        let line =
+            |text: &str| format!("{text} of the tree did not fit into its offer and were not looked at");
+        assert_eq!(told(7, 0), Looked::May(vec![line("7 more files")]));
+        assert_eq!(told(1, 2), Looked::May(vec![line("1 more files"), line("2 more pids")]));
     }
 
     #[test]

@@ -67,8 +67,9 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
     };
     if same(&Path::new("/proc").join(root.to_string()), "ns/pid") {
         needs.pids_of = namespace_of_pids();
-        let all = pids.iter().flat_map(|pid| procfs::tids(*pid)).map(HostPid::get);
-        needs.pids = all.take(PIDS).collect();
+        needs.pids = pids.iter().flat_map(|pid| procfs::tids(*pid)).map(HostPid::get).collect();
+        needs.more_pids = u32::try_from(needs.pids.len().saturating_sub(PIDS)).unwrap_or(u32::MAX);
+        needs.pids.truncate(PIDS);
     }
     (needs.files, needs.more_files) = seen.done();
     Expected { bytes: private + shared, needs }
