@@ -69,6 +69,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("frames_that_never_end", greedy::frames_that_never_end),
     ("images_without_end", greedy::images_without_end),
     ("what_was_written_is_there_first", flushed::before_the_hand_over),
+    ("whoever_dies_slowly_is_not_given_away", flushed::whoever_dies_slowly_is_not_given_away),
     ("a_file_is_missing", offers::a_file_is_missing),
     ("a_pid_is_taken", offers::a_pid_is_taken),
     ("too_little_memory", offers::too_little_memory),
@@ -91,8 +92,10 @@ const TRIALS: &[(&str, Run)] = &[
 type IsThere = fn() -> bool;
 
 /// What single trials need of the machine.
-const NEEDS: &[(&str, &str, IsThere)] =
-    &[("what_was_written_is_there_first", "/dev/fuse and python3", flushed::can_be_tried)];
+const NEEDS: &[(&str, &str, IsThere)] = &[
+    ("what_was_written_is_there_first", "/dev/fuse and python3", flushed::can_be_tried),
+    ("whoever_dies_slowly_is_not_given_away", "/dev/fuse and python3", flushed::can_be_tried),
+];
 
 fn main() -> ExitCode {
     if let Some(status) = program::main() {
