@@ -94,6 +94,16 @@ pub fn unsent(fd: BorrowedFd<'_>) -> Result<u32> {
     Ok(bytes.cast_unsigned())
 }
 
+/// TCP_NOTSENT_LOWAT: the socket takes more only while so few bytes in it have not been sent.
+pub fn limit_unsent(fd: BorrowedFd<'_>, bytes: i32) -> Result<()> {
+    let (at, len) = ((&raw const bytes).cast(), size_of::<i32>() as libc::socklen_t);
+    // SAFETY: the kernel reads one int.
+    ret_int(unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, at, len)
+    })?;
+    Ok(())
+}
+
 /// All of a file of /proc. These have no length, and most of them less than a page: std would ask for the length, and begin
 /// with 32 bytes.
 pub fn read_proc(path: &str) -> std::io::Result<Vec<u8>> {
