@@ -11,7 +11,7 @@ use std::{
     process::Command,
 };
 
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, access};
 
 use crate::{deadline, sys};
 
@@ -123,6 +123,24 @@ pub fn run(scripts: &ActionScripts, action: Action, root: Option<Pid>) -> Result
         }
     }
     Ok(())
+}
+
+/// Scripts that could not be started now, and why. Nothing is run.
+pub fn not_there(scripts: &ActionScripts) -> Vec<ActionError> {
+    let found = |path: &Path| -> io::Result<()> {
+        let program = scripts.program(path);
+        if program.is_absolute() || program.components().count() > 1 {
+            return Ok(access(&program, AccessFlags::X_OK)?);
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut places = std::env::split_paths(&path).map(|dir| dir.join(&program));
+        match places.any(|place| access(&place, AccessFlags::X_OK).is_ok()) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
+    };
+    let missing = scripts.scripts.iter().filter_map(|path| Some((path, found(path).err()?)));
+    missing.map(|(path, source)| ActionError::Start { path: scripts.program(path), source }).collect()
 }
 
 #[cfg(test)]

@@ -201,8 +201,17 @@ pub struct DaemonSettings {
     pub owner_check: OwnerCheck,
 }
 
+/// The restores that an image-cache starts.
+#[derive(Debug, Clone)]
+pub struct StartedRestores {
+    /// Their options, as they were given.
+    pub words: Vec<OsString>,
+    /// What these mean.
+    pub settings: RestoreSettings,
+}
+
 /// One image-cache.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct CacheSettings {
     /// Where sources come from.
     pub net: NetSettings,
@@ -212,8 +221,8 @@ pub struct CacheSettings {
     pub max_memory: Option<u64>,
     /// Where complete snapshots are written when it is told to end, and come from when it starts.
     pub spill: Option<PathBuf>,
-    /// Starts a restore with these options for whatever `migrate` sends.
-    pub restore: Option<Vec<OsString>>,
+    /// Starts such a restore for whatever `migrate` sends.
+    pub restore: Option<StartedRestores>,
     /// Most of those that one source may have; a part of the former if `None`.
     pub max_per_source: Option<u64>,
     /// So many snapshots arrive at once; the trees of others run on until it is their turn.

@@ -97,8 +97,9 @@ fn run(words: Vec<OsString>, start: Instant) -> Exit {
     }
 }
 
-/// The descriptors that the caller speaks of are open; seen before we open anything, which could take their numbers.
-fn handed_over(task: &Task) -> anyhow::Result<()> {
+/// This process may do that, and the descriptors that the caller speaks of are open; seen before we open anything, which could take
+/// their numbers.
+fn may_do(task: &Task) -> anyhow::Result<()> {
     let open = |name: &str, fd: RawFd| match fs::symlink_metadata(format!("/proc/self/fd/{fd}")) {
         Ok(_) => Ok(()),
         Err(_) => bail!("option --{name}: descriptor {fd} is not open"),
@@ -119,6 +120,12 @@ fn handed_over(task: &Task) -> anyhow::Result<()> {
         open("ps-socket", fd)?;
     }
     if let Task::Restore(settings, _) = task {
+        if settings.detached && settings.exec_cmd.is_none() && std::process::id() == 1 {
+            bail!(
+                "restore with --restore-detached as the first process of a pid namespace, whose end is that of all \
+                 others: leave the option out"
+            );
+        }
         settings.inherit_fds.iter().try_for_each(|inherited| open("inherit-fd", inherited.fd))?;
     }
     Ok(())
@@ -152,7 +159,7 @@ fn plan_and_do(words: Vec<OsString>, start: Instant) -> anyhow::Result<Exit> {
             let _ = null.into_raw_fd();
         }
     }
-    handed_over(&task)?;
+    may_do(&task)?;
     deadline::within(limit, move || log::start(&log, start)).context("the log")??;
     tracing::info!("Version: {}", env!("CARGO_PKG_VERSION"));
     if let Ok(uname) = nix::sys::utsname::uname() {

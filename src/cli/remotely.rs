@@ -15,7 +15,7 @@ use crate::{
     remote::{self, journal, name::check_snapshot},
     settings::{
         CacheRequest, CacheSettings, DEFAULT_REMOTE_TIMEOUT, DEFAULT_WAIT_SNAPSHOT, DaemonSettings,
-        MigrateRequest, NetSettings, ProxySettings, RemoteSettings, TlsSettings,
+        MigrateRequest, NetSettings, ProxySettings, RemoteSettings, StartedRestores, TlsSettings,
     },
 };
 
@@ -273,12 +273,23 @@ pub(super) fn cache(opts: Opts, typed: Typed<'_>, work_dir: PathBuf) -> Result<T
     let net = net(&opts, typed, "image-cache")?;
     let daemon = daemon(&opts);
     let (max_memory, max_per_source) = (opts.max_memory, opts.max_per_source);
-    let restore = opts.restore.then_some(opts.words);
+    let restore = opts.restore.then(|| restores(opts.words, &work_dir)).transpose()?;
     let spill = opts.spill.clone();
     let at_once = usize::try_from(opts.at_once.unwrap_or(1)).unwrap_or(usize::MAX);
     let settings =
         CacheSettings { net, work_dir, max_memory, max_per_source, spill, restore, at_once, daemon };
     Ok(Task::Cache(Box::new(settings)))
+}
+
+/// What the options of the restores mean that a cache starts. One that is wrong is known before the first tree comes.
+fn restores(words: Vec<OsString>, work_dir: &Path) -> Result<StartedRestores, UsageError> {
+    let first = ["restore", "--remote", "-d", "-W"].map(OsString::from);
+    let line = first.into_iter().chain([work_dir.into()]).chain(words.iter().cloned()).collect();
+    let plan = super::settings::plan(line).map_err(|error| UsageError::OfRestores(Box::new(error)))?;
+    match plan.task {
+        Task::Restore(settings, _) => Ok(StartedRestores { words, settings: *settings }),
+        _ => Err(UsageError::Needs("image-cache --restore", "options of a restore after `--`")),
+    }
 }
 
 fn request(opts: &Opts) -> Result<Option<CacheRequest>, UsageError> {

@@ -42,6 +42,8 @@ pub(crate) enum UsageError {
     Argv(#[from] ArgvError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("options of the restores that image-cache starts")]
+    OfRestores(#[source] Box<UsageError>),
     #[error("no command given; see crtool --help")]
     NoCommand,
     #[error("unknown command {word}{}; see crtool --help", did_you_mean(near.as_deref()))]
@@ -58,11 +60,6 @@ pub(crate) enum UsageError {
     NotFor { origin: Origin, name: &'static str, command: &'static str },
     #[error("{origin}option --{name}: {value:?}: {wanted}")]
     Value { origin: Origin, name: String, value: String, wanted: String },
-    #[error(
-        "restore with --restore-detached as the first process of a pid namespace, whose end is that of all others: \
-         leave the option out"
-    )]
-    DetachedInit,
     #[error("command {0} needs {1}")]
     Needs(&'static str, &'static str),
     #[error("unexpected word {word:?}{}", did_you_mean(near.as_deref()))]
@@ -531,9 +528,6 @@ fn restore(
     }
     if opts.exec_cmd && opts.words.is_empty() {
         return Err(UsageError::Needs("restore --exec-cmd", "a program after --"));
-    }
-    if opts.restore_detached && !opts.exec_cmd && std::process::id() == 1 {
-        return Err(UsageError::DetachedInit);
     }
     let mut settings = RestoreSettings::new(images_dir);
     settings.remote = remotely::restore(&opts, typed, &work_dir)?;

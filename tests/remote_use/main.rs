@@ -72,6 +72,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("whoever_dies_slowly_is_not_given_away", flushed::whoever_dies_slowly_is_not_given_away),
     ("a_file_is_missing", offers::a_file_is_missing),
     ("a_pid_is_taken", offers::a_pid_is_taken),
+    ("restores_could_not_work", offers::restores_could_not_work),
     ("too_little_memory", offers::too_little_memory),
     ("turns", offers::turns),
     ("a_turn_that_is_not_used", offers::a_turn_that_is_not_used),

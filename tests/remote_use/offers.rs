@@ -128,6 +128,37 @@ pub fn a_pid_is_taken() {
     site.end();
 }
 
+/// A cache whose restores could not do what every restore does, or would look for a script in vain, says so.
+pub fn restores_could_not_work() {
+    let mut site = Site::new(Memory::Text);
+    let pid = site.pid.to_string();
+    let words = ["image-cache", "--address", "127.0.0.1", "--port", "0", "--restore"];
+    let caps = "-sys_admin,-checkpoint_restore";
+    for (shell, wanted) in [
+        (
+            &*format!("exec setpriv --bounding-set {caps} --inh-caps {caps} \"$@\""),
+            "clone3_set_tid (see crtool check): ",
+        ),
+        ("exec \"$@\" -- --action-script /no/such/script", "start of action script /no/such/script: "),
+    ] {
+        let inner = site.crtool("dst", &words);
+        // With pids of its own, like another host.
+        let mut command = Command::new("unshare");
+        command.args(["-pf", "--mount-proc", "--kill-child", "sh", "-c", shell, "sh"]);
+        command.arg(inner.get_program()).args(inner.get_args()).stdin(Stdio::null());
+        let cache = site.daemon("dst", &mut command);
+        let to = format!("127.0.0.1:{}", cache.port());
+        let error = refused(&site, &mut site.crtool("src", &["migrate", "-t", &pid, "--to", &to])).failed();
+        assert!(error.contains("the destination lacks what the tree needs: "), "{error}");
+        assert!(error.contains(wanted), "{error}");
+    }
+    // What is no option is known before anybody comes.
+    let error = Site::run(site.crtool("dst", &words).args(["--", "--no-such-option"])).failed();
+    let wanted = "options of the restores that image-cache starts: ";
+    assert!(error.contains(wanted) && error.contains("no-such-option"), "{error}");
+    site.end();
+}
+
 /// More than the cache has room for.
 pub fn too_little_memory() {
     let mut site = Site::new(Memory::Noise);

@@ -1,6 +1,7 @@
 //! Whether this host has what an offered tree needs, as its restore would find out when the tree stands still already.
 //!
-//! What is compared is compared by the code of the restore: files of `files`, the processor of `cpuinfo`. What is certain
+//! What is compared is compared by the code of the restore: files of `files`, the processor of `cpuinfo`. What the kernel lets
+//! the restores do that the cache starts is tried by the probes of `host`, once; whether their scripts are there is looked at each time. What is certain
 //! to fail refuses the offer. What may be otherwise by the time of the restore is told to the source and refuses nothing: pids
 //! that somebody has, files that a script of the source may bring, and whatever a cache sees that could not restore
 //! itself, since it may see other files than those who can.
@@ -9,9 +10,9 @@
 //! given up after a while. Nothing is opened but as a path, and a source learns of a file no more than a restore would say.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
@@ -23,7 +24,11 @@ use super::super::{name, namespace_of_pids, pb};
 use crate::image::pb as images;
 use crate::proc::status;
 use crate::settings::{CpuCap, RestoreSettings};
-use crate::{cpuinfo, files, restore};
+use crate::{
+    action, cpuinfo, files,
+    host::{self, Feature},
+    restore,
+};
 
 /// Threads at once; those that hang are among them.
 const MOST: usize = 16;
@@ -34,16 +39,12 @@ const LIST: usize = 800;
 const ENTRY: usize = 300;
 /// Number of the capability CAP_SYS_ADMIN.
 const CAP_SYS_ADMIN: u32 = 21;
-/// Options of a restore after which it does not find files as they are found here.
-const ELSEWHERE: [&str; 7] = [
-    "-r",
-    "--root",
-    "--external",
-    "--inherit-fd",
-    "--skip-file-rwx-check",
-    "--allow-symlinks",
-    "--file-validation",
-];
+/// What the kernel must let any restore do, as `crtool check --feature` names it ...
+const ALWAYS: [&str; 4] = ["clone3_set_tid", "ptrace_seize", "mm_map", "can_map_vdso"];
+/// ... and what one does that gives a tree its own clocks ...
+const CLOCKS: &str = "timens";
+/// ... and what a source may name besides.
+pub(in super::super) const FILTERS: &str = "seccomp_filters";
 
 /// An offer whose needs are to be looked at.
 #[derive(Debug)]
@@ -75,8 +76,18 @@ pub(super) struct Looks {
     /// One more for each thread that works.
     threads: Arc<()>,
     patience: Duration,
+    /// The restores that the cache starts, or one as good as any.
+    restores: Arc<Restores>,
+}
+
+/// What is known of a restore here before there is anything to restore.
+#[derive(Debug)]
+struct Restores {
+    settings: RestoreSettings,
     /// Files are found as by a restore here.
     certain: bool,
+    /// What the kernel does not let them do, and why.
+    missing: BTreeMap<&'static str, String>,
 }
 
 impl Looks {
@@ -91,19 +102,30 @@ impl Looks {
             waiting: BTreeMap::new(),
             threads: Arc::default(),
             patience,
-            certain: may_restore(),
+            restores: Arc::new(Restores {
+                settings: RestoreSettings::new(Path::new(".")),
+                certain: may_restore(),
+                missing: BTreeMap::new(),
+            }),
         })
     }
 
-    /// The restores that this cache starts are given these options.
-    pub(super) fn with_options(&mut self, words: &[OsString]) {
-        let elsewhere = |word: &OsString| {
-            let word = word.to_string_lossy();
-            let word = word.split('=').next().unwrap_or_default();
-            // They may be abbreviated.
-            ELSEWHERE.iter().any(|option| *option == word || word.len() > 3 && option.starts_with(word))
-        };
-        self.certain &= !words.iter().any(elsewhere);
+    /// The restores that this cache starts are these. What the kernel lets them do is tried here, which takes a few milliseconds:
+    /// by children of this process, which has no second thread yet.
+    pub(super) fn of_restores(&mut self, settings: &RestoreSettings) {
+        let clocks = (!settings.host_clocks).then_some(CLOCKS);
+        let mut missing = BTreeMap::new();
+        for name in ALWAYS.into_iter().chain(clocks).chain([FILTERS]) {
+            if let Some(Feature::Probe(probe)) = host::feature(name)
+                && let Err(trouble) = probe.ask()
+            {
+                missing.insert(name, format!("{:#}", anyhow::Error::from(trouble)));
+            }
+        }
+        // What replaces files of the tree is not looked for.
+        let certain =
+            may_restore() && settings.common.externals.is_empty() && settings.inherit_fds.is_empty();
+        self.restores = Arc::new(Restores { settings: settings.clone(), certain, missing });
     }
 
     /// Readable when something was found.
@@ -114,8 +136,8 @@ impl Looks {
     /// Begins to look.
     pub(super) fn start(&mut self, look: ToLook, now: Instant) {
         let ToLook { id, needs, restored } = look;
-        let certain = self.certain;
-        self.begin(id, now, move || look_at(&needs, restored, certain));
+        let restores = self.restores.clone();
+        self.begin(id, now, move || look_at(&needs, restored, &restores));
     }
 
     fn begin(&mut self, id: u64, now: Instant, look: impl FnOnce() -> Looked + Send + 'static) {
@@ -172,7 +194,7 @@ fn may_restore() -> bool {
 }
 
 /// Looks at everything.
-fn look_at(needs: &pb::Needs, restored: bool, certain: bool) -> Looked {
+fn look_at(needs: &pb::Needs, restored: bool, restores: &Restores) -> Looked {
     let (mut lacks, mut may) = (List::default(), List::default());
     if let Err(error) = processor(needs) {
         let asked = needs.cpu_caps != 0;
@@ -181,12 +203,14 @@ fn look_at(needs: &pb::Needs, restored: bool, certain: bool) -> Looked {
     let taken = pids(needs, restored);
     let into = if restored { &mut lacks } else { &mut may };
     taken.into_iter().for_each(|text| into.push(text));
-    let settings = RestoreSettings::new(std::path::Path::new("."));
+    if restored {
+        restores.lacking(needs).for_each(|text| lacks.push(text));
+    }
     for file in needs.files.iter().take(MOST_OF_ONE) {
         // What cannot be understood is for the restore to refuse.
         let Ok(entry) = images::RegFileEntry::decode(&file.entry[..]) else { continue };
-        if let Err(error) = files::would_find_file(&settings, &entry) {
-            let into = if certain && !file.may_come { &mut lacks } else { &mut may };
+        if let Err(error) = files::would_find_file(&restores.settings, &entry) {
+            let into = if restores.certain && !file.may_come { &mut lacks } else { &mut may };
             into.push(format!("{:#}", anyhow::Error::from(error)));
         }
     }
@@ -203,6 +227,17 @@ fn look_at(needs: &pb::Needs, restored: bool, certain: bool) -> Looked {
         false => {
             Looked::Lacks(format!("the destination lacks what the tree needs: {}", lacks.done().join("; ")))
         }
+    }
+}
+
+impl Restores {
+    /// What the kernel does not let them do that this tree needs, and what they would run and is not there.
+    fn lacking(&self, needs: &pb::Needs) -> impl Iterator<Item = String> {
+        let used = |name: &str| name != FILTERS || needs.features.iter().any(|feature| feature == name);
+        let features = self.missing.iter().filter(move |(name, _)| used(name));
+        let features = features.map(|(name, why)| format!("{name} (see crtool check): {why}"));
+        let scripts = action::not_there(&self.settings.common.action_scripts);
+        features.chain(scripts.into_iter().map(|error| format!("{:#}", anyhow::Error::from(error))))
     }
 }
 
@@ -297,7 +332,8 @@ mod tests {
     #[test]
     fn a_list_that_was_cut_says_so() {
         let told = |more_files, more_pids| {
-            look_at(&pb::Needs { more_files, more_pids, ..pb::Needs::default() }, false, true)
+            let looks = Looks::new(Duration::from_secs(1)).unwrap();
+            look_at(&pb::Needs { more_files, more_pids, ..pb::Needs::default() }, false, &looks.restores)
         };
         assert_eq!(told(0, 0), Looked::May(Vec::new()));
         let line =
@@ -307,17 +343,25 @@ mod tests {
     }
 
     #[test]
-    fn options_that_find_files_elsewhere() {
-        for (words, certain) in [
-            (&["--action-script", "/a.sh"][..], true),
-            (&["--root", "/x"], false),
-            (&["--root=/x"], false),
-            (&["-v4"], true),
-        ] {
-            let mut looks = Looks::new(Duration::from_secs(1)).unwrap();
-            looks.certain = true;
-            looks.with_options(&words.iter().map(OsString::from).collect::<Vec<_>>());
-            assert_eq!(looks.certain, certain, "{words:?}");
-        }
+    fn what_the_restores_here_cannot_do() {
+        let mut settings = RestoreSettings::new(Path::new("."));
+        settings.common.action_scripts.scripts =
+            ["true", "/bin/true", "no-such-program", "/no/such/script"].map(Into::into).to_vec();
+        let mut looks = Looks::new(Duration::from_secs(1)).unwrap();
+        looks.of_restores(&settings);
+        let mut restores = Restores { settings, certain: true, missing: BTreeMap::new() };
+        restores.missing.extend([(FILTERS, "a".to_owned()), (CLOCKS, "b".to_owned())]);
+        let lacking = |features: &[&str]| {
+            let features = features.iter().map(|&name| name.to_owned()).collect();
+            restores.lacking(&pb::Needs { features, ..pb::Needs::default() }).collect::<Vec<_>>()
+        };
+        let [clocks, here, there] = &lacking(&["unheard of"])[..] else { panic!("{:?}", lacking(&[])) };
+        assert_eq!(clocks, "timens (see crtool check): b");
+        assert!(here.starts_with("start of action script no-such-program: "), "{here}");
+        assert!(there.starts_with("start of action script /no/such/script: "), "{there}");
+        assert_eq!(lacking(&[FILTERS]).len(), 4);
+        // Nobody says so of what is restored by others.
+        assert_eq!(look_at(&pb::Needs::default(), false, &restores), Looked::May(Vec::new()));
+        assert!(matches!(look_at(&pb::Needs::default(), true, &restores), Looked::Lacks(_)));
     }
 }

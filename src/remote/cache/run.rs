@@ -63,9 +63,9 @@ pub fn run(mut front: Front, settings: &CacheSettings) -> Result<(), Failure> {
     }
     cache.snapshots().set_at_once(settings.at_once);
     let mut restorer =
-        settings.restore.as_ref().map(|words| Restorer::new(&settings.work_dir, words, RESTORES));
-    if let Some(words) = &settings.restore {
-        cache.restore_all(words);
+        settings.restore.as_ref().map(|of| Restorer::new(&settings.work_dir, &of.words, RESTORES));
+    if let Some(restores) = &settings.restore {
+        cache.restore_all(&restores.settings);
     }
     let manager = Notify::from_env();
     if let (Some(manager), most @ 1..) = (Notify::from_env(), notify::most_kept()) {

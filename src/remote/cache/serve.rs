@@ -5,7 +5,6 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -21,6 +20,7 @@ use super::local::{Client, Watch};
 use super::needs::Looks;
 use super::snapshots::Snapshots;
 use super::source::Source;
+use crate::settings::RestoreSettings;
 
 /// Bytes taken from a connection at once: what fits into a cache of the CPU beside what else it needs.
 const BUFFER: usize = 512 << 10;
@@ -403,9 +403,9 @@ impl Cache {
         }
     }
 
-    /// From now on the caller starts a restore for each of those, with these options: [`Snapshots::take_wanted`].
-    pub(super) fn restore_all(&mut self, words: &[OsString]) {
-        self.looks.with_options(words);
+    /// From now on the caller starts a restore for each of those, with these settings: [`Snapshots::take_wanted`].
+    pub(super) fn restore_all(&mut self, restores: &RestoreSettings) {
+        self.looks.of_restores(restores);
         self.snapshots.restore_all();
     }
 

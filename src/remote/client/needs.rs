@@ -31,6 +31,8 @@ const FILES: usize = 40 << 10;
 const PIDS: usize = 3000;
 /// Who has written a file so lately may go on with it: its size says nothing.
 const QUIET: Duration = Duration::from_secs(60);
+/// A process has filters of system calls, as its status says it.
+const SECCOMP_FILTER: u32 = 2;
 /// Most descriptors of one process that are looked at.
 const DESCRIPTORS: usize = 10_000;
 
@@ -48,7 +50,7 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
     let mut pids = procfs::walk(HostPid::new(root));
     pids.truncate(MOST);
     let mut seen = Files::new(dump);
-    let (mut private, mut shared) = (0_u64, 0);
+    let (mut private, mut shared, mut filters) = (0_u64, 0, false);
     for pid in &pids {
         let dir = Path::new("/proc").join(pid.to_string());
         // Who has ended meanwhile brings nothing.
@@ -56,6 +58,7 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
         if let Ok(status) = status::parse(&text) {
             private += status.rss_anon_bytes.unwrap_or(0) + status.vm_swap_bytes.unwrap_or(0);
             shared = shared.max(status.rss_shmem_bytes.unwrap_or(0));
+            filters |= status.seccomp == Some(SECCOMP_FILTER);
         }
         seen.of_process(&dir);
     }
@@ -63,6 +66,7 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
     let mut needs = pb::Needs {
         cpu: cpuinfo::own().encode_to_vec(),
         cpu_caps: u32::from(caps.fpu) | u32::from(caps.ins) << 1 | u32::from(caps.cpu) << 2,
+        features: if filters { vec!["seccomp_filters".to_owned()] } else { Vec::new() },
         ..pb::Needs::default()
     };
     if same(&Path::new("/proc").join(root.to_string()), "ns/pid") {

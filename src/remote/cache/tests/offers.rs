@@ -1,10 +1,12 @@
 //! Offers: who has to wait, who has not what its tree needs, and what is said in which order.
 
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use super::*;
 use crate::image::pb as images;
 use crate::remote::namespace_of_pids;
+use crate::settings::RestoreSettings;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -85,7 +87,7 @@ fn a_turn_ends_with_the_hand_over() {
     for restores in [false, true] {
         let mut bench = Bench::at_once(1, LONG);
         if restores {
-            bench.cache.restore_all(&[]);
+            bench.cache.restore_all(&RestoreSettings::new(Path::new(".")));
         }
         let (mut first, mut second) = (bench.source(), bench.source());
         bench.prepare(&mut first, run_first(1, "a"));
