@@ -193,6 +193,13 @@ fn own_offsets() -> Result<Shift> {
     offsets_of("self")
 }
 
+impl Clocks {
+    /// As a thread reads them, when those of crtool are these.
+    fn of(self, tid: HostPid) -> Result<Self> {
+        Ok(self.shifted(offsets_of(&tid.to_string())?.minus(own_offsets()?)))
+    }
+}
+
 /// The clocks of the host when those of crtool are `own`.
 pub(crate) fn of_host(own: Clocks) -> Result<Clocks> {
     Ok(own.shifted(Shift::NONE.minus(own_offsets()?)))
@@ -259,8 +266,13 @@ impl TimeDump {
             return Ok((now, now));
         }
         // No thread has another one prepared, so these are those of its own.
-        Ok((now, now.shifted(offsets_of(&tid.to_string())?.minus(own_offsets()?))))
+        Ok((now, now.of(tid)?))
     }
+}
+
+/// The clocks as a process reads them that has no other namespace prepared for its children.
+pub(crate) fn of_process(pid: HostPid) -> Result<Clocks> {
+    Clocks::now()?.of(pid)
 }
 
 /// The image of the clocks. `tree` and `own` are ids of time namespaces as `ids-PID.img` and `inventory.img` have them.

@@ -17,6 +17,7 @@ use nix::sys::stat::Mode;
 use prost::Message as _;
 
 use super::super::{namespace_of_pids, pb};
+use crate::ns::time;
 use crate::proc::{fdinfo, maps, status};
 use crate::settings::{CpuCap, DumpSettings};
 use crate::sys::pid::HostPid;
@@ -62,10 +63,15 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
         }
         seen.of_process(&dir);
     }
+    let clocks = time::of_process(HostPid::new(root)).ok();
+    let nanoseconds =
+        |clock: Option<Duration>| u64::try_from(clock.unwrap_or_default().as_nanos()).unwrap_or(0);
     let caps = dump.common.cpu_cap.unwrap_or(CpuCap::NONE);
     let mut needs = pb::Needs {
         cpu: cpuinfo::own().encode_to_vec(),
         cpu_caps: u32::from(caps.fpu) | u32::from(caps.ins) << 1 | u32::from(caps.cpu) << 2,
+        monotonic: nanoseconds(clocks.map(|clocks| clocks.monotonic)),
+        boottime: nanoseconds(clocks.map(|clocks| clocks.boottime)),
         features: if filters { vec!["seccomp_filters".to_owned()] } else { Vec::new() },
         ..pb::Needs::default()
     };
