@@ -64,3 +64,10 @@ pub(crate) fn check_those(meant: impl Fn(&siginfo) -> bool) -> Result<(), Interr
         Err(_) => Ok(()),
     }
 }
+
+/// A signal that has come, after which [`check`] waits for the next one: for who has been told and cannot end yet.
+pub(crate) fn forget() -> Option<Interrupted> {
+    let seen = check().err();
+    SEEN.store(0, Ordering::Relaxed);
+    seen
+}

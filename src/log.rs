@@ -123,7 +123,7 @@ pub fn failure(message: &str) {
             tracing::error!(target: "crtool::failure", "{line}");
         }
         if state.is_none_or(|state| !state.to_stderr) {
-            let _ = writeln!(io::stderr(), "Error (crtool): {}", one_line(line));
+            let _ = progress::aside(|| writeln!(io::stderr(), "Error (crtool): {}", one_line(line)));
         }
     }
 }

@@ -257,14 +257,17 @@ impl HandOver for Migration<'_> {
                     Some(Heard::Fell)
                 }
                 Err(failure) => {
-                    if told.is_none_or(|told| told.elapsed() > REMIND) {
+                    // One that is not forgotten would end every attempt to ask.
+                    let interrupted = interrupt::forget();
+                    if interrupted.is_some() || told.is_none_or(|told| told.elapsed() > REMIND) {
                         told = Some(Instant::now());
-                        tracing::warn!(
-                            "whether the tree runs at the destination is not known: {failure}; it stays frozen here, and \
+                        crate::log::failure(&format!(
+                            "whether the tree runs at the destination is not known: {1}; it stays frozen here, and \
                              the destination is asked on; `crtool migrate thaw {0}` lets it go on here, `crtool migrate \
                              kill {0}` ends it",
-                            journal::shown(id)
-                        );
+                            journal::shown(id),
+                            interrupted.map_or(failure.text, |interrupted| interrupted.to_string())
+                        ));
                     }
                     std::thread::sleep(ASK / 4);
                     None

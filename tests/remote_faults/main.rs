@@ -82,6 +82,7 @@ const TRIALS: &[(&str, Run)] = &[
     ("restore_of_migrate_killed", run_first::restore),
     ("migrate_disturbed_at_every_kind_of_frame", run_first::kinds),
     ("what_was_stopped_is_taken_back", signals::taken_back),
+    ("who_cannot_end_asks_on_after_ctrl_c", signals::asked_on),
     ("what_was_stopped_is_thawed", signals::thawed),
     ("what_was_stopped_is_settled_from_above", signals::settled_from_above),
     ("many_dead_destinations", signals::many_dead_destinations),

@@ -198,6 +198,27 @@ pub fn taken_back(site: &mut Site) -> Result<(), String> {
     goes_on(site)
 }
 
+/// The cache is gone after Go, and the migrate is interrupted: it says that it cannot end, and asks on until a cache knows.
+pub fn asked_on(site: &mut Site) -> Result<(), String> {
+    let (tool, _forwarder) = gone(site, "asked on")?;
+    let to = site.at.other();
+    kill_dead(site.pid_of(to, CACHE).ok_or("no cache")?);
+    site.gone(to, CACHE)?;
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        tool.signal(signal);
+        let begun = Instant::now();
+        while !tool.said().contains(&format!("interrupted by {signal}; it stays frozen here")) {
+            if begun.elapsed() > LIMIT || tool.end_within(Duration::ZERO).is_some() {
+                return Err(format!("of {signal} it says: {}", tool.said()));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    site.daemons(Way::Direct)?;
+    tool.end()?.failed("goes on here")?;
+    goes_on(site)
+}
+
 /// The migrate is killed, and the operator lets the tree go on.
 pub fn thawed(site: &mut Site) -> Result<(), String> {
     let (tool, _forwarder) = gone(site, "thawed")?;
