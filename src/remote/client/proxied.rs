@@ -364,7 +364,14 @@ impl Link for Proxied {
         if let Some(restored) = lock(&self.restored).take() {
             return Ok(restored);
         }
-        match self.packets.receive(Instant::now() + patience)? {
+        // The proxy has nothing to say before.
+        let unreported = |failure: Failure| match failure.code {
+            FailCode::FailTimeout => {
+                Failure::new(failure.code, format!("nobody has restored it in {} s", patience.as_secs()))
+            }
+            _ => failure,
+        };
+        match self.packets.receive(Instant::now() + patience).map_err(unreported)? {
             (local_reply::What::Restored(restored), _) => Ok(restored),
             (other, _) => Err(self.packets.unexpected(&other)),
         }
@@ -405,6 +412,13 @@ mod tests {
         let near = Proxied::open(dir.path(), pb::SnapshotBegin::default(), Duration::from_secs(20)).unwrap();
         let (socket, pipe, ring) = far.join().unwrap();
         (dir, near, socket, pipe, ring)
+    }
+
+    #[test]
+    fn a_restore_that_does_not_come_is_no_silence_of_the_proxy() {
+        let (_dir, proxied, _socket, _pipe, _ring) = opened();
+        let failure = proxied.restored(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(failure.text, "nobody has restored it in 0 s");
     }
 
     #[test]
