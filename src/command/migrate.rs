@@ -192,9 +192,8 @@ impl Migration<'_> {
 
     /// Whether the tree may go on here by the word of the operator: not if the destination itself says that it runs there.
     fn thawed(&self) -> bool {
-        let departure = self.departure(&Before::default());
-        let told = departure.map(|departure| client::take_back(self.remote, resume(&departure, back())));
-        let late = matches!(told, Ok(Ok(false)));
+        let about = about(&self.remote.snapshot, self.store.id(), self.store.journal(), back());
+        let late = matches!(client::take_back(self.remote, about), Ok(false));
         if late {
             tracing::error!("it runs at the destination, or is about to: it does not go on here");
         }
@@ -274,7 +273,18 @@ impl HandOver for Migration<'_> {
                 }
             };
             let heard = heard.or_else(|| match Word::heard(work_dir, id)? {
-                Word::Kill => Some(Heard::Kill),
+                // Not before whoever can say so has had the time to.
+                Word::Kill => match self.store.fate(self.remote.timeout) {
+                    Ok(client::Fate::Fell(text)) => {
+                        why = text;
+                        Some(Heard::Fell)
+                    }
+                    Ok(client::Fate::Runs(pid)) => {
+                        self.restored.set(pid);
+                        Some(Heard::Restored)
+                    }
+                    Err(_) => Some(Heard::Kill),
+                },
                 Word::Thaw => self.thawed().then(|| {
                     why = "the operator has said so".to_owned();
                     Heard::Thaw
@@ -295,12 +305,11 @@ impl HandOver for Migration<'_> {
 }
 
 fn resume(departure: &Departure, verdict: Verdict) -> pb::Resume {
-    pb::Resume {
-        name: departure.name.clone(),
-        id: departure.id,
-        verdict: Some(verdict),
-        journal: departure.cache,
-    }
+    about(&departure.name, departure.id, departure.cache, verdict)
+}
+
+fn about(name: &str, id: u64, journal: u64, verdict: Verdict) -> pb::Resume {
+    pb::Resume { name: name.to_owned(), id, verdict: Some(verdict), journal }
 }
 
 fn back() -> Verdict {

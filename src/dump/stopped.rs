@@ -68,6 +68,8 @@ pub struct Waiting {
 /// What cannot be seen any more in a tree that was stopped for good.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Before {
+    /// All that lived, parents before their children.
+    pub members: Vec<Member>,
     /// Who had been stopped before.
     pub stopped: Vec<Member>,
     /// For whom a SIGCHLD waited.
@@ -87,6 +89,7 @@ impl Before {
                 State::Stopped(_) => before.stopped.push(member),
                 State::Alive => {}
             }
+            before.members.push(member);
             for (thread, info) in queued(process, &[libc::SIGCONT, libc::SIGCHLD])? {
                 let thread = thread.map(HostPid::get);
                 if signal_of(&info) == libc::SIGCONT.cast_unsigned() {
@@ -119,7 +122,9 @@ pub(super) fn stop_for_good(tree: &Tree, before: &Before) -> Result<()> {
 pub(super) fn go_on(tree: Tree, before: &Before) -> Result<()> {
     let ours = tree.processes.iter().filter(|p| p.state == State::Alive);
     let ours = ours.map(|p| (p, Member { pid: p.pid.get(), start: p.starttime })).collect();
-    let failed = start_again(&tree, ours, before, 0);
+    // The root was not brought into its stop.
+    let grouped = tree.processes.iter().skip(1).map(|p| p.pid).collect();
+    let failed = start_again(&tree, ours, &grouped, before, 0);
     let_go(tree, failed)
 }
 
@@ -140,22 +145,27 @@ pub fn go_on_again(root: HostPid, before: &Before, level: usize) -> Result<()> {
     let tree = ticker.busy(|| Tree::freeze(root, &check)).context("hold of the stopped tree")?;
     let mut unknown = None;
     let mut ours = Vec::new();
-    for process in tree.processes.iter().filter(|p| matches!(p.state, State::Stopped(_))) {
+    let stopped = tree.processes.iter().filter(|p| matches!(p.state, State::Stopped(_)));
+    let grouped = stopped.map(|p| p.pid).collect();
+    // Also those that are only about to stop, since whoever held them has just been killed.
+    for process in tree.processes.iter().filter(|p| !matches!(p.state, State::Zombie(_))) {
         match id_at(process.pid, level).map(|pid| Member { pid, start: process.starttime }) {
             Ok(member) if before.stopped.contains(&member) => {}
             Ok(member) => ours.push((process, member)),
             Err(error) => drop(unknown.get_or_insert_with(|| error.context(stays(process)))),
         }
     }
-    let failed = start_again(&tree, ours, before, level);
+    let failed = start_again(&tree, ours, &grouped, before, level);
     deadline.finish();
     let_go(tree, unknown.or(failed))
 }
 
-/// Lets processes that were stopped be as they were, but for being held. What went wrong, if anything did.
+/// Lets processes that were stopped be as they were, but for being held; `grouped` are those in a group stop, for the others
+/// SIGSTOP may wait. What went wrong, if anything did.
 fn start_again(
     tree: &Tree,
     ours: Vec<(&Process, Member)>,
+    grouped: &HashSet<HostPid>,
     before: &Before,
     level: usize,
 ) -> Option<anyhow::Error> {
@@ -164,8 +174,11 @@ fn start_again(
     let mut again = Vec::new();
     for (process, _) in &ours {
         let mut end = || {
-            if process.pid == root && process.state == State::Alive {
-                return take(process, libc::SIGSTOP);
+            if process.state == State::Alive {
+                take(process, libc::SIGSTOP)?;
+            }
+            if !grouped.contains(&process.pid) {
+                return Ok(());
             }
             let waiting = queued(process, &STOP_SIGNALS)?;
             again.extend(waiting.into_iter().map(|(thread, info)| (*process, thread, info)));

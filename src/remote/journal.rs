@@ -208,6 +208,7 @@ fn before_to_json(before: &Before) -> Value {
         json!([member_to_json(&waiting.process), waiting.thread, waiting.info.as_slice()])
     };
     json!({
+        "members": before.members.iter().map(member_to_json).collect::<Vec<_>>(),
         "stopped": before.stopped.iter().map(member_to_json).collect::<Vec<_>>(),
         "told": before.told.iter().map(member_to_json).collect::<Vec<_>>(),
         "continued": before.continued.iter().map(waiting).collect::<Vec<_>>(),
@@ -227,6 +228,7 @@ fn before_from_json(value: &Value) -> Option<Before> {
         })
     };
     Some(Before {
+        members: all(value, "members", member_from_json)?,
         stopped: all(value, "stopped", member_from_json)?,
         told: all(value, "told", member_from_json)?,
         continued: all(value, "continued", waiting)?,
@@ -547,6 +549,7 @@ mod tests {
             .unwrap(),
             cache: u64::MAX,
             before: Before {
+                members: vec![Member { pid: 3, start: 4 }],
                 stopped: vec![Member { pid: 5, start: 6 }],
                 told: vec![Member { pid: 7, start: 8 }],
                 continued: [None, Some(9)]

@@ -9,7 +9,11 @@ use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path};
 use serde_json::{Value, json};
 
 use crate::{
-    proc::{ParseError, stat, status},
+    proc::{
+        ParseError,
+        stat::{self, Stat, State},
+        status,
+    },
     sys::pid::HostPid,
 };
 
@@ -87,6 +91,17 @@ impl Process {
         })
     }
 
+    /// Another one that was written down where this one was.
+    pub fn beside(&self, pid: i32, start: u64) -> Self {
+        Self { pid, start, ..self.clone() }
+    }
+
+    /// Whether this is it, and it lives: the end of a process counts also if nobody has taken it yet.
+    fn is(&self, stat: &Stat) -> bool {
+        let dead = matches!(stat.state, State::Zombie | State::Dead) && stat.num_threads <= 1;
+        stat.starttime == self.start && !dead
+    }
+
     /// Looks for it.
     pub fn find(&self) -> Found {
         self.look().unwrap_or_else(|error| Found::Unknown(format!("/proc: {error}")))
@@ -109,8 +124,7 @@ impl Process {
                 Err(error) if is_none(&error) => return Ok(Found::Gone),
                 text => text?,
             };
-            let same = parsed(stat::parse(&text))?.starttime == self.start;
-            return Ok(if same {
+            return Ok(if self.is(&parsed(stat::parse(&text))?) {
                 Found::Here { pid: HostPid::new(self.pid), level: 0 }
             } else {
                 Found::Gone
@@ -139,7 +153,7 @@ impl Process {
                 continue;
             };
             let (about, stat) = (parsed(status::parse(&about))?, parsed(stat::parse(&stat))?);
-            if about.nstgid.last() == Some(&self.pid) && stat.starttime == self.start {
+            if about.nstgid.last() == Some(&self.pid) && self.is(&stat) {
                 let level = about.nstgid.len().saturating_sub(1);
                 return Ok(Found::Here { pid: about.tgid, level });
             }
@@ -196,6 +210,19 @@ mod tests {
             let pids = Process { pids: 1, ..own }.find();
             assert!(matches!(&pids, Found::Unknown(why) if why.contains("pid:[1]")), "{pids:?}");
         }
+    }
+
+    #[test]
+    fn dead_and_not_reaped_is_gone() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::now(child.id().cast_signed()).unwrap();
+        assert!(matches!(process.find(), Found::Here { .. }));
+        child.kill().unwrap();
+        while process.find() != Found::Gone {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(Path::new("/proc").join(child.id().to_string()).exists());
+        child.wait().unwrap();
     }
 
     #[test]

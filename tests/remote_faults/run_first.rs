@@ -357,3 +357,140 @@ fn at_frame(
     let end = ended(site, way, &tool, dead)?;
     Ok((settle(site, name, end)?, hit))
 }
+
+/// A migration that is killed, and its proxy too, when a frame of this kind does not arrive; the id of its journal.
+fn killed_at(
+    site: &mut Site,
+    forwarder: &Forwarder,
+    way: Way,
+    (from_source, kind): (bool, Kind),
+) -> Result<String, String> {
+    site.daemons(way)?;
+    let from = site.at;
+    forwarder.arm(Some(Spot {
+        from_source,
+        frame: Frame::First(kind),
+        fault: Fault::Stall(Duration::from_secs(3600)),
+    }));
+    let tool = begin(site, way, &format!("{way:?} {kind:?}"))?;
+    let begun = Instant::now();
+    while forwarder.hit().is_none() {
+        if begun.elapsed() > LIMIT || tool.end_within(Duration::ZERO).is_some() {
+            return Err(format!("no {kind:?}: {}", tool.said()));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    tool.signal(Signal::SIGKILL);
+    tool.end()?;
+    if let Some(proxy) = site.pid_of(from, PROXY) {
+        kill_now(Some(proxy));
+        site.gone(from, PROXY)?;
+    }
+    forwarder.disarm();
+    site.daemons(way)?;
+    let entries = fs::read_dir(site.work_there(from)).map_err(|e| e.to_string())?.flatten();
+    let mut ids = entries.filter_map(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        Some(name.strip_prefix("migrate-")?.strip_suffix(".journal")?.to_owned())
+    });
+    ids.next().ok_or_else(|| "no journal".to_owned())
+}
+
+/// What an operator says neither ends the last copy of a tree nor doubles it, where the destination can be asked and says
+/// otherwise. Where nobody answers it is done.
+fn better(site: &mut Site, way: Way) -> Result<(), String> {
+    site.restores = true;
+    let at = SocketAddr::new(Host::Right.ipv4().parse().expect("an address"), 9996);
+    let forwarder = Forwarder::start(&site.hosts, Host::Left, at)?;
+    site.detour = Some([forwarder.port; 2]);
+    site.start_tree(0)?;
+    let (from, to) = (site.at, site.at.other());
+
+    // It was not said to go.
+    let id = killed_at(site, &forwarder, way, (true, Kind::Go))?;
+    let path = site.work_there(from).join(format!("migrate-{id}.journal"));
+    let journal = fs::read_to_string(&path).map_err(|e| e.to_string())?;
+    let unsaid = journal.strip_suffix("going\n").ok_or("Go is not written down")?;
+    fs::write(&path, unsaid).map_err(|e| e.to_string())?;
+    site.run(from, &["migrate", "kill", &id])?.failed("it was not handed over")?;
+    site.run(from, &["migrate", "thaw", &id])?.succeeded()?;
+    site.works()?;
+
+    // It does not run there.
+    let id = killed_at(site, &forwarder, way, (true, Kind::Go))?;
+    kill_now(restore_on(site, to));
+    site.run(from, &["migrate", "kill", &id, "--timeout", "5"])?.failed("does not run at the destination")?;
+    site.run(from, &["migrate", "thaw", &id])?.succeeded()?;
+    site.works()?;
+
+    // It runs there, and a cache that was started anew knows it too.
+    let id = killed_at(site, &forwarder, way, (false, Kind::Restored))?;
+    for anew in [false, true] {
+        if anew {
+            kill_now(site.pid_of(to, CACHE));
+            site.gone(to, CACHE)?;
+            site.daemons(way)?;
+        }
+        let thawed = site.run(from, &["migrate", "thaw", &id, "--timeout", "5"])?;
+        thawed.failed("it runs at the destination").map_err(|e| format!("cache started anew {anew}: {e}"))?;
+    }
+    for (host, daemon) in [(to, CACHE), (from, PROXY)] {
+        kill_now(site.pid_of(host, daemon));
+        site.gone(host, daemon)?;
+    }
+    let killed = site.run(from, &["migrate", "kill", &id, "--timeout", "1"])?.succeeded()?;
+    if !killed.said.contains("is not known") {
+        return Err(format!("nobody answers: {}", killed.said));
+    }
+    site.arrived()
+}
+
+pub fn knows_better(site: &mut Site) -> Result<(), String> {
+    better(site, Way::Direct)
+}
+
+pub fn knows_better_proxied(site: &mut Site) -> Result<(), String> {
+    better(site, Way::Proxied)
+}
+
+/// Whoever settles it is killed at any moment: the tree is stopped with its journal there, or goes on; asked again, it goes on.
+pub fn settle_killed(site: &mut Site) -> Result<(), String> {
+    site.restores = true;
+    let at = SocketAddr::new(Host::Right.ipv4().parse().expect("an address"), 9996);
+    let forwarder = Forwarder::start(&site.hosts, Host::Left, at)?;
+    site.detour = Some([forwarder.port; 2]);
+    site.start_tree(0)?;
+    let (from, to) = (site.at, site.at.other());
+    let mut usual = None;
+    let mut half = 0;
+    for number in 0..Site::times(10) {
+        let id = killed_at(site, &forwarder, Way::Direct, (true, Kind::Go))?;
+        let path = site.work_there(from).join(format!("migrate-{id}.journal"));
+        kill_now(restore_on(site, to));
+        let tool = site.begin(from, &["migrate", "settle", "--timeout", "5"])?;
+        if let Some(usual) = usual {
+            thread::sleep(Duration::from_micros(site.random(usual)));
+            tool.signal(Signal::SIGKILL);
+        }
+        let ended = tool.end()?;
+        usual.get_or_insert(u64::try_from(ended.took.as_micros()).unwrap_or(u64::MAX));
+        let stopped = |pid: i32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            status.contains("State:\tT")
+        };
+        let members = site.members(from);
+        let stopped = members.iter().filter(|member| stopped(member.pid)).count();
+        let open = path.exists();
+        println!("{number}: {:?}, {stopped} of {} stopped, journal {open}", ended.end, members.len());
+        half += usize::from(stopped != 0 && stopped != members.len());
+        if stopped != 0 && !open {
+            return Err(format!("{number}: {stopped} of {members:?} are stopped, and there is no journal"));
+        }
+        if open {
+            site.run(from, &["migrate", "settle", "--timeout", "5"])?.succeeded()?;
+        }
+        site.works()?;
+    }
+    println!("{half} times it ran in part until it was settled again");
+    Ok(())
+}

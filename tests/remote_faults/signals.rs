@@ -304,3 +304,31 @@ pub fn many_dead_destinations(site: &mut Site) -> Result<(), String> {
     // What the restore of a cache that was killed had made dies with it.
     site.daemons(Way::Direct)
 }
+
+/// The root is killed while it is stopped: nothing goes on, nobody believes that it does, and what is left is ended.
+pub fn members_die(site: &mut Site) -> Result<(), String> {
+    let (tool, _forwarder) = gone(site, "members")?;
+    tool.signal(Signal::SIGKILL);
+    tool.end()?;
+    let (path, id) = journal(site)?;
+    let root: i32 = site.root().parse().map_err(|_| "its root")?;
+    let all = site.members(site.at);
+    let outer = all.iter().find(|member| member.inner == root).ok_or("no root")?.pid;
+    kill(Pid::from_raw(outer), Signal::SIGKILL).map_err(|e| e.to_string())?;
+    site.run(site.at, &["migrate", "thaw", &id])?.failed("is not there any more")?;
+    if site.members(site.at).iter().filter(|member| member.pid != outer).count() != all.len() - 1
+        || !path.exists()
+    {
+        return Err("something has happened to the rest, or to the journal".into());
+    }
+    site.run(site.at, &["migrate", "kill", &id])?.succeeded()?;
+    site.leaves(site.at)?;
+    site.forget_tree();
+    for name in [NOTICED, TURNS].iter().chain(&CHILDREN) {
+        let _ = fs::remove_file(site.dir.join(name));
+    }
+    // It waits for somebody who says what became of the tree.
+    kill_dead(site.pid_of(site.at.other(), CACHE).unwrap_or(0));
+    site.gone(site.at.other(), CACHE)?;
+    site.daemons(Way::Direct)
+}

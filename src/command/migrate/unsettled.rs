@@ -158,18 +158,31 @@ fn way(departure: &Departure, remote: &RemoteSettings) -> Result<RemoteSettings,
 
 /// Tells the destination that the tree goes on here; `false` if it is too late for that.
 fn take_back(departure: &Departure, remote: &RemoteSettings) -> Result<bool, Failure> {
-    client::take_back(&way(departure, remote)?, resume(departure, back()))
+    match client::take_back(&way(departure, remote)?, resume(departure, back())) {
+        // Nobody was told to let it run there, so it never did.
+        Err(failure) if !departure.going && failure.code == FailCode::FailNotFound => Ok(true),
+        told => told,
+    }
 }
 
-fn take_over(departure: &Departure, work_dir: &Path) -> anyhow::Result<Option<Open>> {
-    departure.take_over(work_dir).context("journal of the hand-over")
+/// Asks whether it runs at the destination.
+fn ask_there(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<Fate> {
+    let unknown = "whether it runs at the destination is not known";
+    let way = way(departure, remote).context(unknown)?;
+    client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout).context(unknown)
+}
+
+/// Takes the journal over, and reads it again: whoever had it may have gone on with the hand-over, or ended it, meanwhile.
+fn take_over(departure: &Departure, work_dir: &Path) -> anyhow::Result<Option<(Open, Departure)>> {
+    let Some(open) = departure.take_over(work_dir).context("journal of the hand-over")? else {
+        return Ok(None);
+    };
+    Ok(Some((open, known(work_dir, departure.id)?)))
 }
 
 /// What follows from what was heard.
 enum Next {
-    /// Nothing.
-    Nothing(&'static str),
-    /// The tree ends here.
+    /// What is left of the tree ends here.
     Kill(&'static str),
     /// It goes on here, and whether the destination has heard that.
     GoOn(Result<bool, Failure>, &'static str),
@@ -177,9 +190,10 @@ enum Next {
 
 /// Asks the destination, if that has to be asked. Takes as long as it takes to know that nobody answers.
 fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open, Next)> {
-    let Some(open) = take_over(departure, &remote.work_dir)? else {
+    let Some((open, departure)) = take_over(departure, &remote.work_dir)? else {
         bail!("the crtool that migrates it lives, and asks by itself");
     };
+    let departure = &departure;
     let root = root_of(departure, &remote.work_dir)?;
     let gone = format!("its root, process {}, is not there any more", departure.root.pid);
     if !departure.going {
@@ -190,12 +204,9 @@ fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open,
         let told = take_back(departure, remote);
         return Ok((open, Next::GoOn(told, "it was not handed over, and runs here")));
     }
-    let unknown = "whether it runs at the destination is not known";
-    let way = way(departure, remote).context(unknown)?;
-    let fate = client::ask(&way, resume(departure, Verdict::Go(pb::Go {})), way.timeout).context(unknown)?;
-    let next = match (fate, root) {
+    let next = match (ask_there(departure, remote)?, root) {
         // Whoever migrated it may have died when all was done but this.
-        (Fate::Runs(_), None) => Next::Nothing("it runs at the destination, and is gone here"),
+        (Fate::Runs(_), None) => Next::Kill("it runs at the destination, and is gone here"),
         (Fate::Runs(_), Some(_)) => Next::Kill("it runs at the destination, and is ended here"),
         (Fate::Fell(why), None) => bail!(
             "{gone}, and it does not run at the destination: {why}; if a snapshot {} is in doubt there, image-cache release \
@@ -212,11 +223,10 @@ fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open,
 
 fn follow(departure: &Departure, work_dir: &Path, open: Open, next: Next) -> anyhow::Result<&'static str> {
     let text = match next {
-        Next::Nothing(text) => text,
         Next::Kill(text) => {
-            if let Some((root, _)) = root_of(departure, work_dir)? {
-                kill(root)?;
-            }
+            let root = root_of(departure, work_dir)?.map(|(root, _)| root);
+            kill(root.map_or_else(Vec::new, procfs::walk))?;
+            kill(members(departure).collect())?;
             text
         }
         Next::GoOn(told, text) => {
@@ -232,11 +242,15 @@ fn follow(departure: &Departure, work_dir: &Path, open: Open, next: Next) -> any
                     "it runs at the destination, or is about to, and does not go on here: crtool migrate settle"
                 ),
                 Err(failure) => tracing::warn!(
-                    "the destination could not be told: {failure}; a snapshot {} there is to be dropped",
+                    "the destination has not taken it back: {failure}; a snapshot {} there is to be dropped",
                     departure.name
                 ),
             }
+            let whole = procfs::walk(root);
             dump::go_on_again(root, &departure.before, level)?;
+            for left in members(departure).filter(|pid| !whole.contains(pid)) {
+                dump::go_on_again(left, &departure.before, level)?;
+            }
             let root = Some(Pid::from_raw(root.get()));
             if let Err(error) = action::run(&departure.scripts, Action::NetworkUnlock, root) {
                 tracing::error!("{:#}", anyhow!(error));
@@ -248,9 +262,19 @@ fn follow(departure: &Departure, work_dir: &Path, open: Open, next: Next) -> any
     Ok(text)
 }
 
-fn kill(root: HostPid) -> anyhow::Result<()> {
+/// All members that live, also those that are not below the root any more because their parents have died since.
+fn members(departure: &Departure) -> impl Iterator<Item = HostPid> {
+    departure.before.members.iter().filter_map(|member| {
+        match departure.root.beside(member.pid, member.start).find() {
+            Found::Here { pid, .. } => Some(pid),
+            Found::Gone | Found::Unknown(_) => None,
+        }
+    })
+}
+
+fn kill(pids: Vec<HostPid>) -> anyhow::Result<()> {
     // A parent that is killed cannot make any children.
-    for pid in procfs::walk(root) {
+    for pid in pids {
         match task::kill(pid, libc::SIGKILL) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(e) => return Err(anyhow!(e).context(format!("kill of task {pid}"))),
@@ -259,7 +283,23 @@ fn kill(root: HostPid) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The operator knows.
+/// The operator wants a tree of ours to end: not the last of its kind, as far as the destination can say.
+fn may_end(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<()> {
+    let id = journal::shown(departure.id);
+    if !departure.going {
+        bail!("it was not handed over, and is nowhere else: crtool migrate thaw {id} lets it go on here");
+    }
+    match ask_there(departure, remote) {
+        Ok(Fate::Runs(_)) => {}
+        Ok(Fate::Fell(why)) => bail!(
+            "it does not run at the destination, and is not ended here: {why}; crtool migrate settle {id} lets it go on here"
+        ),
+        Err(error) => tracing::warn!("{error:#}; it is ended here because you say so"),
+    }
+    Ok(())
+}
+
+/// The operator knows what the destination does not say.
 fn decide(id: u64, word: Word, remote: &RemoteSettings) -> anyhow::Result<Exit> {
     let work_dir = &remote.work_dir;
     let departure = known(work_dir, id)?;
@@ -268,9 +308,14 @@ fn decide(id: u64, word: Word, remote: &RemoteSettings) -> anyhow::Result<Exit> 
             word.say(work_dir, id).context("word for the crtool that migrates it")?;
             "said to the crtool that migrates it"
         }
-        Some(open) => {
+        Some((open, departure)) => {
             let next = match word {
-                Word::Kill => Next::Kill("ended here"),
+                Word::Kill => {
+                    if root_of(&departure, work_dir)?.is_some() {
+                        may_end(&departure, remote)?;
+                    }
+                    Next::Kill("ended here")
+                }
                 // Where it is looked for first: to tell the destination of a tree that is not there would be a lie.
                 Word::Thaw if root_of(&departure, work_dir)?.is_some() => {
                     Next::GoOn(take_back(&departure, remote), "goes on here")

@@ -479,6 +479,8 @@ pub(super) fn ask(net: &NetSettings, resume: pb::Resume, patience: Duration) -> 
 pub(super) fn take_back(net: &NetSettings, resume: pb::Resume) -> Result<bool, Failure> {
     again(net, resume, net.timeout, |heard| match (&heard.restored, &heard.failed) {
         (Some(restored), _) => Some(!restored.ok),
+        // It may have run under another cache; and a connection that broke says nothing.
+        (None, Some(failed)) if !heard.refused || failed.code == FailCode::FailNotFound => None,
         (None, Some(_)) => Some(true),
         // What is taken back is not to be restored any more.
         (None, None) => heard.prepared.is_some().then_some(false),
@@ -549,6 +551,7 @@ impl Link for Direct {
             tracing::debug!("{failure}");
             if lock(&self.shared.heard).prepared.is_some()
                 && let Err(failure) = take_back(&self.net, self.about(pb::resume::Verdict::Abort(abort)))
+                && failure.code != FailCode::FailNotFound
             {
                 tracing::warn!(
                     "the tree runs on here, but the cache could not be told: {failure}; drop it there"

@@ -47,6 +47,8 @@ pub(super) struct Proxied {
     refused: Mutex<Option<Failure>>,
     /// The cache has all of it.
     complete: AtomicBool,
+    /// It has heard what became of the tree, or that nobody knows.
+    answered: AtomicBool,
     features: u64,
     /// The cache, as the proxy calls it.
     target: String,
@@ -115,6 +117,7 @@ impl Proxied {
             ring,
             refused,
             complete,
+            answered: AtomicBool::new(false),
             features: opened.features,
             target: opened.target,
             confirmed: Mutex::default(),
@@ -207,6 +210,8 @@ pub(super) fn take_back(work_dir: &Path, resume: pb::Resume, patience: Duration)
     match packets.ask(local_request::What::Resume(resume), &[], patience)?.0 {
         local_reply::What::Restored(restored) => Ok(!restored.ok),
         local_reply::What::Fell(_) => Ok(true),
+        // What is taken back is not to be restored any more.
+        local_reply::What::Prepared(_) => Ok(false),
         other => Err(packets.unexpected(&other)),
     }
 }
@@ -348,16 +353,22 @@ impl Link for Proxied {
     }
 
     fn fate(&self, patience: Duration) -> Result<Fate, Failure> {
-        match self.packets.receive(Instant::now() + patience) {
-            Ok((reply, _)) => fate(&reply).ok_or_else(|| self.packets.unexpected(&reply)),
-            Err(failure) if failure.code == FailCode::FailTimeout => Err(failure),
-            // This proxy is gone; another one may be there.
-            Err(_) => {
-                let verdict = Some(pb::resume::Verdict::Go(pb::Go {}));
-                let (name, id, journal) = (self.name.clone(), self.id, self.journal);
-                ask(&self.work_dir, pb::Resume { name, id, verdict, journal }, patience)
+        if !self.answered.load(Ordering::Acquire) {
+            match self.packets.receive(Instant::now() + patience) {
+                Err(failure) if failure.code == FailCode::FailTimeout => return Err(failure),
+                heard => {
+                    // Nothing more comes on this connection.
+                    self.answered.store(true, Ordering::Release);
+                    if let Some(fate) = heard.ok().and_then(|(reply, _)| fate(&reply)) {
+                        return Ok(fate);
+                    }
+                }
             }
         }
+        // This proxy is gone, and another one may be there; or it does not know it, and may be told.
+        let verdict = Some(pb::resume::Verdict::Go(pb::Go {}));
+        let (name, id, journal) = (self.name.clone(), self.id, self.journal);
+        ask(&self.work_dir, pb::Resume { name, id, verdict, journal }, patience)
     }
 
     fn restored(&self, patience: Duration) -> Result<pb::Restored, Failure> {

@@ -89,7 +89,7 @@ impl<D: Dial> Relay<D> {
             }
             // What was asked for comes later.
             (Heard::Armed(..), Phase::Settled) => {}
-            (Heard::Prepared(..), Phase::Settled) => {
+            (Heard::Prepared(_, prepared), Phase::Settled) => {
                 if matches!(s.word, Some(Word::Confirm { .. })) {
                     tracing::info!("{}: the cache knows now that it may be restored", s.name());
                     s.show(State::Ready, "");
@@ -97,6 +97,8 @@ impl<D: Dial> Relay<D> {
                 } else if s.begin.run_first {
                     // Too late to have it back: what becomes of it there follows.
                     s.show(State::Starting, "it was let go there before it could be taken back");
+                    s.word = Some(Word::Go);
+                    self.tell_waiting(id, &Reply::Prepared(prepared));
                 } else {
                     let text = "the tree runs on here, but the cache was told to let it be restored";
                     tracing::error!("{}: {text}", s.name());
@@ -128,12 +130,25 @@ impl<D: Dial> Relay<D> {
         let failure = Failure::from(failed);
         let Some(s) = self.snapshots.get_mut(&id) else { return };
         match (phase, &s.word) {
+            // Nobody knows whether it ran under another cache, and this proxy does not either when it is asked again.
+            (Phase::Settled, Some(Word::Abort { .. }))
+                if s.went.is_some() && failure.code == FailCode::FailNotFound =>
+            {
+                tracing::warn!(
+                    "{}: {}; nobody there has heard that the tree runs on here",
+                    s.name(),
+                    failure.text
+                );
+                self.tell_waiting(id, &Reply::Failed(failure.into()));
+                self.over(id, State::Failed, "the tree runs on here");
+                self.snapshots.remove(&id);
+            }
             (Phase::Settled, Some(Word::Abort { reason })) => {
                 let reason = reason.clone();
                 self.over(id, State::Failed, &reason);
             }
             // It may have run under another cache: asked again when the connection is a new one.
-            (Phase::Settled, Some(Word::Go { .. })) if failure.code == FailCode::FailNotFound => {
+            (Phase::Settled, Some(Word::Go)) if failure.code == FailCode::FailNotFound => {
                 tracing::error!("{}: {}; {}", s.name(), failure.text, "what became of the tree is not known");
                 s.show(State::InDoubt, failure.text.as_str());
                 self.tell_waiting(id, &Reply::Failed(failure.into()));

@@ -97,13 +97,15 @@ impl<D: Dial> Relay<D> {
             Some(Request::Go(_)) => {
                 let own = own.filter(|own| self.snapshots.get(own).is_some_and(|s| s.begin.run_first));
                 let journal = self.link.peer().map_or(0, |hello| hello.journal);
-                self.last_word(id, own, Word::Go { journal }, now)
+                if let Some(s) = own.and_then(|own| self.snapshots.get_mut(&own)) {
+                    s.went.get_or_insert(journal);
+                }
+                self.last_word(id, own, Word::Go, now)
             }
             Some(Request::Resume(resume)) => self.resume_for(id, resume, now),
             Some(Request::Abort(mut abort)) => {
                 name::shorten(&mut abort.reason, MAX_REASON);
-                let goes =
-                    |s: &Snapshot| s.phase == Phase::Settled && matches!(s.word, Some(Word::Go { .. }));
+                let goes = |s: &Snapshot| s.phase == Phase::Settled && s.word == Some(Word::Go);
                 if let Some(own) = own
                     && let Some(s) =
                         self.snapshots.get_mut(&own).filter(|s| s.phase <= Phase::Prepared || goes(s))
@@ -186,7 +188,7 @@ impl<D: Dial> Relay<D> {
     pub(super) fn resume_for(&mut self, id: u64, resume: pb::Resume, now: Instant) -> Result<(), Failure> {
         name::check_snapshot(&resume.name)?;
         let word = match resume.verdict {
-            Some(pb::resume::Verdict::Go(_)) => Word::Go { journal: resume.journal },
+            Some(pb::resume::Verdict::Go(_)) => Word::Go,
             Some(pb::resume::Verdict::Abort(mut abort)) => {
                 name::shorten(&mut abort.reason, MAX_REASON);
                 Word::Abort { reason: abort.reason }
@@ -220,6 +222,7 @@ impl<D: Dial> Relay<D> {
             self.streams.remove(&stream);
         }
         s.word = Some(word);
+        s.went.get_or_insert(resume.journal);
         s.acked = false;
         s.show(State::InDoubt, "what became of the tree is asked");
         self.resume(key, now);

@@ -56,7 +56,7 @@ impl<D: Dial> Relay<D> {
                 s.show(State::Ready, "");
                 wire::frame(Kind::Confirm, stream, 0, &pb::Confirm { survives: *survives })
             }
-            Word::Go { .. } => {
+            Word::Go => {
                 s.show(State::Starting, "told to run there");
                 wire::frame(Kind::Go, stream, 0, &pb::Go {})
             }
@@ -67,7 +67,7 @@ impl<D: Dial> Relay<D> {
         };
         self.link.out.push(&frame);
         // To Go there is an answer of its own.
-        s.ack_at = if matches!(word, Word::Go { .. }) { u64::MAX } else { self.link.ping(now) };
+        s.ack_at = if word == Word::Go { u64::MAX } else { self.link.ping(now) };
         if let Word::Abort { reason } = word
             && before < Phase::Committed
         {
@@ -88,12 +88,15 @@ impl<D: Dial> Relay<D> {
                 pb::resume::Verdict::Confirm(pb::Confirm { survives: *survives })
             }
             Some(Word::Abort { reason }) => pb::resume::Verdict::Abort(pb::Abort { reason: reason.clone() }),
-            Some(Word::Go { .. }) => pb::resume::Verdict::Go(pb::Go {}),
+            Some(Word::Go) => pb::resume::Verdict::Go(pb::Go {}),
             None => return,
         };
-        let journal = if let Some(Word::Go { journal }) = s.word { journal } else { 0 };
-        let resume =
-            pb::Resume { name: s.begin.name.clone(), id: s.begin.id, verdict: Some(verdict), journal };
+        let resume = pb::Resume {
+            name: s.begin.name.clone(),
+            id: s.begin.id,
+            verdict: Some(verdict),
+            journal: s.went.unwrap_or(0),
+        };
         s.stream = Some(stream);
         // A Pong proves nothing here: there is an answer of its own.
         s.ack_at = u64::MAX;
@@ -251,7 +254,7 @@ impl<D: Dial> Relay<D> {
                 "the tree runs on here, and {target} may not know: look there with `crtool image-cache list`, \
                  and if the snapshot is in doubt, `crtool image-cache drop {name}`"
             ),
-            Some(Word::Go { .. }) => format!(
+            Some(Word::Go) => format!(
                 "{target} may run the tree, which is stopped here: `crtool migrate settle` asks, as soon as a proxy is there"
             ),
             None => format!(
@@ -269,7 +272,7 @@ fn write_down(work_dir: Option<&Path>, s: &Snapshot, target: &str) {
         Some(Word::Confirm { survives }) => Ok(Confirm { survives: *survives }),
         Some(Word::Abort { reason }) => Err(reason.clone()),
         // Whoever says that keeps a journal.
-        Some(Word::Go { .. }) | None => return,
+        Some(Word::Go) | None => return,
     };
     let pb::SnapshotBegin { id, name, pid, .. } = &s.begin;
     let last = LastWord { id: *id, name: name.clone(), target: target.to_owned(), pid: *pid, word };

@@ -44,10 +44,7 @@ pub(super) enum Word {
         survives: bool,
     },
     /// It may run there; it does not run here meanwhile.
-    Go {
-        /// The journal that the cache kept when this was said first.
-        journal: u64,
-    },
+    Go,
     /// The tree runs on here.
     Abort {
         /// Why.
@@ -83,6 +80,8 @@ pub(super) struct Snapshot {
     pub(super) begun: Instant,
     /// Known once settled.
     pub(super) word: Option<Word>,
+    /// Go may have been said: the journal that the cache kept then.
+    pub(super) went: Option<u64>,
     /// The cache is known to have the word.
     pub(super) acked: bool,
     /// The number of the Ping whose answer will show that.
@@ -115,6 +114,7 @@ impl Snapshot {
             deadline,
             begun: now,
             word: None,
+            went: None,
             acked: false,
             ack_at: 0,
             bytes: 0,

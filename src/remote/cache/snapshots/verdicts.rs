@@ -108,20 +108,33 @@ impl Snapshots {
         let Some((id, snapshot)) = found.and_then(|id| Some((id, self.table.get_mut(id)?))) else {
             // What is here may still be let go by the word of its own source: nobody is told that it never was.
             let is_here = self.table.of_dump(resume.id).next().is_some();
-            if matches!(resume.verdict, Some(Verdict::Go(_)))
-                && !is_here
-                && let Some(answer) = self.of_journal(origin, resume)
-            {
-                match answer {
-                    Ok(restored) => self.answer(owner, Kind::Restored, &restored),
-                    Err(fell) => self.answer(owner, Kind::Fell, &fell),
+            let written = if is_here { None } else { self.of_journal(origin, resume) };
+            match (&resume.verdict, written) {
+                (Some(Verdict::Go(_) | Verdict::Abort(_)), Some(Ok(restored))) => {
+                    self.answer(owner, Kind::Restored, &restored);
+                    return Ok(());
                 }
-                return Ok(());
+                (Some(Verdict::Go(_)), Some(Err(fell))) => {
+                    self.answer(owner, Kind::Fell, &fell);
+                    return Ok(());
+                }
+                (Some(Verdict::Abort(_)), Some(Err(fell))) => {
+                    return Err(Failure::new(FailCode::FailAborted, fell.text));
+                }
+                _ => {}
             }
             let name = label(&resume.name);
             let text = format!("the cache knows no snapshot {name} of that dump that {origin} has brought");
             return Err(Failure::new(FailCode::FailNotFound, text));
         };
+        // The restore of a cache that is gone has written down that it has let the tree go.
+        if snapshot.state == State::InDoubt
+            && let Some(journal) = &self.journal
+            && let Some((Reached::Running, pid)) = journal.look_up(resume.id, origin)
+        {
+            self.ran(id, pid);
+        }
+        let Some(snapshot) = self.table.get_mut(id) else { return Ok(()) };
         let verdict = match (&resume.verdict, snapshot.state) {
             (None, state) | (Some(_), state @ State::Receiving) => {
                 let text = format!("snapshot {} cannot be resumed: {}", snapshot.begin.name, word(state));
