@@ -575,6 +575,41 @@ fn a_last_word_is_brought_over_a_new_connection() {
     assert_eq!(dump.restored().pid, 5);
 }
 
+/// Somebody asks the proxy about a tree that was handed over, and hears what the cache says of it, or that nobody knows.
+#[test]
+fn what_is_taken_back_is_answered() {
+    let proxy = Proxy::start(LONG);
+    let mut cache = proxy.cache();
+    let abort = || {
+        let verdict = pb::resume::Verdict::Abort(pb::Abort { reason: "back".to_owned() });
+        let dump = Dump::connect(&proxy.path());
+        let resume = pb::Resume { name: "a".to_owned(), id: 5, verdict: Some(verdict), journal: 7 };
+        dump.send(Request::Resume(resume), &[]);
+        dump
+    };
+    // What a cache does not know may have run under another one, however often that is asked.
+    for _ in 0..2 {
+        let dump = abort();
+        let (stream, resume) = cache.expect::<pb::Resume>(Kind::Resume);
+        assert_eq!(resume.journal, 7);
+        let unknown = pb::Failed { code: FailCode::FailNotFound.into(), text: "unknown".to_owned() };
+        cache.say(Kind::Failed, stream, &unknown);
+        assert_eq!(dump.failed(), unknown);
+    }
+    // Too late: said at once, and from then on it is only asked what becomes of it.
+    let dump = abort();
+    let (stream, _) = cache.expect::<pb::Resume>(Kind::Resume);
+    cache.say(Kind::Prepared, stream, &pb::Prepared { bytes: 0 });
+    assert!(matches!(dump.receive().0, Reply::Prepared(_)));
+    drop(cache);
+    let mut cache = proxy.cache();
+    let (stream, resume) = cache.expect::<pb::Resume>(Kind::Resume);
+    assert!(matches!(resume.verdict, Some(pb::resume::Verdict::Go(_))));
+    cache.say(Kind::Restored, stream, &pb::Restored { ok: true, pid: 5, text: String::new() });
+    proxy.until("a", State::Restored);
+    assert!(abort().restored().ok);
+}
+
 /// A dump that ends well has seen its last word arrive.
 #[test]
 fn a_dump_hears_when_the_cache_has_the_last_word() {

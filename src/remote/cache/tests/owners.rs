@@ -210,16 +210,19 @@ fn the_next_cache_answers_the_same_source_and_knows_what_has_come() {
     let journal = Journal::open(dir.path()).unwrap();
     let identity = journal.identity();
     bench.cache.snapshots().keep_journal(journal);
-    let asks = |origin: &str, bench: &mut Bench| {
+    let says = |verdict, origin: &str, bench: &mut Bench| {
         let mut peer = bench.source_at(origin);
-        let verdict = Some(go_again());
+        let verdict = Some(verdict);
         let resume = pb::Resume { name: "a".to_owned(), id: drawn("a"), verdict, journal: identity };
         bench.send(&mut peer, &wire::frame(Kind::Resume, 1, 0, &resume));
         peer
     };
-    let mut other = asks(OTHER, &mut bench);
+    let mut other = says(go_again(), OTHER, &mut bench);
     assert_eq!(code(&bench.failed(&mut other, 1)), FailCode::FailNotFound);
-    let mut again = asks(OWNER, &mut bench);
+    // Too late to have it back, too.
+    let mut late = says(no(), OWNER, &mut bench);
+    assert!(bench.restored(&mut late, 1).ok);
+    let mut again = says(go_again(), OWNER, &mut bench);
     assert!(bench.restored(&mut again, 1).ok);
     let replayed = pb::SnapshotBegin { id: drawn("a"), ..begin("b") };
     bench.send(&mut again, &Script::from(2, &replayed).frames);
