@@ -224,7 +224,7 @@ pub fn settled_by_its_journal() {
     };
     let id = list().split(' ').next().unwrap().to_owned();
     let ended = Site::run(&mut site.crtool("src", &["migrate", "thaw", &id, "--timeout", "1"])).succeeded();
-    assert!(ended.said.contains("could not be told"), "{}", ended.said);
+    assert!(ended.said.contains("the destination has not taken it back"), "{}", ended.said);
     site.counts();
     let locks = fs::read_to_string(site.work("src").join("locks")).unwrap();
     assert!(locks.ends_with("network-unlock\n") && list().is_empty(), "{locks}");
