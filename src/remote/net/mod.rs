@@ -116,8 +116,7 @@ impl From<NetError> for Failure {
     }
 }
 
-/// So many bytes at most wait in the socket for their turn on the network, so that a last word about one tree does not wait there
-/// behind the pages of another: the kernel would take several MiB of these, each of which is a tenth of a second at
+/// So many bytes at most wait in a socket that is shared: the kernel would take several MiB, each of which is a tenth of a second at
 /// 100 Mbit/s.
 const UNSENT: i32 = 1 << 20;
 
@@ -140,13 +139,19 @@ impl Stream {
         if matches!(family(&fd), Some(AddressFamily::Inet | AddressFamily::Inet6)) {
             setsockopt(&fd, sockopt::TcpNoDelay, &true)?;
             setsockopt(&fd, sockopt::KeepAlive, &true)?;
-            crate::sys::fd::limit_unsent(fd.as_fd(), UNSENT)?;
             // Twice: it also counts while the other side takes nothing, as a cache at its limit does.
             let timeout_ms = u32::try_from(timeout.as_millis().saturating_mul(2)).unwrap_or(u32::MAX);
             setsockopt(&fd, sockopt::TcpUserTimeout, &timeout_ms)?;
         }
         let address = host_of(&fd);
         Ok(Self { fd, peer, address, tls: None })
+    }
+
+    /// For the pages and last words of several trees: few bytes wait in the socket, so that a last word about one does not wait there
+    /// behind the pages of another. What carries one tree only is a twentieth faster without.
+    pub fn share(&self) {
+        // On a socket of another family, and where it is not known, there is nothing to be limited.
+        let _ = crate::sys::fd::limit_unsent(self.fd.as_fd(), UNSENT);
     }
 
     /// Speaks TLS from here on, as the side that connected.

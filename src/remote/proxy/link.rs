@@ -36,6 +36,8 @@ pub(super) trait Conn: Sink + Debug {
     fn interest(&self) -> Interest;
     /// More can be read though the socket may not say so.
     fn pending(&self) -> bool;
+    /// Several trees go over it.
+    fn share(&self) {}
 }
 
 impl Sink for Stream {
@@ -142,6 +144,10 @@ impl Conn for Stream {
 
     fn pending(&self) -> bool {
         self.pending()
+    }
+
+    fn share(&self) {
+        self.share();
     }
 }
 
@@ -325,6 +331,7 @@ impl<D: Dial> Link<D> {
             }
             Dialed::Ready(conn) => conn,
         };
+        conn.share();
         self.dial_at = None;
         self.nobody = false;
         self.watched = Interest::READ;
