@@ -125,16 +125,23 @@ pub fn run(scripts: &ActionScripts, action: Action, root: Option<Pid>) -> Result
     Ok(())
 }
 
+/// Whether a file could be run; why not.
+fn runs(program: &Path) -> io::Result<()> {
+    access(program, AccessFlags::X_OK)?;
+    // As execve(2) has it for a directory.
+    if program.is_file() { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+}
+
 /// Scripts that could not be started now, and why. Nothing is run.
 pub fn not_there(scripts: &ActionScripts) -> Vec<ActionError> {
     let found = |path: &Path| -> io::Result<()> {
         let program = scripts.program(path);
         if program.is_absolute() || program.components().count() > 1 {
-            return Ok(access(&program, AccessFlags::X_OK)?);
+            return runs(&program);
         }
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut places = std::env::split_paths(&path).map(|dir| dir.join(&program));
-        match places.any(|place| access(&place, AccessFlags::X_OK).is_ok()) {
+        match places.any(|place| runs(&place).is_ok()) {
             true => Ok(()),
             false => Err(io::ErrorKind::NotFound.into()),
         }

@@ -54,6 +54,9 @@ pub const CACHE_SOCKET: &str = "img-cache.sock";
 /// Snapshot name when `-D` is not given.
 pub const DEFAULT_SNAPSHOT: &str = "default";
 
+/// What the restore of a tree with seccomp filters uses, as `crtool check --feature` and offers name it.
+const FEATURE_FILTERS: &str = "seccomp_filters";
+
 /// The name of this host, for lists and messages.
 pub fn host() -> String {
     nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned()

@@ -122,7 +122,7 @@ fn settle(only: Option<u64>, remote: &RemoteSettings) -> anyhow::Result<Exit> {
     let heard = each(&all, |departure| hear(departure, remote));
     for (departure, heard) in all.iter().zip(heard) {
         let id = journal::shown(departure.id);
-        match heard.and_then(|(open, next)| follow(departure, work_dir, open, next)) {
+        match heard.and_then(|(open, departure, next)| follow(&departure, work_dir, open, next)) {
             Ok(text) => {
                 let _ = writeln!(io::stdout(), "{id}: {text}");
             }
@@ -188,12 +188,17 @@ enum Next {
     GoOn(Result<bool, Failure>, &'static str),
 }
 
-/// Asks the destination, if that has to be asked. Takes as long as it takes to know that nobody answers.
-fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open, Next)> {
+/// Asks the destination, if that has to be asked. Takes as long as it takes to know that nobody answers. What follows is for the
+/// journal as it is now.
+fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open, Departure, Next)> {
     let Some((open, departure)) = take_over(departure, &remote.work_dir)? else {
         bail!("the crtool that migrates it lives, and asks by itself");
     };
-    let departure = &departure;
+    let next = next_of(&departure, remote)?;
+    Ok((open, departure, next))
+}
+
+fn next_of(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<Next> {
     let root = root_of(departure, &remote.work_dir)?;
     let gone = format!("its root, process {}, is not there any more", departure.root.pid);
     if !departure.going {
@@ -202,9 +207,9 @@ fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open,
         }
         // Nobody was told to let it run there: what of it is stopped goes on.
         let told = take_back(departure, remote);
-        return Ok((open, Next::GoOn(told, "it was not handed over, and runs here")));
+        return Ok(Next::GoOn(told, "it was not handed over, and runs here"));
     }
-    let next = match (ask_there(departure, remote)?, root) {
+    Ok(match (ask_there(departure, remote)?, root) {
         // Whoever migrated it may have died when all was done but this.
         (Fate::Runs(_), None) => Next::Kill("it runs at the destination, and is gone here"),
         (Fate::Runs(_), Some(_)) => Next::Kill("it runs at the destination, and is ended here"),
@@ -217,8 +222,7 @@ fn hear(departure: &Departure, remote: &RemoteSettings) -> anyhow::Result<(Open,
             let told = take_back(departure, remote);
             Next::GoOn(told, "it does not run at the destination, and goes on here")
         }
-    };
-    Ok((open, next))
+    })
 }
 
 fn follow(departure: &Departure, work_dir: &Path, open: Open, next: Next) -> anyhow::Result<&'static str> {

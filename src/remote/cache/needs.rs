@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use prost::Message as _;
 
-use super::super::{name, namespace_of_pids, pb};
+use super::super::{FEATURE_FILTERS, name, namespace_of_pids, pb};
 use crate::image::pb as images;
 use crate::ns::time::{self, Clocks};
 use crate::proc::status;
@@ -42,10 +42,8 @@ const ENTRY: usize = 300;
 const CAP_SYS_ADMIN: u32 = 21;
 /// What the kernel must let any restore do, as `crtool check --feature` names it ...
 const ALWAYS: [&str; 4] = ["clone3_set_tid", "ptrace_seize", "mm_map", "can_map_vdso"];
-/// ... and what one does that gives a tree its own clocks ...
+/// ... and what one does that gives a tree its own clocks. A source may name [`FEATURE_FILTERS`] besides.
 const CLOCKS: &str = "timens";
-/// ... and what a source may name besides.
-pub(in super::super) const FILTERS: &str = "seccomp_filters";
 
 /// An offer whose needs are to be looked at.
 #[derive(Debug)]
@@ -116,7 +114,7 @@ impl Looks {
     pub(super) fn of_restores(&mut self, settings: &RestoreSettings) {
         let clocks = (!settings.host_clocks).then_some(CLOCKS);
         let mut missing = BTreeMap::new();
-        for name in ALWAYS.into_iter().chain(clocks).chain([FILTERS]) {
+        for name in ALWAYS.into_iter().chain(clocks).chain([FEATURE_FILTERS]) {
             if let Some(Feature::Probe(probe)) = host::feature(name)
                 && let Err(trouble) = probe.ask()
             {
@@ -237,7 +235,7 @@ impl Restores {
         let clock = Duration::from_nanos;
         let clocks = Clocks { monotonic: clock(needs.monotonic), boottime: clock(needs.boottime) };
         let used = move |name: &str| match name {
-            FILTERS => needs.features.iter().any(|feature| feature == name),
+            FEATURE_FILTERS => needs.features.iter().any(|feature| feature == name),
             // The clocks of this host will do if they are ahead.
             CLOCKS => time::host_clocks_suffice(clocks).is_err(),
             _ => true,
@@ -354,22 +352,23 @@ mod tests {
     fn what_the_restores_here_cannot_do() {
         let mut settings = RestoreSettings::new(Path::new("."));
         settings.common.action_scripts.scripts =
-            ["true", "/bin/true", "no-such-program", "/no/such/script"].map(Into::into).to_vec();
+            ["true", "/bin/true", "no-such-program", "/no/such/script", "/bin"].map(Into::into).to_vec();
         let mut looks = Looks::new(Duration::from_secs(1)).unwrap();
         looks.of_restores(&settings);
         let mut restores = Restores { settings, certain: true, missing: BTreeMap::new() };
-        restores.missing.extend([(FILTERS, "a".to_owned()), (CLOCKS, "b".to_owned())]);
+        restores.missing.extend([(FEATURE_FILTERS, "a".to_owned()), (CLOCKS, "b".to_owned())]);
         let lacking = |features: &[&str]| {
             let features = features.iter().map(|&name| name.to_owned()).collect();
             restores.lacking(&pb::Needs { features, ..pb::Needs::default() }).collect::<Vec<_>>()
         };
-        let [here, there] = &lacking(&["unheard of"])[..] else { panic!("{:?}", lacking(&[])) };
+        let [here, there, directory] = &lacking(&["unheard of"])[..] else { panic!("{:?}", lacking(&[])) };
         assert!(here.starts_with("start of action script no-such-program: "), "{here}");
         assert!(there.starts_with("start of action script /no/such/script: "), "{there}");
-        assert_eq!(lacking(&[FILTERS]).len(), 3);
+        assert!(directory.starts_with("start of action script /bin: "), "{directory}");
+        assert_eq!(lacking(&[FEATURE_FILTERS]).len(), 4);
         let ahead = pb::Needs { monotonic: u64::MAX, ..pb::Needs::default() };
         let all: Vec<String> = restores.lacking(&ahead).collect();
-        assert!(all.len() == 3 && all.contains(&"timens (see crtool check): b".to_owned()), "{all:?}");
+        assert!(all.len() == 4 && all.contains(&"timens (see crtool check): b".to_owned()), "{all:?}");
         // Nobody says so of what is restored by others.
         assert_eq!(look_at(&pb::Needs::default(), false, &restores), Looked::May(Vec::new()));
         assert!(matches!(look_at(&pb::Needs::default(), true, &restores), Looked::Lacks(_)));

@@ -16,7 +16,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use prost::Message as _;
 
-use super::super::{namespace_of_pids, pb};
+use super::super::{FEATURE_FILTERS, namespace_of_pids, pb};
 use crate::ns::time;
 use crate::proc::{fdinfo, maps, status};
 use crate::settings::{CpuCap, DumpSettings};
@@ -72,7 +72,7 @@ pub(super) fn expected(dump: &DumpSettings) -> Expected {
         cpu_caps: u32::from(caps.fpu) | u32::from(caps.ins) << 1 | u32::from(caps.cpu) << 2,
         monotonic: nanoseconds(clocks.map(|clocks| clocks.monotonic)),
         boottime: nanoseconds(clocks.map(|clocks| clocks.boottime)),
-        features: if filters { vec!["seccomp_filters".to_owned()] } else { Vec::new() },
+        features: if filters { vec![FEATURE_FILTERS.to_owned()] } else { Vec::new() },
         ..pb::Needs::default()
     };
     if same(&Path::new("/proc").join(root.to_string()), "ns/pid") {
