@@ -399,10 +399,7 @@ fn killed_at(
 /// What an operator says neither ends the last copy of a tree nor doubles it, where the destination can be asked and says
 /// otherwise. Where nobody answers it is done.
 fn better(site: &mut Site, way: Way) -> Result<(), String> {
-    site.restores = true;
-    let at = SocketAddr::new(Host::Right.ipv4().parse().expect("an address"), 9996);
-    let forwarder = Forwarder::start(&site.hosts, Host::Left, at)?;
-    site.detour = Some([forwarder.port; 2]);
+    let forwarder = site.detour_to_restores()?;
     site.start_tree(0)?;
     let (from, to) = (site.at, site.at.other());
 
@@ -455,10 +452,7 @@ pub fn knows_better_proxied(site: &mut Site) -> Result<(), String> {
 
 /// Whoever settles it is killed at any moment: the tree is stopped with its journal there, or goes on; asked again, it goes on.
 pub fn settle_killed(site: &mut Site) -> Result<(), String> {
-    site.restores = true;
-    let at = SocketAddr::new(Host::Right.ipv4().parse().expect("an address"), 9996);
-    let forwarder = Forwarder::start(&site.hosts, Host::Left, at)?;
-    site.detour = Some([forwarder.port; 2]);
+    let forwarder = site.detour_to_restores()?;
     site.start_tree(0)?;
     let (from, to) = (site.at, site.at.other());
     let mut usual = None;

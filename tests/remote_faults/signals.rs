@@ -4,7 +4,6 @@
 use std::{
     env,
     fs::{self, File},
-    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     thread,
@@ -158,11 +157,8 @@ fn goes_on(site: &mut Site) -> Result<(), String> {
 
 /// A migration that has said Go, which does not get there.
 fn gone(site: &mut Site, name: &str) -> Result<(Tool, Forwarder), String> {
-    site.restores = true;
+    let forwarder = site.detour_to_restores()?;
     site.start_role(ROOT, 0, 0)?;
-    let cache = SocketAddr::new(site.at.other().ipv4().parse().expect("an address"), 9996);
-    let forwarder = Forwarder::start(&site.hosts, site.at, cache)?;
-    site.detour = Some([forwarder.port; 2]);
     site.daemons(Way::Direct)?;
     let fault = Fault::Stall(Duration::from_secs(3600));
     forwarder.arm(Some(Spot { from_source: true, frame: Frame::First(Kind::Go), fault }));
@@ -175,6 +171,14 @@ fn gone(site: &mut Site, name: &str) -> Result<(Tool, Forwarder), String> {
         thread::sleep(Duration::from_millis(1));
     }
     Ok((tool, forwarder))
+}
+
+/// The same of one that is killed then.
+fn gone_and_killed(site: &mut Site, name: &str) -> Result<Forwarder, String> {
+    let (tool, forwarder) = gone(site, name)?;
+    tool.signal(Signal::SIGKILL);
+    tool.end()?;
+    Ok(forwarder)
 }
 
 /// The id of the only journal.
@@ -221,9 +225,7 @@ pub fn asked_on(site: &mut Site) -> Result<(), String> {
 
 /// The migrate is killed, and the operator lets the tree go on.
 pub fn thawed(site: &mut Site) -> Result<(), String> {
-    let (tool, _forwarder) = gone(site, "thawed")?;
-    tool.signal(Signal::SIGKILL);
-    tool.end()?;
+    let _forwarder = gone_and_killed(site, "thawed")?;
     let (path, id) = journal(site)?;
     // Elsewhere nobody knows whether it is there; nothing is done, and nothing believed.
     let there = site.work(site.at).display().to_string();
@@ -247,9 +249,7 @@ pub fn thawed(site: &mut Site) -> Result<(), String> {
 
 /// The migrate and the restore are killed, and somebody in the pid namespace above settles it.
 pub fn settled_from_above(site: &mut Site) -> Result<(), String> {
-    let (tool, _forwarder) = gone(site, "settled")?;
-    tool.signal(Signal::SIGKILL);
-    tool.end()?;
+    let _forwarder = gone_and_killed(site, "settled")?;
     if let Some(restore) = restore_on(site, site.at.other()) {
         kill_dead(restore);
     }
@@ -272,9 +272,7 @@ pub fn settled_from_above(site: &mut Site) -> Result<(), String> {
 
 /// Journals of destinations that are dead take together as long as one.
 pub fn many_dead_destinations(site: &mut Site) -> Result<(), String> {
-    let (tool, forwarder) = gone(site, "many")?;
-    tool.signal(Signal::SIGKILL);
-    tool.end()?;
+    let forwarder = gone_and_killed(site, "many")?;
     let (path, id) = journal(site)?;
     let text = fs::read_to_string(&path).map_err(|e| e.to_string())?;
     for number in 1..10 {
@@ -307,9 +305,7 @@ pub fn many_dead_destinations(site: &mut Site) -> Result<(), String> {
 
 /// The root is killed while it is stopped: nothing goes on, nobody believes that it does, and what is left is ended.
 pub fn members_die(site: &mut Site) -> Result<(), String> {
-    let (tool, _forwarder) = gone(site, "members")?;
-    tool.signal(Signal::SIGKILL);
-    tool.end()?;
+    let _forwarder = gone_and_killed(site, "members")?;
     let (path, id) = journal(site)?;
     let root: i32 = site.root().parse().map_err(|_| "its root")?;
     let all = site.members(site.at);

@@ -6,6 +6,7 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -23,6 +24,7 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::forwarder::Forwarder;
 use crate::hosts::{Host, Hosts};
 use crate::reaper::{End, Reaper};
 use crate::roles;
@@ -254,6 +256,15 @@ impl Site {
     }
 
     /// Pid of a daemon that runs.
+    /// Has caches start restores, and leads dumps of this host to the cache of the other by a forwarder.
+    pub fn detour_to_restores(&mut self) -> Result<Forwarder, String> {
+        self.restores = true;
+        let cache = SocketAddr::new(self.at.other().ipv4().parse().expect("an address"), 9996);
+        let forwarder = Forwarder::start(&self.hosts, self.at, cache)?;
+        self.detour = Some([forwarder.port; 2]);
+        Ok(forwarder)
+    }
+
     pub fn pid_of(&self, host: Host, name: &'static str) -> Option<i32> {
         self.daemons.get(&(host.name(), name)).copied()
     }
