@@ -24,9 +24,9 @@ use crate::site::{LIMIT, PROXY, Site, Tool, Way};
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// How much is sent as fast as it is taken, in bytes.
 const FLOOD: usize = 16 << 20;
-/// What a process may take more of memory for that than one without a flood, in KiB. To keep it all would take more than it has
-/// bytes.
-const MOST: u64 = 6 << 10;
+/// What a process may take more of memory for that than one that comes as far without a flood, in KiB. To keep it all would take
+/// more than it has bytes.
+const MOST: u64 = 8 << 10;
 /// What a machine under load may take longer than is said.
 const SLACK: Duration = Duration::from_secs(15);
 
@@ -84,6 +84,13 @@ fn ping(mut stream: TcpStream) {
     let Some(number) = offered(&mut stream) else { return };
     let _ = stream.write_all(&wire::frame(Kind::Room, number, 0, &pb::Room::default()));
     flood(&mut stream, &wire::bare(Kind::Ping, 0, 0, 0).repeat(500));
+}
+
+/// The same, and falls silent at once.
+fn room_and_stop(mut stream: TcpStream) {
+    let Some(number) = offered(&mut stream) else { return };
+    let _ = stream.write_all(&wire::frame(Kind::Room, number, 0, &pb::Room::default()));
+    thread::sleep(LIMIT * 2);
 }
 
 /// The most memory that a process has had, in KiB.
@@ -189,7 +196,7 @@ pub fn pings(site: &mut Site) -> Result<(), String> {
     // More than lies in sockets.
     site.start_tree(64)?;
     let to = site.at.other();
-    let (endless, silent) = (listen(site, to, ping)?, listen(site, to, queue_and_stop)?);
+    let (endless, silent) = (listen(site, to, ping)?, listen(site, to, room_and_stop)?);
     // Directly it waits so long once, and not again to say that it gives up.
     for (way, limit) in [(Way::Direct, TIMEOUT * 6), (Way::Proxied, Duration::from_secs(30) + SLACK)] {
         let usual = usual(site, way, &silent)?;
